@@ -1,0 +1,30 @@
+"""The tasks, one file each. A new task is a new file and a line in TASKS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bert_ray.errors import BundleError
+from bert_ray.model.tasks.base import Task
+from bert_ray.model.tasks.classification import Classification
+from bert_ray.model.tasks.embedding import Embedding
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from bert_ray.model.bundle import Card
+
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Embedding)}
+
+__all__ = ["TASKS", "Classification", "Embedding", "Task", "get_task"]
+
+
+def get_task(card: Card, config: PretrainedConfig | None = None) -> Task:
+    """The task that a card names, bound to it and, where one is there, to the model's configuration.
+
+    Raises:
+        BundleError: no such task.
+    """
+    if card.task not in TASKS:
+        raise BundleError(f"unknown task {card.task!r}; known are {', '.join(sorted(TASKS))}")
+    return TASKS[card.task](card, config)

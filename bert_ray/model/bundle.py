@@ -1,0 +1,354 @@
+"""A trained model as one directory: a plain Hugging Face model directory plus `bert_ray.json`, its card.
+
+    bundle/
+      config.json  model.safetensors  tokenizer.json …   what transformers reads
+      bert_ray.json                                      what transformers has no place for: the card
+
+`transformers.AutoModelFor….from_pretrained(bundle)` loads it, and a directory that transformers saved loads here, its
+card inferred. Weights are safetensors only: a pickle can run code when it is read (see the documentation of Python's
+`pickle` module), and so can a repository with remote code; both are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_ray.errors import BundleError
+from bert_ray.model.references import resolve
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from bert_ray.model.tasks import Task
+
+CARD_FILE = "bert_ray.json"
+CARD_FORMAT = 1
+
+# The architectures whose layers `encoder.py` walks: post-norm encoders with learned absolute positions.
+ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+
+# What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
+_FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
+
+
+@dataclass(kw_only=True, slots=True)
+class Card:
+    """What a bundle says of itself (`bert_ray.json`).
+
+    Attributes:
+        task: the kind of task, a key of `bert_ray.model.tasks.TASKS` ("classification", "embedding").
+        name: what the annotation is called where the job does not say; None: the task's own name.
+        labels: class names in the order of the logits; empty where the task has none.
+        inputs: the task's input columns.
+        max_length: longest row in tokens, special tokens included; longer rows are cut.
+        pooling: "mean" or "cls" where the task pools tokens to one vector.
+        normalize: whether a pooled vector is scaled to unit length.
+        metrics: name -> value on the validation data.
+        provenance: where it came from: base model, data, job, seed, versions, date, history.
+        files: file name -> sha256 of every fingerprinted file; empty on an inferred card.
+        fingerprint: sha256 over `files` and the rest of the card.
+    """
+
+    task: str
+    name: str | None = None
+    labels: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=lambda: ["text"])
+    max_length: int = 512
+    pooling: str | None = None
+    normalize: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+    format: int = CARD_FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format > CARD_FORMAT:
+            raise BundleError(
+                f"{CARD_FILE} has format {self.format}; this version reads up to {CARD_FORMAT}: upgrade bert_ray"
+            )
+        if self.max_length < 3:
+            raise BundleError(f"{CARD_FILE}: max_length is {self.max_length}; a row needs at least 3 tokens")
+        if len(set(self.labels)) != len(self.labels):
+            raise BundleError(f"{CARD_FILE}: labels repeat: {self.labels}")
+
+
+@dataclass(kw_only=True)
+class Bundle:
+    """A bundle on the local disk, checked, its weights not yet read.
+
+    Attributes:
+        reference: what the caller asked for; resolved again on every worker.
+        directory: where it lies on this machine.
+        card: read from `bert_ray.json`, or inferred from a plain Hugging Face directory.
+        config: the transformers configuration.
+    """
+
+    reference: str
+    directory: Path
+    card: Card
+    config: PretrainedConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over weights, tokenizer, configuration and card."""
+        return self.card.fingerprint
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that the card names, bound to this card."""
+        from bert_ray.model.tasks import get_task
+
+        return get_task(self.card, self.config)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The fast tokenizer.
+
+        Raises:
+            BundleError: there is none, or it has ids that the embeddings lack.
+        """
+        return _load_tokenizer(self.directory, self.config)
+
+    def model(self) -> PreTrainedModel:
+        """The model with the task's head, in fp32 on the CPU, in evaluation mode.
+
+        Raises:
+            BundleError: the weights are unreadable, or do not fit the configuration.
+        """
+        model, report = read_model(self.task.auto_class(), self.directory)
+        # Position ids are a buffer in old checkpoints; a pooler that the task does not use may be missing.
+        missing = [key for key in report["missing_keys"] if "pooler" not in key]
+        if missing:
+            raise BundleError(
+                f"{self.reference}: the weights lack {', '.join(sorted(missing)[:4])} that a "
+                f"{self.card.task} model needs; was the directory saved without its head?"
+            )
+        return model.eval()
+
+
+def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
+    """Resolve a reference and check what lies there, without reading the weights into memory.
+
+    Raises:
+        BundleError: nothing there; a pickle, remote code or an unknown architecture; a file that is missing or was
+            altered since the bundle was saved; a tokenizer that does not fit the embeddings.
+    """
+    from transformers import AutoConfig
+
+    reference = os.fspath(reference)
+    directory = resolve(reference)
+    raw = _read_json(directory / "config.json", what=f"{reference}: config.json")
+    _refuse_unsafe(reference, directory, raw)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        raise BundleError(f"{reference}: config.json is not a configuration transformers reads: {error}") from error
+    card_path = directory / CARD_FILE
+    if card_path.exists():
+        card = _read_card(reference, card_path)
+        _verify(reference, directory, card)
+    else:
+        card = _infer_card(directory, raw, config)
+        card.fingerprint = _fingerprint(_hash_files(directory), None)
+    limit = max_positions(config)
+    if card.max_length > limit:
+        raise BundleError(f"{reference}: max_length {card.max_length} exceeds the model's {limit} positions")
+    return Bundle(reference=reference, directory=directory, card=card, config=config)
+
+
+def save_bundle(
+    directory: str | os.PathLike[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: Card
+) -> Bundle:
+    """Write a bundle so that it becomes visible whole: to a neighbour first, then renamed over what was there.
+
+    Args:
+        directory: the bundle's place; an existing bundle there is replaced, any other directory is refused.
+        model: a transformers model with the task's head.
+        tokenizer: its fast tokenizer.
+        card: `files` and `fingerprint` are filled in here.
+
+    Raises:
+        BundleError: `directory` holds something that is not a bundle.
+    """
+    target = Path(directory).absolute()
+    if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise BundleError(f"{target} is not empty and holds no bundle: choose another directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.parent / f".{target.name}.{os.getpid()}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        model.save_pretrained(fresh, safe_serialization=True)
+        tokenizer.save_pretrained(fresh)
+        card.files = _hash_files(fresh)
+        card.fingerprint = _fingerprint(card.files, card)
+        (fresh / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        old = target.parent / f".{target.name}.{os.getpid()}.old"
+        if target.exists():
+            os.replace(target, old)
+        os.replace(fresh, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return load_bundle(target)
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """Longest row in tokens. RoBERTa's positions start behind the padding id, so its table holds two rows more."""
+    limit = int(config.max_position_embeddings)
+    return limit - config.pad_token_id - 1 if positions_follow_padding(config) else limit
+
+
+def positions_follow_padding(config: PretrainedConfig) -> bool:
+    """Whether position 0 is `pad_token_id + 1`, as in RoBERTa (transformers, `create_position_ids_from_input_ids`)."""
+    return config.model_type in ("roberta", "xlm-roberta", "camembert")
+
+
+def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None:
+    if raw.get("auto_map"):
+        raise BundleError(
+            f"{reference}: config.json asks to run code from the repository (auto_map); remote code is refused"
+        )
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise BundleError(
+            f"{reference}: architecture {kind!r} is not supported; known are {', '.join(ARCHITECTURES)}"
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise BundleError(
+                f"{reference}: the weights are a pickle ({pickles[0]}), which can run code when read, and are refused; "
+                "where you trust them, convert them with transformers: "
+                "model.save_pretrained(DIR, safe_serialization=True)"
+            )
+        raise BundleError(f"{reference}: no model.safetensors in {directory}")
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{what} is missing in {path.parent}: not a model directory") from None
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{what} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{what} is not a JSON object")
+    return value
+
+
+def _read_card(reference: str, path: Path) -> Card:
+    raw = _read_json(path, what=f"{reference}: {CARD_FILE}")
+    unknown = sorted(set(raw) - {item.name for item in fields(Card)})
+    if unknown or "task" not in raw:
+        what = f"unknown keys {unknown}" if unknown else "no task"
+        raise BundleError(f"{reference}: {CARD_FILE} has {what}; was it written by a newer version?")
+    return Card(**raw)
+
+
+def _verify(reference: str, directory: Path, card: Card) -> None:
+    found = _hash_files(directory)
+    if found == card.files and _fingerprint(card.files, card) == card.fingerprint:
+        return
+    missing = sorted(set(card.files) - set(found))
+    altered = sorted(name for name in found if card.files.get(name) != found[name])
+    what = [f"missing: {', '.join(missing)}"] if missing else []
+    what += [f"altered or added: {', '.join(altered)}"] if altered else []
+    raise BundleError(
+        f"{reference}: the bundle does not match its fingerprint ({'; '.join(what) or f'altered: {CARD_FILE}'}); "
+        f"restore it or train it again (to use the files as they are, delete {directory / CARD_FILE})"
+    )
+
+
+def _hash_files(directory: Path) -> dict[str, str]:
+    """File name -> sha256 of all that decides the answers, sub-folders of sentence-transformers' layout included."""
+    hashes = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.suffix in _FINGERPRINTED and path.is_file() and name != CARD_FILE and not name.startswith("."):
+            with path.open("rb") as handle:
+                hashes[name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return hashes
+
+
+def _fingerprint(files: dict[str, str], card: Card | None) -> str:
+    said = {key: value for key, value in asdict(card).items() if key != "fingerprint"} if card else {}
+    return hashlib.sha256(json.dumps([files, said], sort_keys=True).encode()).hexdigest()
+
+
+def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) -> Card:
+    """A card for a directory that was made elsewhere: transformers' or sentence-transformers' layout."""
+    max_length = max_positions(config)
+    architecture = (raw.get("architectures") or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        labels = [config.id2label[index] for index in range(config.num_labels)]
+        return Card(task="classification", labels=labels, max_length=max_length)
+    pooling, normalize = "mean", False
+    if (directory / "modules.json").exists():
+        for module in json.loads((directory / "modules.json").read_text("utf-8")):
+            normalize |= module["type"].endswith("Normalize")
+            settings = directory / module["path"] / "config.json"
+            if module["type"].endswith("Pooling") and settings.exists():
+                pooling = _pooling(json.loads(settings.read_text("utf-8")), directory)
+        limits = directory / "sentence_bert_config.json"
+        if limits.exists():
+            max_length = min(max_length, json.loads(limits.read_text("utf-8")).get("max_seq_length") or max_length)
+    return Card(task="embedding", max_length=max_length, pooling=pooling, normalize=normalize)
+
+
+def _pooling(settings: dict[str, Any], directory: Path) -> str:
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    chosen = [modes.get(key, key) for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    if isinstance(settings.get("pooling_mode"), str):
+        chosen = [settings["pooling_mode"]]
+    if len(chosen) != 1 or chosen[0] not in ("mean", "cls"):
+        raise BundleError(f"{directory}: pooling {chosen} is not supported; known are mean and cls")
+    return chosen[0]
+
+
+def _load_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, use_fast=True)
+    except Exception as error:
+        raise BundleError(f"{directory}: the tokenizer cannot be read: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise BundleError(f"{directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise BundleError(
+            f"{directory}: the tokenizer has ids up to {largest}, the embeddings only {config.vocab_size} rows: "
+            "the tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+def read_model(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Read safetensors weights in fp32; returns the model and transformers' report of missing and unexpected keys."""
+    import torch
+    from transformers.utils import logging
+
+    # A progress bar for a second's work is noise in the logs of a hundred workers.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(
+            directory,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise BundleError(f"{directory}: the weights cannot be read: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()

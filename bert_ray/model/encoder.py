@@ -1,0 +1,134 @@
+"""The packed forward of BERT's encoder, over the modules of a transformers model.
+
+The layers of BERT, RoBERTa and DistilBERT are the same under different names: `layers_of` finds them, `encode` walks
+them. Weights stay where transformers put them, so a model trained here is saved by transformers and the other way.
+
+Shapes: T tokens of a packed batch, D hidden size, F width of the feed-forward layer, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bert_ray.model.attention import packed_attention
+from bert_ray.model.bundle import positions_follow_padding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from bert_ray.model.packing import PackedBatch
+
+
+@dataclass(kw_only=True, slots=True)
+class Layer:
+    """One encoder layer: the modules of a transformers layer under common names."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    mix: nn.Linear
+    mix_norm: nn.LayerNorm
+    up: nn.Linear
+    down: nn.Linear
+    down_norm: nn.LayerNorm
+
+
+@dataclass(kw_only=True, slots=True)
+class Encoder:
+    """The encoder inside a transformers model, under common names."""
+
+    words: nn.Embedding
+    positions: nn.Embedding
+    types: nn.Embedding | None
+    norm: nn.LayerNorm
+    layers: list[Layer]
+    heads: int
+    first_position: int
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    dropout: float
+    attention_dropout: float
+
+
+def encoder_of(model: PreTrainedModel) -> Encoder:
+    """Find the encoder in a model with or without a task's head."""
+    from transformers.activations import ACT2FN
+
+    config = model.config
+    base = getattr(model, model.base_model_prefix, model)
+    embeddings = base.embeddings
+    distil = config.model_type == "distilbert"
+    return Encoder(
+        words=embeddings.word_embeddings,
+        positions=embeddings.position_embeddings,
+        types=None if distil else embeddings.token_type_embeddings,
+        norm=embeddings.LayerNorm,
+        layers=[_distil_layer(layer) for layer in base.transformer.layer]
+        if distil
+        else [_bert_layer(layer) for layer in base.encoder.layer],
+        heads=config.num_attention_heads,
+        first_position=config.pad_token_id + 1 if positions_follow_padding(config) else 0,
+        activation=ACT2FN[config.activation if distil else config.hidden_act],
+        dropout=config.dropout if distil else config.hidden_dropout_prob,
+        attention_dropout=config.attention_dropout if distil else config.attention_probs_dropout_prob,
+    )
+
+
+def _bert_layer(layer: nn.Module) -> Layer:
+    attention = layer.attention
+    return Layer(
+        query=attention.self.query,
+        key=attention.self.key,
+        value=attention.self.value,
+        mix=attention.output.dense,
+        mix_norm=attention.output.LayerNorm,
+        up=layer.intermediate.dense,
+        down=layer.output.dense,
+        down_norm=layer.output.LayerNorm,
+    )
+
+
+def _distil_layer(layer: nn.Module) -> Layer:
+    return Layer(
+        query=layer.attention.q_lin,
+        key=layer.attention.k_lin,
+        value=layer.attention.v_lin,
+        mix=layer.attention.out_lin,
+        mix_norm=layer.sa_layer_norm,
+        up=layer.ffn.lin1,
+        down=layer.ffn.lin2,
+        down_norm=layer.output_layer_norm,
+    )
+
+
+def encode(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Hidden states of a packed batch, (T, D). Dropout is active when the model is in training mode."""
+    return encode_with(encoder_of(model), batch, training=model.training)
+
+
+def encode_with(encoder: Encoder, batch: PackedBatch, training: bool) -> torch.Tensor:
+    """As `encode`, with the encoder already found: a loop over many batches finds it once."""
+    drop = encoder.dropout if training else 0.0
+    drop_attention = encoder.attention_dropout if training else 0.0
+    hidden = encoder.words(batch.input_ids) + encoder.positions(batch.position_ids + encoder.first_position)
+    if encoder.types is not None:
+        # Without a second text every token is of type 0: one row, added to all.
+        types = batch.token_type_ids
+        hidden = hidden + (encoder.types.weight[0] if types is None else encoder.types(types))
+    hidden = F.dropout(encoder.norm(hidden), drop, training)
+    for layer in encoder.layers:
+        # One matrix product for queries, keys and values: (T, D) x (D, 3D).
+        weight = torch.cat((layer.query.weight, layer.key.weight, layer.value.weight))
+        bias = torch.cat((layer.query.bias, layer.key.bias, layer.value.bias))
+        qkv = F.linear(hidden, weight, bias)
+        mixed = packed_attention(qkv, batch.lengths, batch.cu_seqlens, encoder.heads, drop_attention)
+        hidden = layer.mix_norm(hidden + F.dropout(layer.mix(mixed), drop, training))
+        wide = encoder.activation(layer.up(hidden))
+        hidden = layer.down_norm(hidden + F.dropout(layer.down(wide), drop, training))
+    return hidden

@@ -1,0 +1,148 @@
+"""Classification: one label of C for each text. Sentiment is this task with two labels, negative and positive.
+
+Output: struct<label: string, score: float32>, score being the label's probability; with scores also
+scores: map<string, float32>, the probability of every label. A blank text has nothing to judge and gives null.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch.nn import functional as F
+
+from bert_ray.errors import ColumnError
+from bert_ray.model.tasks.base import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.packing import PackedBatch
+
+
+class Classification(Task):
+    """One label of C for each text."""
+
+    kind: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "accuracy"
+    blank_is_null: ClassVar[bool] = True
+
+    def output_type(self, scores: bool = False) -> pa.DataType:
+        """See the module's first lines."""
+        fields = [pa.field("label", pa.string()), pa.field("score", pa.float32())]
+        if scores:
+            fields.append(pa.field("scores", pa.map_(pa.string(), pa.float32())))
+        return pa.struct(fields)
+
+    def auto_class(self) -> Any:
+        """AutoModelForSequenceClassification."""
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
+        """The base's encoder and pooler with a fresh classifier; its configuration carries the labels."""
+        from transformers import AutoConfig
+
+        from bert_ray.model.bundle import read_model
+
+        labels = self.card.labels
+        config = AutoConfig.from_pretrained(
+            base.directory, num_labels=len(labels), problem_type="single_label_classification"
+        )
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        names = ("dropout", "attention_dropout")
+        if config.model_type != "distilbert":
+            names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        for name, rate in zip(names, (dropout, attention_dropout), strict=True):
+            if rate is not None:
+                setattr(config, name, rate)
+        # A base fine-tuned for other labels lends its encoder; its head does not fit and is made anew.
+        model, _ = read_model(self.auto_class(), base.directory, config=config, ignore_mismatched_sizes=True)
+        return model
+
+    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Logits (B, C): transformers' own head modules over the first token ([CLS]) of each row."""
+        first = hidden[batch.cu_seqlens[:-1].long()]
+        kind = model.config.model_type
+        if kind == "bert":
+            pooled = model.bert.pooler.activation(model.bert.pooler.dense(first))
+            return model.classifier(model.dropout(pooled))
+        if kind == "distilbert":
+            return model.classifier(model.dropout(F.relu(model.pre_classifier(first))))
+        return model.classifier(first.unsqueeze(1))  # RoBERTa's head takes (B, L, D) and reads the first token.
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each row, (B,)."""
+        return F.cross_entropy(outputs.float(), targets, reduction="none")
+
+    def targets(self, labels: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Labels -> their indices, int64. Integers (and booleans) are indices, or names where the labels are numbers.
+
+        Raises:
+            ColumnError: a null, or a value that is none of the labels.
+        """
+        known = self.card.labels
+        if isinstance(labels, pa.ChunkedArray):
+            labels = labels.combine_chunks()
+        if labels.null_count:
+            raise ColumnError(f"the label column has {labels.null_count} nulls; remove or fill those rows")
+        texts = label_texts(labels)
+        indices = pc.index_in(texts, pa.array(known, pa.string()))
+        if indices.null_count == len(texts) and pa.types.is_string(texts.type):
+            indices = pc.index_in(texts, pa.array([str(index) for index in range(len(known))]))
+        if indices.null_count:
+            strange = pc.unique(texts.filter(pc.is_null(indices))).to_pylist()[:5]
+            raise ColumnError(f"unknown labels {strange}; the model's labels are {known}")
+        return indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def decode(self, outputs: np.ndarray, scores: bool = False) -> pa.Array:
+        """Logits float32 (B, C) -> structs."""
+        shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True, initial=-np.inf))
+        probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
+        names = pa.array(self.card.labels, pa.string())
+        best = probabilities.argmax(axis=1)
+        columns = [names.take(pa.array(best)), pa.array(probabilities[np.arange(len(best)), best])]
+        if scores:
+            rows, count = probabilities.shape
+            keys = names.take(pa.array(np.tile(np.arange(count), rows)))
+            offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * count)
+            columns.append(pa.MapArray.from_arrays(offsets, keys, pa.array(probabilities.reshape(-1))))
+        return pa.StructArray.from_arrays(columns, fields=list(self.output_type(scores)))
+
+    def metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """Accuracy and macro F1 (the unweighted mean over labels)."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        best = outputs.argmax(axis=1)
+        present = list(range(len(self.card.labels)))
+        return {
+            "accuracy": float(accuracy_score(targets, best)),
+            "macro_f1": float(f1_score(targets, best, average="macro", labels=present, zero_division=0.0)),
+        }
+
+
+def label_texts(labels: pa.Array) -> pa.Array:
+    """A label column of strings, integers or booleans as strings ("0", "1" for booleans)."""
+    kind = labels.type
+    if pa.types.is_boolean(kind):
+        labels = labels.cast(pa.int8())
+    elif pa.types.is_floating(kind) or pa.types.is_nested(kind) or pa.types.is_temporal(kind):
+        raise ColumnError(f"the label column is {kind}; labels are strings, integers or booleans")
+    return labels.cast(pa.string())
+
+
+def labels_of(labels: pa.Array | pa.ChunkedArray) -> list[str]:
+    """The distinct labels of a column in a stable order: integers by value, strings by code point; nulls left out."""
+    if isinstance(labels, pa.ChunkedArray):
+        labels = labels.combine_chunks()
+    distinct = pc.unique(labels).drop_null()
+    if pa.types.is_integer(distinct.type):
+        distinct = distinct.take(pc.sort_indices(distinct))
+        return label_texts(distinct).to_pylist()
+    return sorted(label_texts(distinct).to_pylist())
