@@ -1,0 +1,203 @@
+"""What tests share: one Ray and one Spark for the whole session, tiny models made on the spot, the bundled data.
+
+    def test_agree(ray_session, spark, tiny_bundle, uci_sample): ...
+
+Everything runs offline and small: two cores, no hub, no GPU. A fixture whose means are missing on this machine (Java,
+../shared/data) skips its tests and says why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "jobs" / "demo"
+
+# Set before torch, ray or pyspark is imported by anyone: they read their environment at import, their workers inherit it.
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads and forked workers do not mix
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # several processes share two cores
+        "DS_ACCELERATOR": "cpu",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; unset, every worker warns about it
+        "PYSPARK_PYTHON": sys.executable,
+        "PYSPARK_DRIVER_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        # Workers and the processes that tests start find bert_ray and tests as this process does.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
+)
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import pytest  # noqa: E402
+
+TINY_SEED = 20
+TINY_HIDDEN = 32
+TINY_MAX_LENGTH = 512
+TINY_LABELS = ["negative", "positive"]
+
+# The tiny vocabulary: every ASCII letter, digit and mark alone and as a continuation, so that English never falls to
+# [UNK] whole; some words and endings, so that a text has fewer tokens than letters.
+TINY_WORDS = """
+the a an and or but not no of to in on at for with from by as is was are were be been it its this that these i you he
+she we they my your his her our their me him us them very so too all any some more most good great best excellent love
+loved nice well bad poor worst terrible awful hate never ever again film movie phone food place service product time
+quality price work works worked make made get got go went see saw watch like really just only also if when what who how
+why there here than then out up down over one two first last new old back day way don can could would should will do
+does did have has had recommend happy disappointed waste money battery sound story acting staff waiter delicious bland
+""".split()
+TINY_PIECES = ["##s", "##ed", "##ing", "##er", "##est", "##ly", "##y", "##tion", "##ness", "##ment", "##able", "##ful"]
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of two CPUs, started at first use and stopped at the end of the session."""
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A local SparkSession of two cores without UI, stopped at the end of the session."""
+    sql = pytest.importorskip("pyspark.sql")
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("Spark needs Java: install a Java 17 runtime (Debian: openjdk-17-jre-headless)")
+    scratch = tmp_path_factory.mktemp("spark")
+    session = (
+        sql.SparkSession.builder.master("local[2]")
+        .appName("bert_ray tests")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.driver.memory", "1g")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.sql.warehouse.dir", str(scratch / "warehouse"))
+        .config("spark.local.dir", str(scratch / "local"))
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("ERROR")
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of full data sets beside the checkout; skips where there is none."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no full data sets at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def uci_lake() -> Path:
+    """The demo's bundled lake: source=amazon|imdb|yelp, two files each, columns id, text, label. Read only."""
+    return DEMO / "lake"
+
+
+@pytest.fixture(scope="session")
+def uci_train() -> Path:
+    """The demo's bundled training table: 1,000 rows, columns id, text, label (negative, positive), source."""
+    return DEMO / "train.parquet"
+
+
+@pytest.fixture(scope="session")
+def uci_sample(uci_lake: Path) -> pa.Table:
+    """300 rows of the bundled lake, 100 of each source: columns id, text, label, source."""
+    tables = []
+    for folder in sorted(uci_lake.glob("source=*")):
+        table = pq.read_table(folder / "part-0.parquet", partitioning=None).slice(0, 100)
+        source = pa.array([folder.name.removeprefix("source=")] * table.num_rows, pa.string())
+        tables.append(table.append_column("source", source))
+    return pa.concat_tables(tables)
+
+
+def tiny_tokenizer() -> object:
+    """A BERT tokenizer (lower case, WordPiece) over the tiny vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    marks = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    letters = [f"##{mark}" for mark in marks if mark.isalnum()]
+    # dict.fromkeys: a one-letter word is a mark already.
+    tokens = list(dict.fromkeys(special + marks + letters + TINY_WORDS + TINY_PIECES))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=TINY_MAX_LENGTH)
+
+
+def tiny_config(vocabulary_size: int, **more: object) -> object:
+    """Two layers of 32, two heads. The wide initial weights make texts differ, as those of a trained model do."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=TINY_HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * TINY_HIDDEN,
+        max_position_embeddings=TINY_MAX_LENGTH,
+        initializer_range=0.2,
+        **more,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face BERT directory (no card): two layers, hidden 32, own vocabulary, fixed seed."""
+    import torch
+    from transformers import BertModel
+
+    directory = tmp_path_factory.mktemp("models") / "tiny_encoder"
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TINY_SEED)
+        model = BertModel(tiny_config(len(tokenizer)), add_pooling_layer=True).eval()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, uci_sample: pa.Table) -> Path:
+    """A sentiment bundle (labels negative, positive) on the tiny encoder. Untrained, yet it says both labels."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    directory = tmp_path_factory.mktemp("bundles") / "sentiment"
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(
+        len(tokenizer),
+        id2label=dict(enumerate(TINY_LABELS)),
+        label2id={label: number for number, label in enumerate(TINY_LABELS)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TINY_SEED)
+        model = BertForSequenceClassification(config).eval()
+    # The head's bias is set so that a real text's logits are zero on average: about half the texts get each label.
+    texts = uci_sample["text"].to_pylist()[::10]
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
+        model.classifier.bias -= logits.mean(dim=0)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
