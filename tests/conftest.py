@@ -183,6 +183,8 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, uci_sample: pa.Table) 
     import torch
     from transformers import BertForSequenceClassification
 
+    from bert_ray.model.bundle import Card, save_bundle
+
     directory = tmp_path_factory.mktemp("bundles") / "sentiment"
     tokenizer = tiny_tokenizer()
     config = tiny_config(
@@ -198,6 +200,6 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, uci_sample: pa.Table) 
     with torch.no_grad():
         logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
         model.classifier.bias -= logits.mean(dim=0)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    card = Card(task="classification", name="sentiment", labels=list(TINY_LABELS), max_length=TINY_MAX_LENGTH)
+    save_bundle(directory, model, tokenizer, card)
     return directory

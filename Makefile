@@ -1,0 +1,44 @@
+# make demo    everything in one go, on bundled real reviews: train, annotate on Ray and Spark, ask in SQL
+# make setup   only the environment: .venv from constraints.txt, Java for Spark
+# make test    all tests (FAST=1: without the slow ones; ARGS="-k lake": any pytest arguments)
+# make lint    ruff, the directions of imports, types
+# make bench   the measured comparison with other libraries (installs them first)
+# make quality the model's accuracy on full data sets (needs ../shared/data)
+# make clean   takes back what the others made: .venv, demo_output, caches
+
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench quality clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup:
+	@scripts/setup.sh dev
+
+demo: setup
+	@$(PY) jobs/demo/demo.py
+
+test: setup
+	@$(PY) -m pytest $(if $(FAST),-m "not slow") $(ARGS)
+
+lint: setup
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@.venv/bin/lint-imports
+	@$(PY) -m mypy
+
+format: setup
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: setup
+	@scripts/setup.sh bench
+	@$(PY) benchmarks/annotate.py $(ARGS)
+
+quality: setup
+	@$(PY) benchmarks/quality.py $(ARGS)
+
+clean:
+	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

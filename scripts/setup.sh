@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Sets up what `make demo`, `make test` and `make bench` run in: .venv with the packages pinned in constraints.txt, and
+# Java for Spark. Run again it does nothing, in well under a second, unless the pins changed.
+#
+#   scripts/setup.sh [extra of pyproject.toml, default dev]
+#
+# PYTHON=… names the interpreter; TORCH_INDEX=… a package index to take torch from (PyTorch's index of CPU builds, say).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=${1:-dev}
+venv=.venv
+stamp=$venv/.setup-$extra
+log=$venv/setup.log
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# Java 17 or later; prints nothing where there is none.
+java_version() {
+  local java=java
+  [ -n "${JAVA_HOME:-}" ] && java=$JAVA_HOME/bin/java
+  "$java" -version 2>&1 | sed -nE 's/.*version "([0-9]+).*/\1/p' | head -n 1 || true
+}
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
+
+can_apt() { command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; }
+
+install_java() {
+  local found package
+  found=$(java_version)
+  [ "${found:-0}" -ge 17 ] && return
+  if can_apt; then
+    say "Java ${found:-} ${found:+is too old}${found:-is missing}; installing a runtime with apt-get (once, about a minute)" | tr -s ' '
+    as_root apt-get update >>"$log" 2>&1 || true
+    for package in openjdk-17-jre-headless openjdk-21-jre-headless default-jre-headless; do
+      if DEBIAN_FRONTEND=noninteractive as_root apt-get install -y --no-install-recommends "$package" >>"$log" 2>&1; then
+        break
+      fi
+    done
+    found=$(java_version)
+    [ "${found:-0}" -ge 17 ] && return
+  fi
+  # Not fatal: everything but Spark works without it.
+  say "Spark needs Java 17 or later: install it (Debian, Ubuntu: openjdk-17-jre-headless; Fedora: java-17-openjdk-headless; macOS: brew install openjdk@17)"
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3.11 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
+# What was installed, from which pins, where: a checkout that moved needs its console scripts written anew.
+wanted=$(cat constraints.txt pyproject.toml scripts/setup.sh | sha256sum | cut -d ' ' -f 1)" $PWD"
+if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  install_java
+  exit 0
+fi
+
+python=$(find_python)
+[ -n "$python" ] || fail "Python 3.11 is needed (3.12 and 3.13 may do) and none was found: install it (Debian, Ubuntu: python3.11 python3.11-venv), or name one with PYTHON=/path/to/python3.11"
+started=$SECONDS
+if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+  say "making $venv with $("$python" --version)"
+  "$python" -m venv --clear "$venv" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
+fi
+: >"$log"
+install_java
+
+# pip's output goes to the log; on a terminal its current step is shown in one line that is written over.
+pip_install() {
+  local line status
+  { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" 2>&1; echo "exit status $?"; } |
+    while IFS= read -r line; do
+      printf '%s\n' "$line" >>"$log"
+      case $line in
+        Collecting*|*Building*|Installing*) [ -t 1 ] && printf '\r\033[K  %.100s' "${line#"${line%%[![:space:]]*}"}" ;;
+      esac
+    done
+  [ -t 1 ] && printf '\r\033[K'
+  status=$(sed -n '$s/exit status //p' "$log")
+  [ "$status" = 0 ] || { grep -v '^WARNING' "$log" | tail -n 15 >&2; fail "pip failed; the whole log is $log"; }
+}
+
+say "installing $(grep -c '==' constraints.txt) pinned packages into $venv (once, a few minutes; log $log)"
+# torch goes first and by its exact pin: left to the others' ranges, pip could choose a build with all of CUDA.
+pip_install -c constraints.txt "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+pip_install -c constraints.txt -e ".[$extra]"
+if [ "$extra" = bench ]; then
+  # Without its dependencies: its metadata asks for an older pyarrow, and it works with the one that is here.
+  pip_install --no-deps "$(grep '^daft==' constraints.txt)"
+fi
+printf '%s' "$wanted" >"$stamp"
+say "done in $((SECONDS - started)) s"
