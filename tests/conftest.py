@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "jobs" / "demo"
 
-# Set before torch, ray or pyspark is imported by anyone: they read their environment at import, their workers inherit it.
+# Set before anyone imports torch, ray or pyspark: they read their environment at import, and their workers inherit it.
 os.environ.update(
     {
         "HF_HUB_OFFLINE": "1",
