@@ -1,0 +1,49 @@
+"""What an evaluation is told. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bert_ray.errors import JobError
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateJob:
+    """Measure a model on a labelled table: metrics beside the majority baseline, and report.html.
+
+    Attributes:
+        model: a bundle reference.
+        table: Parquet file or directory (hive partitions become columns) with texts and their labels.
+        column: the text column, for a task of one input; default: the input's name, `text`.
+        columns: table columns by task input, for a task of several inputs.
+        label: the label column: strings, or integers and booleans, which are positions in the model's labels.
+        output: directory for report.html and metrics.json; made where it is missing, those two files replaced.
+        mistakes: how many of the most confident mistakes the report shows.
+        batch_tokens: tokens in a packed batch; default: what suits the device.
+        threads: torch threads; default: torch's own choice.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
+        dtype: "auto" (fp32 on a CPU, bf16 or fp16 on a GPU), "fp32", "bf16", "fp16".
+    """
+
+    model: str
+    table: str
+    column: str | None = None
+    columns: dict[str, str] | None = None
+    label: str = "label"
+    output: str = "evaluation"
+    mistakes: int = 20
+    batch_tokens: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.column is not None and self.columns:
+            raise JobError("column and columns are both given: column is for a task of one input, columns for several")
+        if self.mistakes < 0:
+            raise JobError(f"mistakes is {self.mistakes}: it is 0 or more")
+        for key in ("batch_tokens", "threads"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise JobError(f"{key} is {value}: it is at least 1")
+        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
+            raise JobError(f"dtype is {self.dtype!r}: it is one of auto, fp32, bf16, fp16")
