@@ -1,0 +1,238 @@
+"""The command `bert-ray`.
+
+    bert-ray annotate jobs/annotate.yaml engine=ray
+
+Exit status:
+    0    done
+    1    the work ended with rows or units that failed; they are listed
+    2    the command, the job file, the model or the table is at fault; nothing was started
+    70   a bug in bert_ray: a traceback is shown (EX_SOFTWARE of sysexits.h; Python's own 1 would mean failed rows)
+    130  stopped by Ctrl-C; what is done stays done, and the same command goes on
+
+Every command imports what it needs when it runs: `bert-ray --help` loads neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+from bert_ray import __version__
+from bert_ray.config import load_job
+from bert_ray.errors import BertRayError, JobError
+
+DONE, FAILED, AT_FAULT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status; see the module's first lines."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(words)
+        sys.stdout.flush()
+        return status
+    except BertRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return AT_FAULT
+    except KeyboardInterrupt:
+        goes_on = words[:1] in (["annotate"], ["train"], ["runs"])
+        hint = f"; the same command goes on where it stopped:\n  {shlex.join(['bert-ray', *words])}" if goes_on else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `bert-ray runs failures OUT | head`: the reader has seen enough. Python would complain at its own exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
+            print(f"error: {error.name} is not installed: pip install 'bert-ray[{extra}]'", file=sys.stderr)
+            return AT_FAULT
+        traceback.print_exc()
+        print(
+            f"\nbert-ray {__version__}: this is a bug, not a mistake of yours; please report the lines above",
+            file=sys.stderr,
+        )
+        return BUG
+
+
+# Package that may be missing -> the extra that brings it.
+_EXTRAS = {"ray": "ray", "pyspark": "spark", "py4j": "spark", "deepspeed": "train"}
+
+
+def annotate(argv: Sequence[str]) -> int:
+    """Annotate a table of texts."""
+    from bert_ray.inference.job import AnnotateJob
+
+    examples = """\
+  bert-ray annotate jobs/annotate.yaml
+  bert-ray annotate jobs/annotate.yaml engine=ray workers=8 keep=id,source
+  bert-ray annotate --input lake/ --model models/sentiment --output out/ --column review
+  bert-ray runs status out/                 what is done; the same command again goes on"""
+    job = load_job(AnnotateJob, argv, command="bert-ray annotate", examples=examples)
+    from bert_ray.inference.bulk import run
+
+    return run(job).exit_status  # `run` prints the summary.
+
+
+def train(argv: Sequence[str]) -> int:
+    """Fine-tune a model."""
+    from bert_ray.training.job import TrainJob
+
+    examples = """\
+  bert-ray train jobs/finetune.yaml
+  bert-ray train jobs/finetune.yaml data.train=my.parquet output=models/sentiment epochs=5
+  bert-ray train jobs/finetune.yaml --engine local"""
+    job = load_job(TrainJob, argv, command="bert-ray train", examples=examples)
+    from bert_ray.training.launch import train as run
+
+    print(run(job))
+    return DONE
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Measure a model on a labelled table."""
+    from bert_ray.evaluation.job import EvaluateJob
+
+    examples = """\
+  bert-ray evaluate models/sentiment test.parquet
+  bert-ray evaluate models/sentiment test/ --column review --label stars --output reports/sentiment"""
+    job = load_job(
+        EvaluateJob,
+        argv,
+        command="bert-ray evaluate",
+        positionals=("model", "table"),
+        job_file=False,
+        examples=examples,
+    )
+    from bert_ray.evaluation.evaluate import evaluate as run
+
+    print(run(job).text())
+    return DONE
+
+
+def submit(argv: Sequence[str]) -> int:
+    """Hand a job to a Ray or Spark cluster."""
+    from bert_ray.submission import submit as run
+
+    return run(argv)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsStatus:
+    """How far a bulk run is: units done, failed and to do. Exit status 1 where some failed or are left.
+
+    Attributes:
+        output: the output directory of a `bert-ray annotate`.
+    """
+
+    output: str
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsFailures:
+    """Which units of a bulk run failed, and why. Exit status 1 where some did.
+
+    Attributes:
+        output: the output directory of a `bert-ray annotate`.
+    """
+
+    output: str
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsResume:
+    """Go on with a bulk run as it was begun; the flags change where and how fast, never what is written.
+
+    Attributes:
+        output: the output directory of a `bert-ray annotate`.
+        engine: another engine than before; a run begun on Ray may end on Spark.
+        workers: workers.
+        threads: torch threads per worker.
+        batch_tokens: tokens in a packed batch.
+        on_error: "continue": a unit that fails is listed and the others go on; "fail": the first one stops the run.
+        device: "auto", "cpu", "cuda", "cuda:1".
+    """
+
+    output: str
+    engine: Literal["local", "ray", "spark"] | None = None
+    workers: int | None = None
+    threads: int | None = None
+    batch_tokens: int | None = None
+    on_error: Literal["continue", "fail"] | None = None
+    device: str | None = None
+
+
+_RUNS = {"status": RunsStatus, "failures": RunsFailures, "resume": RunsResume}
+
+
+def runs(argv: Sequence[str]) -> int:
+    """What a bulk run has done, and what it could not do."""
+    words = list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: bert-ray runs [status|failures|resume] OUT\n")
+        for name, kind in _RUNS.items():
+            print(f"  {name:<9} {(kind.__doc__ or '').splitlines()[0]}")
+        return DONE if words else AT_FAULT
+    what = words.pop(0) if words[0] in _RUNS else "status"
+    options = load_job(_RUNS[what], words, command=f"bert-ray runs {what}", positionals=("output",), job_file=False)
+    from bert_ray.inference import runs as room
+
+    report = getattr(room, what)(**asdict(options))
+    if report.text:
+        print(report.text)
+    return int(report.exit_status)
+
+
+class Command(NamedTuple):
+    """A command: its function, and how its line in `bert-ray --help` looks."""
+
+    run: Callable[[Sequence[str]], int]
+    usage: str
+
+
+COMMANDS = {
+    "train": Command(train, "train JOB.yaml [key=value ...]"),
+    "annotate": Command(annotate, "annotate JOB.yaml [key=value ...]"),
+    "evaluate": Command(evaluate, "evaluate MODEL TABLE"),
+    "submit": Command(submit, "submit JOB.yaml --to ray|spark"),
+    "runs": Command(runs, "runs [status|failures|resume] OUT"),
+}
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help(), file=sys.stdout if words else sys.stderr)
+        return DONE if words else AT_FAULT
+    if words[0] in ("--version", "-V"):
+        print(f"bert-ray {__version__}")
+        return DONE
+    if words[0] not in COMMANDS:
+        from bert_ray.config.keys import did_you_mean, nearest
+
+        near = nearest(words[0], list(COMMANDS))
+        raise JobError(f"no command {words[0]!r}; {did_you_mean(near) or 'there are ' + ', '.join(COMMANDS)}")
+    return COMMANDS[words[0]].run(words[1:])
+
+
+def _help() -> str:
+    lines = [
+        "bert-ray: annotate the text in data lakes with BERT, and train the BERT that does it",
+        "",
+        *(f"  bert-ray {command.usage:<36} {(command.run.__doc__ or '').rstrip('.')}" for command in COMMANDS.values()),
+        "",
+        "bert-ray COMMAND --help explains every key of a command and gives examples.",
+        "Flags (--key value) and key=value mean the same and win over the job file.",
+        "",
+        "exit status: 0 done; 1 ended with rows or units that failed; 2 command, job file or model at fault;",
+        "             130 stopped by Ctrl-C; 70 a bug",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Hand a job to a cluster, through the cluster's own command line.
+
+    bert-ray submit jobs/annotate.yaml --to ray --address http://head:8265 --wait
+    bert-ray submit jobs/annotate.yaml --to spark --master spark://master:7077 --wait
+
+What travels: this bert_ray itself, so that the cluster runs the code that was submitted, and one job file with all
+overrides resolved. Both lie in `runs/<submission id>/` as a record. What must be on the cluster already: Python with
+bert_ray's dependencies, and the input, model and output under the same paths or URIs.
+
+Ray and Spark are only called as programs here; neither is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bert_ray.config import dump_job, load_job, peek
+from bert_ray.errors import JobError
+from bert_ray.inference.job import AnnotateJob
+from bert_ray.training.job import TrainJob
+
+_ENTRY = "bert_ray_job.py"
+_EXAMPLES = """\
+  bert-ray submit jobs/annotate.yaml --to ray --address http://head:8265 --wait
+  bert-ray submit jobs/finetune.yaml --to ray data.train=s3://bucket/train epochs=5
+  bert-ray submit jobs/annotate.yaml --to spark --master spark://master:7077 --wait"""
+# How long the cluster's answer about a job that has just ended is waited for.
+_STATUS_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(kw_only=True, slots=True)
+class SubmitOptions:
+    """Hand a job to a cluster: to Ray by its Jobs API, to Spark by spark-submit in client mode.
+
+    All other keys are the job's own and win over its file, as with `bert-ray annotate` and `bert-ray train`.
+
+    Attributes:
+        to: the kind of cluster. The job runs on that engine, whatever its file says.
+        address: Ray's Jobs API (`http://head:8265`); default: the job's `ray.address`, else RAY_API_SERVER_ADDRESS.
+        master: Spark's master URL (`spark://master:7077`, `yarn`); default: the job's `spark.master`.
+        wait: show the job's log and end with its exit status. Without it, the submission id is printed and how to
+            follow the job. With Spark the driver then runs on in the background of this machine.
+        python: Python that runs the driver on a Ray cluster's head.
+        env: environment variables of the job, on driver and workers (env.HF_HUB_OFFLINE=1).
+        record: directory in which a directory per submission is made.
+    """
+
+    to: Literal["ray", "spark"]
+    address: str | None = None
+    master: str | None = None
+    wait: bool = False
+    python: str = "python"
+    env: dict[str, str] = field(default_factory=dict)
+    record: str = "runs"
+
+
+def submit(argv: Sequence[str]) -> int:
+    """Submit a job as the command line says; returns the exit status.
+
+    Returns:
+        0 when submitted; with `wait` the job's own status.
+
+    Raises:
+        JobError: a key is wrong, the cluster is not named or does not answer, or the engine cannot run the job.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        load_job(SubmitOptions, ["--help"], command="bert-ray submit", examples=_EXAMPLES)
+    ours, theirs = _split(argv)
+    options = load_job(SubmitOptions, ours, command="bert-ray submit", job_file=False)
+    command, cls = _kind(theirs)
+    job: Any = load_job(cls, theirs, command=f"bert-ray {command}")
+    if command == "train" and options.to == "spark":
+        raise JobError("training runs on Ray: submit it --to ray")
+    send = _to_ray if options.to == "ray" else _to_spark
+    return send(options, command, job)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are submission's, and those that are the job's."""
+    names = {item.name for item in fields(SubmitOptions)}
+    ours: list[str] = []
+    theirs: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name = re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0].replace("-", "_")
+        if name in names and (word.startswith("--") or "=" in word):
+            ours.append(word)
+            takes_next = "=" not in word and (name != "wait" or words[:1] in (["true"], ["false"]))
+            if takes_next and words and not words[0].startswith("--"):
+                ours.append(words.pop(0))
+        else:
+            theirs.append(word)
+            if word.startswith("--") and "=" not in word and words and not words[0].startswith("--"):
+                theirs.append(words.pop(0))
+    return ours, theirs
+
+
+def _kind(words: list[str]) -> tuple[str, type]:
+    """Which job it is: an annotation has an input, a training has data."""
+    keys = {
+        re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0] for word in words if "=" in word or word[:2] == "--"
+    }
+    files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+    if files:
+        keys |= set(peek(files[0]))
+    if not words or not keys:
+        raise JobError("no job: give a job file, as in bert-ray submit jobs/annotate.yaml --to ray")
+    if ("input" in keys) == ("data" in keys):
+        which = files[0] if files else "the command"
+        raise JobError(f"{which} is neither an annotate job (it has `input`) nor a train job (it has `data`)")
+    return ("annotate", AnnotateJob) if "input" in keys else ("train", TrainJob)
+
+
+def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
+    ray = _program("ray")
+    address = options.address or job.ray.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        raise JobError(
+            "no Ray cluster: give --address http://HEAD:8265, ray.address in the job file, or RAY_API_SERVER_ADDRESS"
+        )
+    # On the cluster the driver is a job of it, which an address of None means.
+    job = replace(_absolute(job), engine="ray", ray=replace(job.ray, address=None))
+    name, stage = _stage(options, command, job)
+    environment = {
+        "working_dir": str(stage),
+        "py_modules": [str(Path(__file__).parent)],
+        "env_vars": options.env,
+        "excludes": ["**/__pycache__"],
+    }
+    head = [*ray, "job"]
+    where = ["--address", address]
+    submission = subprocess.run(
+        [
+            *[*head, "submit", *where, "--submission-id", name, "--no-wait"],
+            *["--runtime-env-json", json.dumps(environment), "--"],
+            *[options.python, _ENTRY, command, "job.yaml"],
+        ],
+        capture_output=True,
+        text=True,
+        env=_quiet_ray(),
+    )
+    if submission.returncode:
+        raise JobError(f"Ray at {address} did not take the job: {_reason(submission.stdout + submission.stderr)}")
+    said = re.search(r"server address: (http\S+)", submission.stdout + submission.stderr)
+    server = said[1] if said else address
+    print(f"submitted {name} to Ray at {address}; what was sent is in {stage}", flush=True)
+    if not options.wait:
+        print(_follow_ray(name, address, job), flush=True)
+        return 0
+    try:
+        subprocess.run([*head, "logs", "--follow", *where, name], env=_quiet_ray(), check=False)
+        return _ray_status(head, where, server, name)
+    except KeyboardInterrupt:
+        print(f"\nno longer following {name}; it goes on.\n{_follow_ray(name, address, job)}", file=sys.stderr)
+        return 130
+
+
+def _follow_ray(name: str, address: str, job: Any) -> str:
+    lines = [
+        f"  follow  ray job logs --follow --address {address} {name}",
+        f"  status  ray job status --address {address} {name}",
+        f"  stop    ray job stop --address {address} {name}",
+    ]
+    return "\n".join(lines + _progress(job))
+
+
+def _ray_status(head: list[str], where: list[str], server: str, name: str) -> int:
+    """The driver's exit status, from the Jobs API; 1 where the job failed before it had a driver."""
+    deadline = time.monotonic() + _STATUS_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{server}/api/jobs/{name}", timeout=10) as answer:
+                details = json.load(answer)
+        except (urllib.error.URLError, ValueError, OSError):
+            # A server behind authentication, or an address that is not HTTP: Ray's own client knows the way.
+            status = subprocess.run([*head, "status", *where, name], capture_output=True, text=True, env=_quiet_ray())
+            return 0 if re.search(r"succeeded", status.stdout + status.stderr, re.IGNORECASE) else 1
+        state = details.get("status")
+        if state in ("SUCCEEDED", "FAILED", "STOPPED"):
+            code = details.get("driver_exit_code")
+            if state == "FAILED":
+                print(f"{name} failed: {details.get('message')}", file=sys.stderr)
+            return 0 if state == "SUCCEEDED" else int(code) if code and int(code) > 0 else 1
+        time.sleep(0.5)
+    raise JobError(f"Ray's Jobs API at {server} does not say how {name} ended; ask: ray job status {name}")
+
+
+def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
+    spark = _program("spark")
+    master = options.master or job.spark.master
+    if not master:
+        raise JobError("no Spark master: give --master spark://HOST:7077 (or yarn), or spark.master in the job file")
+    if job.spark.config.get("spark.submit.deployMode", "client") != "client":
+        raise JobError("spark.submit.deployMode: the driver runs where you submit (client mode); leave it out")
+    # spark-submit says which master; the session that the driver makes then takes it from there.
+    job = replace(_absolute(job), engine="spark", spark=replace(job.spark, master=None))
+    name, stage = _stage(options, command, job)
+    archive = _archive(stage)
+    settings = dict(job.spark.config)
+    settings |= {f"spark.executorEnv.{key}": value for key, value in options.env.items()}
+    words = [
+        *[*spark, "--master", master, "--deploy-mode", "client", "--name", name, "--py-files", str(archive)],
+        *[word for key, value in settings.items() for word in ("--conf", f"{key}={value}")],
+        *[str(stage / _ENTRY), command, str(stage / "job.yaml")],
+    ]
+    # Executors start the Python that the driver names; another one would lack what this one has.
+    environment = {"PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
+    environment |= {**os.environ, **options.env}
+    print(f"submitted {name} to Spark at {master}; what was sent is in {stage}", flush=True)
+    if options.wait:
+        return subprocess.run(words, env=environment, check=False).returncode
+    log = stage / "log.txt"
+    with log.open("wb") as handle:
+        driver = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, start_new_session=True
+        )
+    lines = [
+        "The driver runs on in the background of this machine (Spark's client mode).",
+        f"  follow  tail -f {log}",
+        f"  stop    kill {driver.pid}",
+    ]
+    print("\n".join(lines + _progress(job)), flush=True)
+    return 0
+
+
+def _progress(job: Any) -> list[str]:
+    return [f"  done    bert-ray runs status {job.output}"] if isinstance(job, AnnotateJob) else []
+
+
+def _program(engine: Literal["ray", "spark"]) -> list[str]:
+    """The command line of ray, or spark-submit, of this Python; found without importing either."""
+    package = {"ray": "ray", "spark": "pyspark"}[engine]
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise JobError(f"submitting to {engine} needs {package} here too: pip install 'bert-ray[{engine}]'")
+    if engine == "ray":
+        return [sys.executable, "-m", "ray.scripts.scripts"]
+    home = os.environ.get("SPARK_HOME") or found.submodule_search_locations[0]
+    return [str(Path(home) / "bin" / "spark-submit")]
+
+
+def _absolute(job: Any) -> Any:
+    """The job with local paths made absolute, as its driver starts in another directory."""
+    changed: dict[str, Any] = {"output": _path(job.output)}
+    if isinstance(job, AnnotateJob):
+        changed["input"] = _path(job.input)
+    else:
+        data = job.data
+        changed["data"] = replace(
+            data, train=_path(data.train), validation=_path(data.validation) if data.validation else None
+        )
+    if Path(job.model).is_dir():
+        changed["model"] = _path(job.model)  # Anything else is a hub id, a package or a URI.
+    return replace(job, **changed)
+
+
+def _path(path: str) -> str:
+    return path if re.match(r"[a-z][a-z0-9+.-]*://", path) else str(Path(path).absolute())
+
+
+def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:
+    """Make the submission's id and its directory with job file and entry point."""
+    name = f"bert-ray-{command}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    stage = Path(options.record).absolute() / name
+    stage.mkdir(parents=True)
+    (stage / "job.yaml").write_text(dump_job(job), "utf-8")
+    shutil.copyfile(Path(__file__).parent / "__main__.py", stage / _ENTRY)
+    return name, stage
+
+
+def _archive(stage: Path) -> Path:
+    """This bert_ray as the zip that spark-submit sends to driver and executors."""
+    package = Path(__file__).parent
+    archive = stage / "bert_ray.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as handle:
+        for path in sorted(package.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                handle.write(path, path.relative_to(package.parent))
+    return archive
+
+
+def _quiet_ray() -> dict[str, str]:
+    # The client would colour its lines, and ask about usage statistics.
+    return {**os.environ, "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"), "NO_COLOR": "1"}
+
+
+def _reason(text: str) -> str:
+    """The last line of a program's complaint."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it gave no reason"
