@@ -1,0 +1,349 @@
+"""The one bulk path: plan a run, hand its units to an engine, count what comes back.
+
+    prepare(job) -> Plan: table, model and output checked, what is still to do
+    engine.run_units(plan) -> outcomes, one per unit, from `work.annotate_unit` on a worker
+    run(job) -> Summary: both, with progress
+
+A run that is stopped by anything (Ctrl-C, a kill of any process, a full disk) is gone on with by the same command, on
+the same engine or another: units with a receipt are not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bert_ray import __version__
+from bert_ray.errors import BertRayError, ColumnError, JobError
+from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.progress import Progress
+
+# Sessions that run.json remembers.
+_SESSIONS = 100
+# Failures that the summary shows; `runs failures` shows all.
+_FAILURES_SHOWN = 3
+
+
+class EngineError(BertRayError):
+    """Ray or Spark gave up in the middle of a run. What is done stays done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run that may begin.
+
+    Attributes:
+        work: what every worker gets.
+        units: all units of the table; `todo`: those without a receipt.
+    """
+
+    job: AnnotateJob
+    work: Any
+    units: list[Any]
+    todo: list[Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        rows: rows annotated by this run, without those of earlier ones.
+        units, done, skipped, failed, left: all units; of these done by this run, by earlier ones, failed, not tried.
+        seconds: of the whole run; `startup_seconds`: of these until a worker with its model in memory began.
+        stopped: why the run ended before its last unit, "" where it did not.
+        failures: `unit`, `file`, `row_groups`, `error` of each unit that failed.
+    """
+
+    engine: str
+    output: str
+    annotation: str
+    rows: int = 0
+    units: int = 0
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    startup_seconds: float = 0.0
+    stopped: str = ""
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.units - self.done - self.skipped - self.failed
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows per second once started."""
+        busy = self.seconds - self.startup_seconds
+        return self.rows / busy if busy > 0 else 0.0
+
+    @property
+    def exit_status(self) -> int:
+        """0: every unit of the table is done; 1: units failed or were left."""
+        return int(bool(self.failed or self.left or self.stopped))
+
+    def __str__(self) -> str:
+        lines = [
+            f"annotated {self.rows:,} rows in {self.done:,} units on {self.engine}: "
+            f"{self.rows_per_second:,.1f} rows/s, {self.seconds:.1f} s of which {self.startup_seconds:.1f} s start-up",
+            f"  table    {self.output} ({self.annotation})",
+        ]
+        if self.skipped:
+            lines.append(f"  skipped  {self.skipped:,} units that earlier runs have done")
+        if self.failed:
+            lines.append(f"  failed   {self.failed:,} units; all of them: bert-ray runs failures {self.output}")
+            lines += [f"           {note['error']}" for note in self.failures[:_FAILURES_SHOWN]]
+        if self.stopped:
+            lines.append(f"  stopped  {self.stopped}")
+        if self.left:
+            lines.append(f"  left     {self.left:,} units; to go on: bert-ray runs resume {self.output}")
+        return "\n".join(lines)
+
+
+def run(job: AnnotateJob) -> Summary:
+    """Annotate a table, or go on with annotating it; prints progress to standard error and a summary at the end.
+
+    Raises:
+        BertRayError: job, model or table is at fault; nothing was started.
+        KeyboardInterrupt: after the run was stopped cleanly and it was said how to go on.
+    """
+    began = time.monotonic()
+    began_wall = time.time()
+    engine = load_engine(job.engine)
+    plan = prepare(job)
+    summary = Summary(
+        engine=job.engine,
+        output=plan.work.output,
+        annotation=f"column {plan.work.field.name}: {plan.work.field.type}",
+        units=len(plan.units),
+        skipped=len(plan.units) - len(plan.todo),
+    )
+    rows = [unit.rows for unit in plan.todo if unit.rows is not None]
+    first = None
+    try:
+        with Progress(what=f"annotate on {job.engine}", units=len(plan.todo), rows=sum(rows)) as progress:
+            try:
+                for outcome in _outcomes(engine, plan, progress.watch):
+                    if outcome.state == "left":
+                        continue
+                    failed = outcome.state == "failed"
+                    progress.ended(outcome.rows, outcome.seconds, failed)
+                    summary.rows += outcome.rows
+                    summary.done += not failed
+                    summary.failed += failed
+                    if not failed:
+                        first = min(first or outcome.began, outcome.began)
+                        continue
+                    summary.failures.append(_failure(plan, outcome))
+                    if outcome.lasting or job.on_error == "fail":
+                        summary.stopped = outcome.error
+                        break
+            except EngineError as error:
+                summary.stopped = str(error)
+    except KeyboardInterrupt:
+        finished = summary.skipped + summary.done
+        print(
+            f"\nstopped by Ctrl-C: {finished:,} of {summary.units:,} units are done and stay so. "
+            f"To go on, give the same command again, or: bert-ray runs resume {summary.output}",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
+    summary.seconds = time.monotonic() - began
+    summary.startup_seconds = min(summary.seconds, max(0.0, first - began_wall)) if first else 0.0
+    print(summary, flush=True)
+    return summary
+
+
+def _outcomes(engine: ModuleType, plan: Plan, watch: Callable[[int], None]) -> Iterator[Any]:
+    """The engine's outcomes, each unit once. Leaving the loop stops the engine."""
+    if not plan.todo:
+        return
+    seen = set()
+    with contextlib.closing(engine.run_units(plan, watch)) as outcomes:
+        for outcome in outcomes:
+            if outcome.unit not in seen:
+                seen.add(outcome.unit)
+                yield outcome
+
+
+def _failure(plan: Plan, outcome: Any) -> dict[str, Any]:
+    unit = next(unit for unit in plan.todo if unit.id == outcome.unit)
+    return {"unit": unit.id, "file": unit.path, "row_groups": unit.row_groups, "error": outcome.error}
+
+
+def load_engine(name: str) -> ModuleType:
+    """The adapter of an engine.
+
+    Raises:
+        JobError: what the engine needs is not installed.
+    """
+    module = {"local": "local", "ray": "ray_data", "spark": "spark"}[name]
+    try:
+        return importlib.import_module(f"bert_ray.inference.{module}")
+    except ImportError as error:
+        if (error.name or "").startswith("bert_ray"):
+            raise
+        raise JobError(f"engine {name} needs {error.name}: pip install 'bert_ray[{name}]'") from error
+
+
+def prepare(job: AnnotateJob) -> Plan:
+    """Check table, model and output, and find what there is to do. Writes OUT/_bert_ray/run.json and no more.
+
+    Raises:
+        BertRayError: something is at fault that would fail every unit, or the output holds a run of another job.
+    """
+    from bert_ray.inference.specs import annotator_of
+    from bert_ray.inference.work import Work
+    from bert_ray.lake.journal import Journal
+    from bert_ray.lake.outputs import check_place
+    from bert_ray.lake.tables import open_table
+
+    output = check_place(job.output, job.input)
+    journal = Journal(output)
+    earlier = journal.read_run()
+    table = open_table(job.input)
+    schema = table.schema
+    spec, annotator = annotator_of(
+        job.model,
+        column=job.column,
+        columns=job.columns,
+        name=job.name,
+        scores=job.scores,
+        batch_tokens=job.batch_tokens,
+        threads=job.threads,
+        device=job.device,
+        dtype=job.dtype,
+        elsewhere=job.engine != "local",
+    )
+    keep = _kept(job, schema, table.partitions)
+    annotator.check(_checked(schema, annotator.input_columns, (*keep, *table.partitions)))
+    session = uuid.uuid4().hex[:12]
+    work = Work(
+        session=session,
+        engine=job.engine,
+        output=str(output),
+        reader=table.reader(),
+        annotator=spec,
+        keep=keep,
+        field=annotator.output_field,
+        task=annotator.task.kind,
+    )
+    settings = {
+        "input": table.name,
+        "model's fingerprint": annotator.fingerprint,
+        "columns": dict(zip(annotator.task.inputs, annotator.input_columns, strict=True)),
+        "unit_rows": job.unit_rows,
+        "dtype": job.dtype,
+        "partitions": list(table.partitions),
+        "output columns": {field.name: str(field.type) for field in work.schema},
+    }
+    if earlier:
+        _compare(output, earlier["settings"], settings)
+    units = table.units(job.unit_rows)
+    if earlier:
+        _reconcile(journal, units)
+    done = journal.receipts()
+    note = {"session": session, "engine": job.engine, "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    journal.write_run(
+        {
+            "version": __version__,
+            "job": dataclasses.asdict(job) | {"input": table.name, "model": spec.model, "output": str(output)},
+            "task": annotator.task.kind,
+            "settings": settings,
+            "units": len(units),
+            "rows": sum(unit.rows or 0 for unit in units),
+            "sessions": [*earlier.get("sessions", []), note][-_SESSIONS:],
+        }
+    )
+    return Plan(job=job, work=work, units=units, todo=[unit for unit in units if unit.id not in done])
+
+
+def _kept(job: AnnotateJob, schema: Any, partitions: tuple[str, ...]) -> tuple[str, ...]:
+    if job.keep is None:
+        return tuple(name for name in schema.names if name not in partitions)
+    from difflib import get_close_matches
+
+    for name in job.keep:
+        if name not in schema.names:
+            near = get_close_matches(name, schema.names, n=3, cutoff=0.5) or schema.names
+            raise ColumnError(f"keep: the table has no column {name!r}, near it are: {', '.join(near)}")
+    # The directories keep the partition columns; the files do not repeat them.
+    return tuple(name for name in job.keep if name not in partitions)
+
+
+def _checked(schema: Any, inputs: tuple[str, ...], kept: tuple[str, ...]) -> Any:
+    """The schema to hold the annotator to: what is read and written. Where an input is missing, all there is, so that
+    the error can name what is near.
+    """
+    import pyarrow as pa
+
+    if not set(inputs) <= set(schema.names):
+        return schema
+    return pa.schema([schema.field(name) for name in dict.fromkeys((*kept, *inputs))])
+
+
+def _compare(output: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a JobError where the run that the output holds is not this one."""
+    differences = []
+    for key, value in now.items():
+        if (was := earlier.get(key)) == value:
+            continue
+        if isinstance(was, dict) and isinstance(value, dict):
+            differences += [
+                f"{key}: {name} was {was.get(name, 'not there')}, is {value.get(name, 'not there')}"
+                for name in {**was, **value}
+                if was.get(name) != value.get(name)
+            ] or [f"{key}: were in the order {', '.join(was)}, are in {', '.join(value)}"]
+        else:
+            differences.append(f"{key} was {was}, is {value}")
+    if differences:
+        raise JobError(
+            f"the output {output} holds a run of another job ({'; '.join(differences)}): "
+            "give that job again to go on with it, or choose another output"
+        )
+
+
+def _reconcile(journal: Any, units: list[Any]) -> None:
+    """Bring the journal of earlier runs in line with the table as it is now.
+
+    New files are new units. A file that failed and was mended is done anew, with those of its units that had not
+    failed. A file that was changed or removed after it was annotated is an error: its rows stand in the output, and
+    whether they should go is not for a re-run to decide.
+    """
+    from bert_ray.lake.outputs import parts
+
+    journal.sweep()
+    planned = {unit.id for unit in units}
+    present = {unit.path for unit in units}
+    failures = journal.failures()
+    tried = {note.get("file") for note in failures}
+    receipts = {unit_id: journal.receipt(unit_id).get("file") for unit_id in journal.receipts() - planned}
+    if lost := sorted({file for file in receipts.values() if file and not (file in tried and file in present)}):
+        how = "changed" if lost[0] in present else "gone"
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise JobError(
+            f"the input's file {lost[0]}{more} is {how} since {journal.output} has its rows: "
+            "restore it, or choose another output"
+        )
+    for unit_id in receipts:
+        journal.discard(unit_id)
+    for unit_id in (journal.failed() | journal.started()) - planned:
+        journal.clear(unit_id)
+    standing, done = parts(journal.output), journal.receipts()
+    for unit_id, path in standing.items():
+        # Cut off between rename and receipt, and the file was changed since: no unit would ever replace it.
+        if unit_id not in planned and unit_id not in done:
+            path.unlink(missing_ok=True)
+    for unit_id in done - standing.keys():
+        journal.discard(unit_id)

@@ -1,0 +1,106 @@
+"""What a bulk annotation is told: the keys of a job file, the command's flags and the Python arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bert_ray.errors import JobError
+
+Engine = Literal["local", "ray", "spark"]
+OnError = Literal["continue", "fail"]
+
+
+@dataclass(kw_only=True, slots=True)
+class RayOptions:
+    """Where Ray runs.
+
+    Attributes:
+        address: of a running cluster ("auto", "ray://host:10001", "host:6379"). None: the cluster the process is a job
+            of, else a Ray of its own on this machine, for as long as the run lasts.
+    """
+
+    address: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class SparkOptions:
+    """Where Spark runs. A SparkSession that is active in the process is used as it is, and these have no effect.
+
+    Attributes:
+        master: the master's URL ("local[4]", "spark://host:7077", "yarn"). None: what spark-submit says, else all cores
+            of this machine.
+        config: settings of the session ("spark.executor.memory": "4g").
+    """
+
+    master: str | None = None
+    config: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class AnnotateJob:
+    """One bulk annotation of a table.
+
+    Attributes:
+        input: the table: a directory of Parquet files, hive-partitioned or flat, or one Parquet file.
+        model: a bundle reference.
+        output: the directory to write, new, empty or of an earlier run of the same job, which is then gone on with.
+        engine: "local" (this process), "ray" or "spark".
+        column: the text column, for a task of one input; default: the input's name, `text`.
+        columns: table columns by task input, for a task of several inputs.
+        name: the annotation's column; default: the name on the model's card.
+        keep: the input's columns to write beside the annotation, in this order; default: all. Partition columns stay
+            in the directories' names in any case.
+        scores: also write every label's score, where the task has labels.
+        on_error: "continue": a unit that fails is listed and the others go on; "fail": the first one stops the run.
+        unit_rows: rows in a unit of work, about: what is lost at most when a worker is killed, and what an output file
+            holds. A row group is never split.
+        batch_tokens: tokens in a packed batch; default: what suits the device.
+        threads: torch threads per worker; default: the cores shared among a machine's workers.
+        workers: workers (with Ray: actors; with Spark: tasks at a time); default: what the machine or cluster has.
+            The local engine is one worker.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
+        dtype: "auto" (fp32 on a CPU, bf16 or fp16 on a GPU), "fp32", "bf16", "fp16".
+        ray, spark: where these engines run.
+    """
+
+    input: str
+    model: str
+    output: str
+    engine: Engine = "local"
+    column: str | None = None
+    columns: dict[str, str] | None = None
+    name: str | None = None
+    keep: list[str] | None = None
+    scores: bool = False
+    on_error: OnError = "continue"
+    unit_rows: int = 50_000
+    batch_tokens: int | None = None
+    threads: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    ray: RayOptions = field(default_factory=RayOptions)
+    spark: SparkOptions = field(default_factory=SparkOptions)
+
+    def __post_init__(self) -> None:
+        for key in ("input", "model", "output"):
+            if not str(getattr(self, key) or "").strip():
+                raise JobError(f"{key} is empty: give {key}: in the job file or --{key}")
+        for key, allowed in (
+            ("engine", ("local", "ray", "spark")),
+            ("on_error", ("continue", "fail")),
+            ("dtype", ("auto", "fp32", "bf16", "fp16")),
+        ):
+            if (value := getattr(self, key)) not in allowed:
+                raise JobError(f"{key} is {value!r}: it is one of {', '.join(allowed)}")
+        for key in ("unit_rows", "batch_tokens", "threads", "workers"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise JobError(f"{key} is {value}: it is at least 1")
+        if self.column is not None and self.columns:
+            raise JobError("column and columns are both given: column is for a task of one input, columns for several")
+        if self.keep is not None:
+            if not self.keep:
+                raise JobError("keep is empty: name a column to keep, or leave keep out to keep all")
+            if len(set(self.keep)) < len(self.keep):
+                raise JobError(f"keep names a column twice: {', '.join(self.keep)}")

@@ -1,0 +1,264 @@
+"""Annotating with Ray Data: a dataset of rows, or the units of a run.
+
+Both use a pool of actors, each with the model in its memory. A pool that takes every CPU of a small machine waits for
+ever, since the tasks that read and write need one as well, and Ray says nothing; so the pool always leaves some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from bert_ray.errors import JobError
+from bert_ray.inference.bulk import EngineError
+from bert_ray.inference.specs import annotator_of
+from bert_ray.inference.work import Outcome, Work, annotate_unit
+from bert_ray.lake.units import Unit
+
+if TYPE_CHECKING:
+    from bert_ray.inference.bulk import Plan
+    from bert_ray.model.annotator import AnnotatorSpec
+
+# Torch threads of a CPU worker where nobody says: matrix products of a BERT's size scale well to about this many.
+_THREADS = 4
+# Rows handed to an actor at a time: enough to pack rows of like length together, few enough to stay in memory.
+_BATCH_ROWS = 2048
+# Blocks of the units' dataset. One unit each up to here, so that a unit's outcome is known when it ends.
+_MOST_BLOCKS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many actors, and what each one takes. `cpus` is what Ray sets aside, `threads` what torch uses."""
+
+    actors: int
+    cpus: float
+    gpus: float
+    threads: int | None
+
+
+def plan_pool(
+    cpus: float,
+    node_cpus: float,
+    gpus: float,
+    *,
+    workers: int | None,
+    threads: int | None,
+    device: str,
+    tasks: int | None,
+) -> Pool:
+    """Lay out a pool over a cluster.
+
+    Args:
+        cpus: CPUs of the cluster.
+        node_cpus: CPUs of its largest node.
+        gpus: GPUs of the cluster.
+        workers: how many actors the user asked for, None to choose.
+        threads: how many torch threads each, None to choose.
+        device: "auto" takes a GPU per actor where the cluster has any.
+        tasks: how many pieces of work there are at most; no more actors than that.
+
+    Raises:
+        JobError: the cluster cannot hold the workers asked for, and would wait for ever.
+    """
+    most = tasks if tasks is not None else 2**31
+    if device.startswith("cuda") or (device == "auto" and gpus >= 1):
+        if gpus < max(1, workers or 1):
+            raise JobError(f"{workers or 1} workers with a GPU each are asked for, the cluster has {gpus:g} GPUs")
+        actors = min(workers or int(gpus), most)
+        return Pool(actors=actors, cpus=1 if cpus > actors else cpus / (2 * actors), gpus=1, threads=threads)
+    cores = max(1, int(cpus))
+    fit = max(1, int(node_cpus))
+    if workers:
+        threads = threads or max(1, min(fit, cores // workers))
+    else:
+        threads = threads or min(_THREADS, fit)
+    actors = min(workers or max(1, cores // threads), most)
+    # Each actor leaves one of its cores to reading and writing, unless there are enough beside the pool.
+    share = threads if actors * threads < cores else max(0.5, threads - 1)
+    share = min(share, fit)
+    if actors * share > cpus:
+        raise JobError(
+            f"{actors} workers of {threads} threads are asked for, the cluster has {cpus:g} CPUs: "
+            "lower workers or threads"
+        )
+    return Pool(actors=actors, cpus=share, gpus=0, threads=threads)
+
+
+def annotate(
+    dataset: ray.data.Dataset,
+    model: str,
+    column: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    batch_rows: int = _BATCH_ROWS,
+    **options: Any,
+) -> ray.data.Dataset:
+    """Append a model's annotation to a Ray dataset; lazy, as Ray's own transformations are.
+
+    Args:
+        dataset: rows with the task's input columns.
+        model: a bundle reference that every node can resolve.
+        column: the text column, for a task of one input; default: the input's name, `text`.
+        columns: table columns by task input, for a task of several.
+        workers: actors; default: what the cluster holds beside reading and writing.
+        threads: torch threads per actor.
+        batch_rows: rows handed to an actor at a time.
+        **options: `name`, `scores`, `batch_tokens`, `device`, `dtype` (see `AnnotatorSpec`).
+
+    Returns:
+        The dataset with one more column; null text has a null annotation.
+
+    Raises:
+        BundleError: the model cannot be used.
+        ColumnError: the dataset lacks the column, has it in another type, or has the annotation's name already.
+        JobError: the cluster cannot hold the workers asked for.
+    """
+    spec, annotator = annotator_of(model, column=column, columns=columns, **options)
+    schema = _arrow_schema(dataset)
+    if schema is not None:
+        annotator.check(schema)
+    pool = _pool(workers=workers, threads=threads, device=spec.device, tasks=None)
+    annotated = dataset.map_batches(
+        _RowAnnotator,
+        fn_constructor_args=(dataclasses.replace(spec, threads=pool.threads),),
+        batch_format="pyarrow",
+        batch_size=batch_rows,
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+    if schema is None:
+        return annotated
+    # A dataset of no rows never reaches the actors, and would come out without the column: these no rows have it.
+    empty = pa.schema([*schema, annotator.output_field]).empty_table()
+    return annotated.union(ray.data.from_arrow(empty))
+
+
+class _RowAnnotator:
+    """The actor that annotates rows."""
+
+    def __init__(self, spec: AnnotatorSpec) -> None:
+        self._annotator = spec.build()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self._annotator(table)
+
+
+class _UnitAnnotator:
+    """The actor that annotates units, each from its file to its part of the output."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        units = [Unit.from_json(text) for text in batch["unit"].to_pylist()]
+        return pa.table({"outcome": [annotate_unit(self._work, unit).to_json() for unit in units]})
+
+
+def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
+    """Annotate the plan's units on a pool of actors; outcomes come as units end.
+
+    An actor that dies is started again and its unit given to it anew. Closing the generator ends the work.
+
+    Raises:
+        EngineError: Ray gave up.
+    """
+    with _session(plan.job.ray.address), _quiet():
+        job = plan.job
+        pool = _pool(workers=job.workers, threads=job.threads, device=job.device, tasks=len(plan.todo))
+        spec = dataclasses.replace(plan.work.annotator, threads=pool.threads)
+        work = dataclasses.replace(plan.work, annotator=spec)
+        dataset = ray.data.from_items(
+            [{"unit": unit.to_json()} for unit in plan.todo],
+            override_num_blocks=min(len(plan.todo), _MOST_BLOCKS),
+        ).map_batches(
+            _UnitAnnotator,
+            fn_constructor_args=(work,),
+            batch_format="pyarrow",
+            batch_size=1,
+            # One unit at a time each: a second one would wait behind the first while another actor is idle.
+            compute=ray.data.ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=1),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+        )
+        try:
+            # Closing Ray's generator shuts its executor down, actors and all.
+            with contextlib.closing(
+                iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+            ) as batches:
+                for batch in batches:
+                    for text in batch["outcome"].to_pylist():
+                        yield Outcome.from_json(text)
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"Ray gave up: {' '.join(str(error).split())[:500]}") from error
+
+
+@contextlib.contextmanager
+def _session(address: str | None) -> Iterator[None]:
+    """A Ray to work on: the one in use, the one at the address, the one this process is a job of, or one of our own."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Else Ray prints an error of its own for every pool of actors, about what cannot happen here.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        if address == "local":
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise JobError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Ray Data's own progress, which counts blocks, beside ours, which counts rows."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before[0]
+        logger.setLevel(before[1])
+
+
+def _pool(*, workers: int | None, threads: int | None, device: str, tasks: int | None) -> Pool:
+    if not ray.is_initialized():  # As any use of ray.data does.
+        ray.init()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    whole = ray.cluster_resources()
+    return plan_pool(
+        whole.get("CPU", 1),
+        max((node.get("CPU", 0) for node in nodes), default=1),
+        whole.get("GPU", 0),
+        workers=workers,
+        threads=threads,
+        device=device,
+        tasks=tasks,
+    )
+
+
+def _arrow_schema(dataset: ray.data.Dataset) -> pa.Schema | None:
+    """The dataset's Arrow schema; None where it is empty, or not of Arrow's types."""
+    schema = dataset.schema()
+    base = getattr(schema, "base_schema", None)
+    return base if isinstance(base, pa.Schema) else None

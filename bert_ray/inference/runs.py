@@ -1,0 +1,100 @@
+"""What a bulk run has done and could not do, and going on with it: `bert-ray runs status|failures|resume OUT`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bert_ray.errors import JobError
+from bert_ray.inference.bulk import run
+from bert_ray.inference.job import AnnotateJob, RayOptions, SparkOptions
+from bert_ray.lake.journal import Journal
+from bert_ray.lake.tables import local_target
+
+
+class Report(NamedTuple):
+    """Text to print, and the exit status that goes with it."""
+
+    text: str
+    exit_status: int
+
+
+def status(output: str | os.PathLike[str]) -> Report:
+    """How far a run is. Exit status 0: all its units are done; 1: some failed or are still to do.
+
+    Raises:
+        JobError: there is no run.
+    """
+    journal, plan = _open(output)
+    done, failed = journal.receipts(), journal.failed()
+    rows = sum(journal.receipt(unit_id).get("rows", 0) for unit_id in done)
+    left = max(0, plan["units"] - len(done) - len(failed))
+    sessions = plan["sessions"]
+    lines = [
+        f"{journal.output}",
+        f"  input    {plan['settings']['input']}",
+        f"  model    {plan['job']['model']} ({plan['task']}, fingerprint {_fingerprint(plan)[:12]})",
+        f"  units    {plan['units']:,}: {len(done):,} done, {len(failed):,} failed, {left:,} to do",
+        f"  rows     {rows:,} of {plan['rows']:,} written",
+        f"  sessions {len(sessions)}, the last on {sessions[-1]['engine']} at {sessions[-1]['began']}",
+    ]
+    if begun := journal.started():
+        lines.append(f"  begun    {len(begun):,} units are under way, or were cut off")
+    if failed:
+        lines.append(f"  why      bert-ray runs failures {journal.output}")
+    if failed or left:
+        lines.append(f"  go on    bert-ray runs resume {journal.output}")
+    return Report("\n".join(lines), int(bool(failed or left)))
+
+
+def failures(output: str | os.PathLike[str]) -> Report:
+    """Which units failed and why. Exit status 0: none; 1: some.
+
+    Raises:
+        JobError: there is no run.
+    """
+    journal, _ = _open(output)
+    notes = journal.failures()
+    if not notes:
+        return Report(f"{journal.output}: no unit has failed", 0)
+    lines = [f"{journal.output}: {len(notes):,} units failed"]
+    for note in notes:
+        groups = note.get("row_groups")
+        where = f", row groups {groups[0]} to {groups[1] - 1}" if groups else ""
+        lines += [f"  {note.get('file')}{where}", f"    {note.get('error')}"]
+    lines.append(f"mend the files and go on: bert-ray runs resume {journal.output}")
+    return Report("\n".join(lines), 1)
+
+
+def resume(output: str | os.PathLike[str], **changes: Any) -> Report:
+    """Go on with a run as it was begun, or with other settings for where and how fast it runs.
+
+    Args:
+        output: the run's output directory.
+        **changes: fields of `AnnotateJob` to change: `engine`, `workers`, `threads`, `batch_tokens`, `on_error`, …
+            Settings that the table's content hangs on cannot change; None leaves a field as it is.
+
+    Raises:
+        JobError: there is no run, or a change would make it another job.
+    """
+    _, plan = _open(output)
+    told = dict(plan["job"])
+    told["ray"], told["spark"] = RayOptions(**told["ray"]), SparkOptions(**told["spark"])
+    # The directory may have been moved since: where it is now counts.
+    told["output"] = str(local_target(output))
+    told.update({key: value for key, value in changes.items() if value is not None})
+    summary = run(AnnotateJob(**told))
+    return Report("", summary.exit_status)  # `run` has printed its summary.
+
+
+def _open(output: str | os.PathLike[str]) -> tuple[Journal, dict[str, Any]]:
+    journal = Journal(Path(local_target(output)))
+    plan = journal.read_run()
+    if not plan:
+        raise JobError(f"{output} holds no run: name the output directory of a `bert-ray annotate`")
+    return journal, plan
+
+
+def _fingerprint(plan: dict[str, Any]) -> str:
+    return plan["settings"]["model's fingerprint"]

@@ -1,0 +1,229 @@
+"""Annotating with Spark: a DataFrame, or the units of a run.
+
+Both go through mapInArrow: Arrow batches in, Arrow batches out, and one model per Python worker process, which Spark
+keeps for the tasks that follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+# PySpark warns of pandas 3 at every turn; nothing here goes through pandas.
+warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas", category=FutureWarning)
+
+from pyspark.errors import PySparkException  # noqa: E402
+from pyspark.sql import DataFrame, SparkSession  # noqa: E402
+from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
+from pyspark.sql.types import StructField, StructType  # noqa: E402
+
+from bert_ray.errors import JobError  # noqa: E402
+from bert_ray.inference.bulk import EngineError  # noqa: E402
+from bert_ray.inference.specs import annotator_of  # noqa: E402
+from bert_ray.inference.work import Outcome, Work, annotate_unit  # noqa: E402
+from bert_ray.lake.journal import Journal  # noqa: E402
+from bert_ray.lake.units import Unit  # noqa: E402
+
+if TYPE_CHECKING:
+    from bert_ray.inference.bulk import Plan
+    from bert_ray.inference.job import SparkOptions
+    from bert_ray.model.annotator import AnnotatorSpec
+
+# Tasks of a run: one unit each up to here, so that a task that dies takes one unit with it.
+_MOST_TASKS = 10_000
+# How often the journal is read for what has ended: Spark itself tells only when all has.
+_LOOK_SEC = 1.0
+# A task is tried this often in a session of our own; Spark's default there is once.
+_TRIES = 4
+
+
+def annotate(
+    frame: DataFrame,
+    model: str,
+    column: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    *,
+    threads: int | None = None,
+    **options: Any,
+) -> DataFrame:
+    """Append a model's annotation to a DataFrame; lazy, as Spark's own transformations are.
+
+    Args:
+        frame: rows with the task's input columns.
+        model: a bundle reference that every executor can resolve.
+        column: the text column, for a task of one input; default: the input's name, `text`.
+        columns: table columns by task input, for a task of several.
+        threads: torch threads per Python worker; default: the cores among the tasks that run at a time.
+        **options: `name`, `scores`, `batch_tokens`, `device`, `dtype` (see `AnnotatorSpec`).
+
+    Returns:
+        The frame with one more column; null text has a null annotation.
+
+    Raises:
+        BundleError: the model cannot be used.
+        ColumnError: the frame lacks the column, has it in another type, or has the annotation's name already.
+    """
+    spec, annotator = annotator_of(model, column=column, columns=columns, **options)
+    annotator.check(to_arrow_schema(frame.schema))
+    spec = dataclasses.replace(spec, threads=threads or worker_threads(frame.sparkSession))
+    field = annotator.output_field
+    schema = StructType([*frame.schema.fields, StructField(field.name, from_arrow_type(field.type), True)])
+    return frame.mapInArrow(_row_annotator(spec), schema)
+
+
+def _row_annotator(spec: AnnotatorSpec) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def annotate_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        annotator = spec.build()  # The same object for every task of this process.
+        for batch in batches:
+            yield as_spark(annotator(batch))
+
+    return annotate_batches
+
+
+def as_spark(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with types that Spark has: it knows lists, but none of a fixed size."""
+    columns = [spark_array(column) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def spark_array(array: pa.Array) -> pa.Array:
+    """The array, as a plain list where it is a list of a fixed size."""
+    kind = array.type
+    return array.cast(pa.list_(kind.value_type)) if pa.types.is_fixed_size_list(kind) else array
+
+
+def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
+    """Annotate the plan's units as Spark tasks; outcomes come as units end, as the journal tells.
+
+    Closing the generator cancels the tasks.
+
+    Raises:
+        EngineError: Spark gave up.
+    """
+    with _session(plan.job.spark, plan.job.workers) as (session, ours):
+        job = plan.job
+        threads = job.threads or worker_threads(session, tasks=len(plan.todo))
+        work = dataclasses.replace(plan.work, annotator=dataclasses.replace(plan.work.annotator, threads=threads))
+        # In a session of our own the master holds the workers to their number; in another the tasks must.
+        tasks = min(len(plan.todo), _MOST_TASKS, (job.workers if not ours else None) or _MOST_TASKS)
+        rows = [(unit.to_json(),) for unit in plan.todo]
+        # From one partition a round robin is even: as many units to each task as to the next.
+        frame = session.createDataFrame(rows, "unit string").coalesce(1).repartition(tasks)
+        annotated = frame.mapInArrow(_unit_annotator(work), "outcome string")
+        yield from _collected(session, annotated, plan)
+
+
+def _unit_annotator(work: Work) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def annotate_units(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for text in batch.column(0).to_pylist():
+                outcome = annotate_unit(work, Unit.from_json(text))
+                yield pa.RecordBatch.from_pydict({"outcome": [outcome.to_json()]})
+
+    return annotate_units
+
+
+def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[Outcome]:
+    """Run the frame in a thread, and tell what ended from the journal meanwhile."""
+    tag = f"bert_ray-{uuid.uuid4().hex[:12]}"
+    result: dict[str, Any] = {}
+
+    def collect() -> None:
+        try:
+            session.addTag(tag)
+            result["rows"] = frame.collect()
+        except BaseException as error:  # Told to whoever waits for the thread.
+            result["error"] = error
+
+    thread = threading.Thread(target=collect, name="bert_ray-spark", daemon=True)
+    thread.start()
+    journal = Journal(plan.work.output)
+    waiting = {unit.id for unit in plan.todo}
+    try:
+        while thread.is_alive():
+            thread.join(_LOOK_SEC)
+            for unit_id in waiting & (journal.receipts() | journal.failed()):
+                note = journal.receipt(unit_id) or journal.failure(unit_id)
+                # A unit that failed in an earlier run has its note still, until this session ends it.
+                if note.get("session") == plan.work.session and (ended := Outcome.from_journal(journal, unit_id)):
+                    waiting.discard(unit_id)
+                    yield ended
+    finally:
+        if thread.is_alive():
+            session.interruptTag(tag)
+            thread.join(30)
+    if error := result.get("error"):
+        if isinstance(error, PySparkException):
+            raise EngineError(f"Spark gave up: {' '.join(str(error).split())[:500]}") from error
+        raise error
+    # What could not be written to the journal (a full disk) is in the rows alone.
+    outcomes = (Outcome.from_json(row.outcome) for row in result["rows"])
+    yield from (outcome for outcome in outcomes if outcome.unit in waiting)
+
+
+@contextlib.contextmanager
+def _session(options: SparkOptions, workers: int | None) -> Iterator[tuple[SparkSession, bool]]:
+    """The session in use, or one of our own that is stopped at the end; and whether it is ours."""
+    if (active := SparkSession.getActiveSession()) is not None:
+        yield active, False
+        return
+    session = new_session(options, workers)
+    try:
+        yield session, True
+    finally:
+        session.stop()
+
+
+def new_session(options: SparkOptions, workers: int | None = None) -> SparkSession:
+    """Start a SparkSession.
+
+    Args:
+        options: master and settings.
+        workers: cores to use where the master is this machine.
+
+    Raises:
+        JobError: there is no Java, or the master cannot be reached.
+    """
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # By spark-submit, which has started Java and said the master.
+    if not (submitted or shutil.which("java") or os.environ.get("JAVA_HOME")):
+        raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
+    # Executors on this machine must run this interpreter, not the first "python3" on the PATH.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName("bert_ray")
+    if options.master or not submitted:
+        master = options.master or f"local[{workers or '*'},{_TRIES}]"
+        builder = builder.master(master)
+        builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
+        if master.startswith("local"):
+            # Else Spark looks for this machine's name in the network, which a laptop may not have.
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    for key, value in options.config.items():
+        builder = builder.config(key, value)
+    try:
+        session = builder.getOrCreate()
+    except Exception as error:
+        raise JobError(f"Spark cannot be started: {' '.join(str(error).split())[:500]}") from error
+    session.sparkContext.setLogLevel("ERROR")
+    return session
+
+
+def worker_threads(session: SparkSession, tasks: int | None = None) -> int | None:
+    """Torch threads for a Python worker, so that those which run at a time share the cores."""
+    master = session.conf.get("spark.master", "") or ""
+    if not master.startswith("local"):
+        return int(session.conf.get("spark.task.cpus", "1") or 1)
+    inside = master.partition("[")[2].partition("]")[0].split(",")[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    slots = int(inside) if inside.isdigit() else cores if inside == "*" else 1
+    return max(1, cores // min(slots, tasks or slots))

@@ -1,0 +1,128 @@
+"""The annotated table: where it may stand, and how a unit's part of it is written.
+
+A part is OUT/<partition directories of the input>/part-<unit id>.parquet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bert_ray.errors import JobError, LakeError
+from bert_ray.lake.journal import FOLDER, Journal, output_errors
+from bert_ray.lake.tables import local_path, local_target
+from bert_ray.lake.units import Unit
+
+# A row group is written once it has this much data in memory: the bound of what a worker holds beside a batch, and
+# enough for a reader to skip by.
+_ROW_GROUP_BYTES, _ROW_GROUP_ROWS = 64 * 2**20, 128 * 1024
+
+
+def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> Path:
+    """The output directory, absolute, after it was made sure that a table may be written there.
+
+    Raises:
+        JobError: output and input lie one inside the other; or the output holds something that is not a run of ours.
+        LakeError: the input does not exist.
+    """
+    read, place = local_path(source), local_target(output)
+    if place == read:
+        raise JobError(f"input and output are the same place, {place}: choose another output")
+    if place.is_relative_to(read):
+        raise JobError(f"the output {place} lies inside the input {read}, whose next run would read it: choose another")
+    if read.is_relative_to(place):
+        raise JobError(f"the input {read} lies inside the output {place}: choose an output beside it")
+    if place.exists() and not place.is_dir():
+        raise JobError(f"the output {place} is a file: name a directory")
+    try:
+        found = sorted(os.listdir(place)) if place.exists() else []
+    except OSError as error:
+        raise LakeError(f"the output {place} cannot be listed: {os.strerror(error.errno or 0)}") from error
+    # A run that was killed at its very start leaves the journal's directory and nothing in it.
+    if set(found) - {FOLDER} and not Journal(place).read_run():
+        raise JobError(
+            f"the output {place} is not empty and not of an earlier run (it has {found[0]!r}): "
+            "choose another, or empty it"
+        )
+    return place
+
+
+def part_path(output: Path, unit: Unit) -> Path:
+    """Where the unit's rows come to stand."""
+    return output / unit.partition_directory / f"part-{unit.id}.parquet"
+
+
+def parts(output: Path) -> dict[str, Path]:
+    """The part files that stand in the output, by unit id."""
+    found = {}
+    for folder, below, names in os.walk(output):
+        below[:] = [name for name in below if name != FOLDER]
+        for name in names:
+            if name.startswith("part-") and name.endswith(".parquet"):
+                found[name.removeprefix("part-").removesuffix(".parquet")] = Path(folder, name)
+    return found
+
+
+class PartWriter:
+    """Writes batches into an open file, zstd-compressed, in row groups of a bounded size."""
+
+    def __init__(self, file: BinaryIO, schema: pa.Schema, output: Path) -> None:
+        self._schema, self._output = schema, output
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+        self._held: list[pa.RecordBatch] = []
+        self._held_rows = self._held_bytes = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Take a batch of the schema's columns; it reaches the file with its row group."""
+        self._held.append(batch)
+        self._held_rows += batch.num_rows
+        self._held_bytes += batch.nbytes
+        if self._held_rows >= _ROW_GROUP_ROWS or self._held_bytes >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        table = pa.Table.from_batches(self._held, self._schema)
+        with output_errors(self._output):
+            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._held, self._held_rows, self._held_bytes = [], 0, 0
+
+    def close(self) -> None:
+        """Write what is held, and the footer."""
+        if self._held:
+            self._flush()
+        with output_errors(self._output):
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def writing(output: Path, path: Path, schema: pa.Schema, metadata: Mapping[str, str]) -> Iterator[PartWriter]:
+    """A writer for one part file at `path`, which is safe on the disk when the block ends well.
+
+    Args:
+        output: the table it is for, which errors name.
+        path: the file, which is not yet there.
+        schema: the columns that will be written.
+        metadata: the file's own key-value metadata.
+
+    Raises:
+        OutputError: the disk is full, or the place may not be written.
+    """
+    with output_errors(output):
+        file = path.open("wb")
+    try:
+        writer = PartWriter(file, schema.with_metadata(dict(metadata)), output)
+        yield writer
+        writer.close()
+        with output_errors(output):
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        # Closing flushes, which fails once more on a full disk; what went wrong before is what counts.
+        with contextlib.suppress(OSError):
+            file.close()

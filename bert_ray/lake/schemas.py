@@ -1,0 +1,81 @@
+"""One schema for a table whose files may differ: which differences are bridged, and how a batch is brought to it.
+
+Bridged without loss: a column that only some files have (null elsewhere), a column of nulls, text in another layout
+(string, large_string, string_view, dictionary), numbers of another width, structs with more fields. Any other
+difference is a conflict, and the file that came later in path order is the one at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+from pyarrow import types
+
+# Iceberg and Spark number their columns; with the annotation beside them the numbers would no longer tell the truth.
+_FIELD_ID = b"PARQUET:field_id"
+
+
+def plain(schema: pa.Schema) -> pa.Schema:
+    """The schema without the metadata of its writer (Spark's and pandas' describe the columns of their own file)."""
+    fields = []
+    for field in schema:
+        kept = {key: value for key, value in (field.metadata or {}).items() if key != _FIELD_ID}
+        fields.append(field.with_metadata(kept or None))
+    return pa.schema(fields)
+
+
+def merge(table: pa.Schema, file: pa.Schema) -> pa.Schema:
+    """The table's schema with a file's brought in: new columns at the end, types widened, conflicts left alone."""
+    fields = {field.name: field for field in table}
+    for field in plain(file):
+        known = fields.get(field.name)
+        merged = field if known is None else merge_fields(known, field)
+        fields[field.name] = merged if merged is not None else known
+    return pa.schema(list(fields.values()))
+
+
+def merge_fields(one: pa.Field, other: pa.Field) -> pa.Field | None:
+    """A field that holds the values of both without loss, None where there is none."""
+    if one.type.equals(other.type):
+        return one.with_nullable(one.nullable or other.nullable)
+    if _is_text(one.type) and _is_text(other.type):
+        large = types.is_large_string(one.type) or types.is_large_string(other.type)
+        return one.with_type(pa.large_string() if large else pa.string())
+    if _is_bytes(one.type) != _is_bytes(other.type) and not (types.is_null(one.type) or types.is_null(other.type)):
+        return None  # Arrow would make bytes of the text.
+    try:
+        pair = [pa.schema([field.remove_metadata()]) for field in (one, other)]
+        merged = pa.unify_schemas(pair, promote_options="permissive").field(0)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+    return merged.with_metadata(one.metadata)
+
+
+def conform(batch: pa.RecordBatch, target: pa.Schema, constants: Mapping[str, str | None]) -> pa.RecordBatch:
+    """The batch with exactly the target's columns: cast, in order, constants for the partition, nulls for the rest.
+
+    Raises:
+        pa.ArrowInvalid: a value does not fit the target's type.
+    """
+    columns = []
+    for field in target:
+        if field.name in batch.schema.names:
+            column = batch.column(batch.schema.names.index(field.name))
+            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+        elif field.name in constants:
+            columns.append(pa.repeat(pa.scalar(constants[field.name], field.type), batch.num_rows))
+        else:
+            columns.append(pa.nulls(batch.num_rows, field.type))
+    # Files disagree on what may be null; a column that is filled with nulls must be nullable in any case.
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema([field.with_nullable(True) for field in target]))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)

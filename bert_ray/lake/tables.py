@@ -1,0 +1,212 @@
+"""Tables as lists of units. Today a directory of Parquet files, hive-partitioned or flat, or one such file.
+
+A further format (Delta, Iceberg) is a class with the attributes of `Table` and a line in `open_table`: it lists the
+data files of a snapshot as units and gives a reader that knows what of them counts.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bert_ray.errors import LakeError
+from bert_ray.lake.schemas import merge, plain
+from bert_ray.lake.units import ParquetReader, Unit, partition_values
+
+_SUFFIXES = (".parquet", ".parq", ".pq")
+_MAGIC = b"PAR1"
+# Footers are read side by side: on a network file system each costs a round trip or two.
+_FOOTER_THREADS = 16
+
+
+class Reader(Protocol):
+    """What a worker holds to read units; picklable and small."""
+
+    schema: pa.Schema
+
+    def read(self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()) -> Iterator[pa.RecordBatch]: ...
+
+
+class Table(Protocol):
+    """A table of text, whatever its format."""
+
+    name: str
+    schema: pa.Schema
+    partitions: tuple[str, ...]
+
+    def units(self, max_rows: int) -> list[Unit]: ...
+
+    def reader(self) -> Reader: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A data file as planning sees it; schema and rows per row group are None where its footer cannot be read."""
+
+    path: str
+    size_bytes: int
+    modified_ns: int
+    schema: pa.Schema | None
+    group_rows: tuple[int, ...] | None
+
+
+class ParquetTable:
+    """A directory of Parquet files.
+
+    A file belongs to the table if its name ends in .parquet, .parq or .pq, or it begins as a Parquet file does. Names
+    that begin with "_" or "." are skipped with all below them, as Spark, Hive and pyarrow do.
+
+    Attributes:
+        name: the path, absolute.
+        schema: all files' columns (see `schemas.merge`), then the partition columns, which are strings as the
+            directories spell them.
+        partitions: the partition columns' names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.root = path.parent if path.is_file() else path
+        self._paths = [path] if path.is_file() else sorted(_data_files(path))
+        if not self._paths:
+            raise LakeError(f"{path} holds no Parquet files: name the directory that has them, or one file")
+
+    @cached_property
+    def _files(self) -> list[_File]:
+        with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+            return list(threads.map(lambda path: _look_at(path, self.root), self._paths))
+
+    @cached_property
+    def partitions(self) -> tuple[str, ...]:
+        inside = {name for file in self._files for name in (file.schema.names if file.schema else ())}
+        # A partition column may stand in the files as well: then the file's own values count.
+        return tuple(dict.fromkeys(n for file in self._files for n in partition_values(file.path) if n not in inside))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        schemas = [file.schema for file in self._files if file.schema is not None]
+        if not schemas:
+            raise LakeError(
+                f"none of the {len(self._files)} files of {self.name} can be read as Parquet, "
+                f"the first is {self.root / self._files[0].path}"
+            )
+        whole = plain(schemas[0])
+        if len(set(whole.names)) < len(whole):
+            twice = next(name for name in whole.names if whole.names.count(name) > 1)
+            raise LakeError(f"{self.name}: the files have two columns named {twice!r}: rename one")
+        for other in schemas[1:]:
+            if not other.equals(schemas[0]):
+                whole = merge(whole, other)
+        for name in self.partitions:
+            whole = whole.append(pa.field(name, pa.string()))
+        return whole
+
+    def units(self, max_rows: int) -> list[Unit]:
+        """The table's units in path order: runs of row groups of at most `max_rows` rows, one row group at least."""
+        return [unit for file in self._files for unit in _units_of(file, max_rows)]
+
+    def reader(self) -> ParquetReader:
+        """What a worker needs to read these units."""
+        return ParquetReader(root=str(self.root), schema=self.schema)
+
+
+def open_table(path: str | os.PathLike[str]) -> Table:
+    """The table at a path: a directory with Parquet files at any depth, or one Parquet file.
+
+    Raises:
+        LakeError: nothing is there, it holds no Parquet files, or it is in a store that is not read.
+    """
+    return ParquetTable(local_path(path))
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path or file: URI, absolute and with links resolved.
+
+    Raises:
+        LakeError: it does not exist, or is in a store of another kind.
+    """
+    found = local_target(path)
+    if not found.exists():
+        raise LakeError(f"there is no {found}: the input is a directory of Parquet files, or one such file")
+    return found
+
+
+def local_target(path: str | os.PathLike[str]) -> Path:
+    """As `local_path`, for a path that need not exist yet."""
+    text = os.fspath(path)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        text = unquote(parts.path)
+    elif "://" in text:
+        raise LakeError(f"{path}: tables in {parts.scheme} stores are not read; copy or mount it and give that path")
+    return Path(os.path.realpath(os.path.expanduser(text)))
+
+
+def _data_files(directory: Path) -> Iterator[Path]:
+    seen = set()
+
+    def refuse(error: OSError) -> None:
+        raise LakeError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:  # A link that leads back up.
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = [name for name in below if not name.startswith(("_", "."))]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(("_", ".")) and (name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)):
+                yield path
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    try:
+        # A pipe or a socket among the files would make open() wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+def _look_at(path: Path, root: Path) -> _File:
+    relative = path.relative_to(root).as_posix()
+    try:
+        status = path.stat()
+    except OSError:  # A dangling link, or a file removed since the listing: its unit will say so.
+        return _File(relative, 0, 0, None, None)
+    try:
+        footer = pq.read_metadata(path)
+        schema = footer.schema.to_arrow_schema()
+        groups = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
+    except (pa.ArrowException, OSError):
+        return _File(relative, status.st_size, status.st_mtime_ns, None, None)
+    return _File(relative, status.st_size, status.st_mtime_ns, schema, groups)
+
+
+def _units_of(file: _File, max_rows: int) -> Iterator[Unit]:
+    def unit(groups: tuple[int, int] | None, rows: int | None) -> Unit:
+        return Unit.of(file.path, groups, rows, file.size_bytes, file.modified_ns)
+
+    if file.group_rows is None:
+        yield unit(None, None)
+        return
+    start, rows = 0, 0
+    for index, more in enumerate(file.group_rows):
+        if index > start and rows + more > max_rows:
+            yield unit((start, index), rows)
+            start, rows = index, 0
+        rows += more
+    yield unit((start, len(file.group_rows)), rows)

@@ -1,0 +1,180 @@
+"""One unit of work: a Parquet file, or a range of its row groups; and how its rows are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bert_ray.errors import LakeError
+from bert_ray.lake.schemas import conform, merge_fields
+
+# What Hive, Spark and pyarrow write for a null partition value.
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+# A batch ends at this many rows or about this much data, whichever comes first. Rows: enough for the annotator to pack
+# rows of like length together. Bytes: what bounds a worker's memory where rows are huge.
+_BATCH_ROWS, _BATCH_BYTES = 8192, 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A unit of work, small enough to travel to a worker.
+
+    Attributes:
+        id: a function of all else, so that who does the unit again writes the same output file, never a second one.
+        path: the file, relative to the table's root, with "/" between its parts.
+        row_groups: first and one past the last row group; None where the file's footer could not be read.
+        rows: rows in these row groups; None where not known.
+        size_bytes, modified_ns: the file's, by which a changed file is told from the one that was planned.
+    """
+
+    id: str
+    path: str
+    row_groups: tuple[int, int] | None
+    rows: int | None
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(
+        cls, path: str, row_groups: tuple[int, int] | None, rows: int | None, size_bytes: int, modified_ns: int
+    ) -> Unit:
+        """A unit with the id that belongs to it."""
+        told = json.dumps([path, row_groups, size_bytes, modified_ns])
+        return cls(
+            # 80 bits: among a million units two alike are a matter of 1 in 10^12.
+            id=hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:20],
+            path=path,
+            row_groups=row_groups,
+            rows=rows,
+            size_bytes=size_bytes,
+            modified_ns=modified_ns,
+        )
+
+    @property
+    def partition_directory(self) -> str:
+        """The hive-style directories the file lies in ("a=1/b=2"), "" where there are none."""
+        return "/".join(part for part in self.path.split("/")[:-1] if "=" in part)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Unit:
+        fields = json.loads(text)
+        if fields["row_groups"] is not None:
+            fields["row_groups"] = tuple(fields["row_groups"])
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        if self.row_groups is None:
+            return self.path
+        start, stop = self.row_groups
+        return f"{self.path} (row groups {start} to {stop - 1})" if stop - start > 1 else f"{self.path}"
+
+
+def partition_values(path: str) -> dict[str, str | None]:
+    """The values that a path's hive-style directories spell: {"source": "imdb"} for "source=imdb/part-0.parquet"."""
+    values: dict[str, str | None] = {}
+    for part in path.split("/")[:-1]:
+        name, sign, value = part.partition("=")
+        if sign and name:
+            values[unquote(name)] = None if value == _HIVE_NULL else unquote(value)
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParquetReader:
+    """Reads units of a Parquet table; small and picklable, it travels to the workers.
+
+    Attributes:
+        root: the directory that the units' paths start from.
+        schema: the table's schema, which every batch has, whatever its file's own types are.
+    """
+
+    root: str
+    schema: pa.Schema
+
+    def read(self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+        """The unit's rows in order, a few thousand at a time.
+
+        Args:
+            unit: the unit.
+            columns: the columns to give, in this order; partition columns may be among them. A column that this file
+                lacks (another file of the table has it) is null.
+            required: those that the file or its directory must have.
+
+        Raises:
+            LakeError: the file is damaged, is gone, has changed since it was planned, lacks a required column or has
+                one that does not fit the table's.
+        """
+        path = Path(self.root, unit.path)
+        target = pa.schema([self.schema.field(name) for name in columns])
+        constants = partition_values(unit.path)
+        try:
+            status = path.stat()
+            if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
+                raise LakeError(f"{path} changed after the run had begun: run again to take it as it is now")
+            with pq.ParquetFile(path) as file:
+                found = file.schema_arrow
+                self._check(path, found, target, constants, required)
+                wanted = [name for name in columns if name in found.names]
+                groups = range(*unit.row_groups) if unit.row_groups else range(file.num_row_groups)
+                for group in groups:
+                    batches = file.iter_batches(
+                        batch_size=_batch_rows(file.metadata.row_group(group)),
+                        row_groups=[group],
+                        # By name alone a plain column "a.b" and the field b of a struct a are alike: conform() picks.
+                        columns=None if set(wanted) >= set(found.names) else wanted,
+                    )
+                    for batch in batches:
+                        yield conform(batch, target, constants)
+        except FileNotFoundError:
+            raise LakeError(f"{path} is gone, or this machine does not see it") from None
+        except (pa.ArrowException, OSError) as error:
+            raise LakeError(f"{path} cannot be read: {_one_line(error)}. Replace the file and run again") from error
+
+    @staticmethod
+    def _check(
+        path: Path,
+        found: pa.Schema,
+        target: pa.Schema,
+        constants: dict[str, str | None],
+        required: Sequence[str],
+    ) -> None:
+        for name in required:
+            if name not in found.names and name not in constants:
+                raise LakeError(
+                    f"{path} has no column {name!r}, as other files of the table have: it has {found.names}"
+                )
+        for field in target:
+            indices = found.get_all_field_indices(field.name)
+            if len(indices) > 1:
+                raise LakeError(f"{path} has {len(indices)} columns named {field.name!r}: rename all but one")
+            if indices:
+                kind = found.field(indices[0]).type
+                merged = merge_fields(field, found.field(indices[0]))
+                if merged is None or merged.type != field.type:
+                    raise LakeError(
+                        f"{path}: column {field.name!r} is {kind}, in the rest of the table it is {field.type}: "
+                        "rewrite the file with that type"
+                    )
+
+
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
+    bytes_per_row = max(1, group.total_byte_size // max(1, group.num_rows))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // bytes_per_row))
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return " ".join(str(error).split()) or type(error).__name__
