@@ -34,9 +34,9 @@ os.environ.update(
     }
 )
 
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import pytest  # noqa: E402
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 TINY_SEED = 20
 TINY_HIDDEN = 32
