@@ -153,8 +153,8 @@ def run(job: AnnotateJob) -> Summary:
     except KeyboardInterrupt:
         finished = summary.skipped + summary.done
         print(
-            f"\nstopped by Ctrl-C: {finished:,} of {summary.units:,} units are done and stay so. "
-            f"To go on, give the same command again, or: bert-ray runs resume {summary.output}",
+            f"\nstopped by Ctrl-C: {finished:,} of {summary.units:,} units are done and stay done; "
+            f"to go on: bert-ray runs resume {summary.output}",
             file=sys.stderr,
             flush=True,
         )

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 # How often a terminal's bar is drawn anew, and a log gets a line.
 _TERMINAL_SEC, _LOG_SEC = 0.5, 15.0
@@ -34,7 +34,7 @@ class Progress:
         self._began: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._draw_on, name="progress", daemon=True)
-        self._bar = None
+        self._bar: Any = None
         self._last = ""
 
     def __enter__(self) -> Progress:

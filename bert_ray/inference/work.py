@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,7 +158,7 @@ def _annotate(work: Work, unit: Unit, journal: Journal, watch: Callable[[int], N
     return Outcome(unit=unit.id, state="done", rows=rows, began=began, seconds=seconds)
 
 
-def _annotated(work: Work, unit: Unit, annotator: Annotator):
+def _annotated(work: Work, unit: Unit, annotator: Annotator) -> Iterator[pa.RecordBatch]:
     names = [field.name for field in work.schema]
     # A column that is read for the model alone does not reach the output.
     columns = list(dict.fromkeys((*work.keep, *annotator.input_columns)))

@@ -99,6 +99,11 @@ class PartWriter:
         with output_errors(self._output):
             self._writer.close()
 
+    def abandon(self) -> None:
+        """Leave the file without the footer that would make it look whole."""
+        self._held = []
+        self._writer.is_open = False  # Else it closes itself when it is collected, into a file closed by then.
+
 
 @contextlib.contextmanager
 def writing(output: Path, path: Path, schema: pa.Schema, metadata: Mapping[str, str]) -> Iterator[PartWriter]:
@@ -117,8 +122,12 @@ def writing(output: Path, path: Path, schema: pa.Schema, metadata: Mapping[str, 
         file = path.open("wb")
     try:
         writer = PartWriter(file, schema.with_metadata(dict(metadata)), output)
-        yield writer
-        writer.close()
+        try:
+            yield writer
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
         with output_errors(output):
             file.flush()
             os.fsync(file.fileno())

@@ -32,7 +32,8 @@ _FOOTER_THREADS = 16
 class Reader(Protocol):
     """What a worker holds to read units; picklable and small."""
 
-    schema: pa.Schema
+    @property
+    def schema(self) -> pa.Schema: ...
 
     def read(self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()) -> Iterator[pa.RecordBatch]: ...
 
@@ -40,9 +41,14 @@ class Reader(Protocol):
 class Table(Protocol):
     """A table of text, whatever its format."""
 
-    name: str
-    schema: pa.Schema
-    partitions: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schema(self) -> pa.Schema: ...
+
+    @property
+    def partitions(self) -> tuple[str, ...]: ...
 
     def units(self, max_rows: int) -> list[Unit]: ...
 

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.inference import bulk, runs
+from bert_ray.inference.bulk import Summary
+from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.work import annotate_unit
+from bert_ray.lake.journal import Journal
+from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Path:
+    return make_lake(tmp_path / "lake")
+
+
+@pytest.fixture
+def job(lake: Path, tmp_path: Path, tiny_bundle: Path) -> AnnotateJob:
+    return AnnotateJob(
+        input=str(lake), model=str(tiny_bundle), output=str(tmp_path / "out"), unit_rows=4, name="sentiment"
+    )
+
+
+def changed(job: AnnotateJob, **changes: Any) -> AnnotateJob:
+    return dataclasses.replace(job, **changes)
+
+
+def test_a_run_writes_the_table_that_was_promised(job: AnnotateJob, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = bulk.run(job)
+    assert (summary.exit_status, summary.rows, summary.units, summary.done, summary.skipped) == (0, 48, 12, 12, 0)
+    assert 0 < summary.startup_seconds <= summary.seconds
+    out = Path(job.output)
+    table = read_output(out)
+    assert table.schema.names == ["id", "text", "sentiment", "source"]
+    assert table["id"].to_pylist() == list(range(48))
+    assert table.schema.field("sentiment").type == pa.struct([("label", pa.string()), ("score", pa.float32())])
+    assert {part.parent.name for part in out.rglob("part-*.parquet")} == {"source=s0", "source=s1"}
+    part = pq.ParquetFile(next(out.rglob("part-*.parquet")))
+    assert part.schema_arrow.names == ["id", "text", "sentiment"]
+    meta = {key.decode(): value.decode() for key, value in part.metadata.metadata.items() if b"bert_ray" in key}
+    assert meta["bert_ray.task"] == "classification"
+    assert len(meta["bert_ray.fingerprint"]) == 64
+    assert meta["bert_ray.source"].startswith("source=s")
+    assert part.metadata.row_group(0).column(0).compression == "ZSTD"
+    shown = capsys.readouterr()
+    assert "annotated 48 rows in 12 units on local" in shown.out
+    assert "12/12 units" in shown.err
+
+
+def test_a_second_run_does_nothing(job: AnnotateJob) -> None:
+    bulk.run(job)
+    before = {path: path.stat().st_mtime_ns for path in Path(job.output).rglob("part-*")}
+    summary = bulk.run(job)
+    assert (summary.exit_status, summary.done, summary.skipped) == (0, 0, 12)
+    assert {path: path.stat().st_mtime_ns for path in Path(job.output).rglob("part-*")} == before
+
+
+def test_the_units_size_does_not_change_the_table(job: AnnotateJob, tmp_path: Path) -> None:
+    bulk.run(job)
+    other = changed(job, output=str(tmp_path / "other"), unit_rows=1000)
+    assert bulk.run(other).units == 4
+    assert_same_table(read_output(Path(job.output)), read_output(Path(other.output)))
+
+
+def test_keep(job: AnnotateJob) -> None:
+    bulk.run(changed(job, keep=["id"], scores=True))
+    table = read_output(Path(job.output))
+    assert table.schema.names == ["id", "sentiment", "source"]
+    assert table.schema.field("sentiment").type.field("scores").type == pa.map_(pa.string(), pa.float32())
+    with pytest.raises(ColumnError, match=r"'texts'.*text"):
+        bulk.prepare(changed(job, keep=["texts"], output=job.output + "2"))
+
+
+def test_a_column_that_is_not_kept_does_not_clash(job: AnnotateJob) -> None:
+    with pytest.raises(ColumnError, match="--name"):
+        bulk.prepare(changed(job, name="id"))
+    bulk.run(changed(job, name="id", keep=["text"]))
+    assert read_output_names(Path(job.output)) == {"text", "id", "source"}
+
+
+def read_output_names(output: Path) -> set[str]:
+    return set(pq.read_table(output).schema.names)
+
+
+def test_another_column_and_a_partition_column(job: AnnotateJob, lake: Path) -> None:
+    bulk.run(changed(job, column="source"))  # The partition's own text, though no file has it.
+    labels = read_output(Path(job.output))["sentiment"].combine_chunks().field("label")
+    assert labels.null_count == 0
+    assert len(labels.unique()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"unit_rows": 8}, "unit_rows was 4, is 8"),
+        ({"name": "mood"}, "mood"),
+        ({"keep": ["id"]}, "text was string, is not there"),
+        ({"scores": True}, "scores"),
+        ({"column": "source"}, "text was text, is source"),
+        ({"dtype": "bf16"}, "dtype was auto, is bf16"),
+    ],
+)
+def test_another_job_in_the_same_output_is_refused(job: AnnotateJob, change: dict[str, Any], named: str) -> None:
+    bulk.prepare(job)
+    with pytest.raises(JobError, match="choose another output") as error:
+        bulk.prepare(changed(job, **change))
+    assert named in str(error.value)
+
+
+def test_another_model_in_the_same_output_is_refused(job: AnnotateJob, tiny_encoder: Path) -> None:
+    bulk.prepare(job)
+    with pytest.raises(JobError, match="model's fingerprint was"):
+        bulk.prepare(changed(job, model=str(tiny_encoder)))
+
+
+def test_new_files_are_annotated(job: AnnotateJob, lake: Path) -> None:
+    bulk.run(job)
+    pq.write_table(pa.table({"id": [100], "text": ["late"]}), lake / "source=s0" / "late.parquet")
+    summary = bulk.run(job)
+    assert (summary.done, summary.skipped) == (1, 12)
+    assert read_output(Path(job.output))["id"].to_pylist() == [*range(48), 100]
+
+
+def test_files_changed_or_gone_after_they_were_annotated_are_an_error(job: AnnotateJob, lake: Path) -> None:
+    bulk.run(job)
+    file = lake / "source=s1" / "f0.parquet"
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(JobError, match=r"s1/f0\.parquet is gone"):
+        bulk.prepare(job)
+    file.write_bytes(content)
+    with pytest.raises(JobError, match=r"s1/f0\.parquet is changed"):
+        bulk.prepare(job)
+
+
+def test_a_file_that_failed_and_was_mended_is_done_anew(job: AnnotateJob, lake: Path) -> None:
+    file = lake / "source=s0" / "f1.parquet"
+    content = file.read_bytes()
+    # The last of three row groups is damaged, the footer is whole: two of its units succeed.
+    start = pq.read_metadata(file).row_group(2).column(1).data_page_offset
+    file.write_bytes(content[:start] + b"\xff" * 40 + content[start + 40 :])
+    summary = bulk.run(job)
+    assert (summary.exit_status, summary.failed, summary.done) == (1, 1, 11)
+    assert "f1.parquet" in summary.failures[0]["error"]
+    report = runs.failures(job.output)
+    assert report.exit_status == 1
+    assert "row groups 2 to 2" in report.text
+    file.write_bytes(content)
+    assert bulk.run(job).exit_status == 0
+    assert read_output(Path(job.output))["id"].to_pylist() == list(range(48))
+    assert runs.failures(job.output) == (f"{job.output}: no unit has failed", 0)
+
+
+def test_a_part_that_somebody_removed_is_written_again(job: AnnotateJob) -> None:
+    bulk.run(job)
+    next(Path(job.output).rglob("part-*")).unlink()
+    assert bulk.run(job).done == 1
+    assert read_output(Path(job.output)).num_rows == 48
+
+
+def test_a_part_without_a_receipt_of_a_file_that_changed_goes(job: AnnotateJob, lake: Path) -> None:
+    bulk.run(job)
+    out = Path(job.output)
+    note = next(note for note in receipts(out) if note["file"] == "source=s0/f0.parquet")
+    # As a kill between rename and receipt leaves it, for every unit of the file; then the file is written anew.
+    for name in journal_names(out, "receipts"):
+        path = out / "_bert_ray" / "receipts" / name
+        if json.loads(path.read_text())["file"] == note["file"]:
+            path.unlink()
+    (lake / note["file"]).write_bytes((lake / note["file"]).read_bytes())
+    assert bulk.run(job).done == 3
+    assert read_output(out)["id"].to_pylist() == list(range(48))
+
+
+def test_on_error_fail_stops_at_the_first(job: AnnotateJob, lake: Path) -> None:
+    (lake / "source=s0" / "f0.parquet").write_bytes(b"not parquet")
+    summary = bulk.run(changed(job, on_error="fail"))
+    assert (summary.exit_status, summary.failed, summary.done, summary.left) == (1, 1, 0, 9)
+    assert "f0.parquet" in summary.stopped
+    assert "runs resume" in str(summary)
+
+
+def test_a_bundle_that_changes_under_a_run_stops_it(job: AnnotateJob, tiny_bundle: Path, tmp_path: Path) -> None:
+    plan = bulk.prepare(job)
+    spec = dataclasses.replace(plan.work.annotator, fingerprint="0" * 64)
+    work = dataclasses.replace(plan.work, annotator=spec)
+    outcome = annotate_unit(work, plan.todo[0])
+    assert (outcome.state, outcome.lasting) == ("failed", True)
+    assert "fingerprint" in outcome.error
+    # The process has learned that the session is hopeless: it tries no other unit of it.
+    assert annotate_unit(work, plan.todo[1]).state == "left"
+
+
+def test_a_unit_over_which_workers_die_is_given_up(job: AnnotateJob) -> None:
+    plan = bulk.prepare(job)
+    journal = Journal(job.output)
+    for _ in range(3):
+        journal.start(plan.todo[0].id, plan.work.session)
+    outcome = annotate_unit(plan.work, plan.todo[0])
+    assert outcome.state == "failed"
+    assert "3 workers died" in outcome.error
+    # The next session tries it again.
+    assert bulk.run(job).exit_status == 0
+
+
+def test_status_and_resume(job: AnnotateJob, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = bulk.prepare(job)
+    for unit in plan.todo[:5]:
+        annotate_unit(plan.work, unit)
+    report = runs.status(job.output)
+    assert report.exit_status == 1
+    assert "12: 5 done, 0 failed, 7 to do" in report.text
+    assert "20 of 48 written" in report.text
+    assert runs.resume(job.output, threads=1) == ("", 0)
+    assert "7 units on local" in capsys.readouterr().out
+    assert runs.status(job.output).exit_status == 0
+    with pytest.raises(JobError, match="holds no run"):
+        runs.status(Path(job.output).parent / "elsewhere")
+
+
+def test_a_missing_model_starts_nothing(job: AnnotateJob) -> None:
+    with pytest.raises(BundleError):
+        bulk.run(changed(job, model="no/such/model"))
+    assert not Path(job.output).exists()
+
+
+def test_summary_in_words() -> None:
+    summary = Summary(
+        engine="ray", output="/o", annotation="column s: string", units=9, done=5, skipped=1, failed=1, rows=50
+    )
+    summary.seconds, summary.startup_seconds = 12.0, 2.0
+    summary.failures = [{"error": "a.parquet cannot be read"}]
+    text = str(summary)
+    for part in ("50 rows in 5 units on ray", "5.0 rows/s", "skipped  1", "failed   1", "a.parquet", "left     2"):
+        assert part in text

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from bert_ray.errors import JobError
+from bert_ray.inference.ray_data import Pool, plan_pool
+
+
+def plan(cpus: float, node: float | None = None, gpus: float = 0, **asked: object) -> Pool:
+    given = {"workers": None, "threads": None, "device": "auto", "tasks": None, **asked}
+    return plan_pool(cpus, node or cpus, gpus, **given)
+
+
+def test_two_cores_hold_one_actor_that_leaves_a_core() -> None:
+    assert plan(2) == Pool(actors=1, cpus=1, gpus=0, threads=2)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 6, 8, 16, 64, 500])
+@pytest.mark.parametrize("workers", [None, 1, 2])
+def test_a_pool_never_takes_every_cpu(cpus: int, workers: int | None) -> None:
+    if workers and workers > cpus:
+        return
+    pool = plan(cpus, min(cpus, 16), workers=workers)
+    assert pool.actors * pool.cpus < cpus or cpus == 1
+    assert pool.actors * (pool.threads or 1) <= cpus
+
+
+def test_large_nodes_hold_actors_of_a_few_threads() -> None:
+    assert plan(64, 16) == Pool(actors=16, cpus=3, gpus=0, threads=4)
+
+
+def test_no_more_actors_than_work() -> None:
+    assert plan(64, 16, tasks=3).actors == 3
+    assert plan(64, 16, tasks=3, workers=8).actors == 3
+
+
+def test_what_the_user_says_counts() -> None:
+    assert plan(8, workers=2) == Pool(actors=2, cpus=3, gpus=0, threads=4)
+    assert plan(8, workers=2, threads=1) == Pool(actors=2, cpus=1, gpus=0, threads=1)
+
+
+def test_a_gpu_each() -> None:
+    assert plan(32, 16, gpus=4) == Pool(actors=4, cpus=1, gpus=1, threads=None)
+    assert plan(32, 16, gpus=4, device="cpu").gpus == 0
+
+
+@pytest.mark.parametrize("asked", [{"workers": 9}, {"workers": 2, "device": "cuda"}, {"workers": 4, "threads": 4}])
+def test_what_would_wait_for_ever_is_an_error(asked: dict) -> None:
+    with pytest.raises(JobError, match="the cluster has"):
+        plan(4, **asked)

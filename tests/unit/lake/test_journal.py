@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bert_ray.errors import LakeError
+from bert_ray.lake.journal import Journal, OutputError
+from tests.lakes import journal_names
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    journal = Journal(tmp_path / "out")
+    journal.write_run({"units": 2})
+    return journal
+
+
+def test_a_unit_becomes_visible_with_its_receipt(journal: Journal) -> None:
+    assert journal.start("u1", "s") == 0
+    assert journal.started() == {"u1"}
+    with journal.temporary("u1") as temporary:
+        temporary.write_text("rows")
+        journal.commit("u1", temporary, journal.output / "a=1" / "part-u1.parquet", {"rows": 3})
+    assert (journal.output / "a=1" / "part-u1.parquet").read_text() == "rows"
+    assert journal.receipt("u1") == {"rows": 3, "output": "a=1/part-u1.parquet", "bytes": 4}
+    assert journal.has_receipt("u1")
+    assert journal.started() == set()
+    assert journal_names(journal.output, "tmp") == []
+
+
+def test_starts_of_one_session_count(journal: Journal) -> None:
+    assert [journal.start("u", "one"), journal.start("u", "one"), journal.start("u", "two")] == [0, 1, 0]
+    journal.fail("u", {"error": "no", "file": "f"})
+    assert journal.start("u", "one") == 0
+
+
+def test_a_receipt_ends_a_failure(journal: Journal) -> None:
+    journal.fail("u", {"error": "half a file", "file": "f", "row_groups": None})
+    assert [note["error"] for note in journal.failures()] == ["half a file"]
+    with journal.temporary("u") as temporary:
+        temporary.touch()
+        journal.commit("u", temporary, journal.output / "p", {})
+    assert journal.failures() == []
+
+
+def test_discard_takes_output_and_receipt(journal: Journal) -> None:
+    with journal.temporary("u") as temporary:
+        temporary.touch()
+        journal.commit("u", temporary, journal.output / "part-u.parquet", {})
+    journal.discard("u")
+    assert not (journal.output / "part-u.parquet").exists()
+    assert journal.receipts() == set()
+
+
+def test_sweep_takes_what_the_dead_left_and_nothing_else(journal: Journal) -> None:
+    dead = "from bert_ray.lake.journal import Journal; import os, sys; j = Journal(sys.argv[1])\n"
+    dead += "with j.temporary('u') as t:\n t.touch(); print(t.name, flush=True); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", dead, str(journal.output)], capture_output=True, text=True)
+    assert killed.returncode == -9
+    other_host = f"u.elsewhere.example.{os.getpid()}.00"
+    (journal.root / "tmp" / other_host).touch()
+    with journal.temporary("mine") as mine:
+        mine.touch()
+        assert killed.stdout.strip() in journal_names(journal.output, "tmp")
+        journal.sweep()
+        assert journal_names(journal.output, "tmp") == sorted([other_host, mine.name])
+        os.utime(journal.root / "tmp" / other_host, (0, 0))
+        journal.sweep()
+        assert journal_names(journal.output, "tmp") == [mine.name]
+
+
+def test_a_run_of_another_layout_is_refused(journal: Journal) -> None:
+    (journal.root / "run.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(LakeError, match="format 99"):
+        journal.read_run()
+    (journal.root / "run.json").write_text("{")
+    with pytest.raises(LakeError, match="cannot be read"):
+        journal.read_run()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write to"):
+        Journal(tmp_path / "file" / "out").write_run({})

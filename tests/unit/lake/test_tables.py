@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.errors import LakeError
+from bert_ray.lake.tables import open_table
+from bert_ray.lake.units import Unit, partition_values
+from tests.lakes import make_lake
+
+
+def test_units_are_runs_of_row_groups_up_to_the_limit(tmp_path: Path) -> None:
+    table = open_table(make_lake(tmp_path / "lake", partitions=1, files=1, rows=10, group=3))
+    assert [(unit.row_groups, unit.rows) for unit in table.units(6)] == [((0, 2), 6), ((2, 4), 4)]
+    # A row group is never split, however small the limit.
+    assert [unit.rows for unit in table.units(1)] == [3, 3, 3, 1]
+    assert [unit.rows for unit in table.units(100)] == [10]
+
+
+def test_units_together_are_the_table(tmp_path: Path) -> None:
+    table = open_table(make_lake(tmp_path / "lake"))
+    reader = table.reader()
+    ids = [
+        value
+        for unit in table.units(5)
+        for batch in reader.read(unit, ["id"])
+        for value in batch.column("id").to_pylist()
+    ]
+    assert sorted(ids) == list(range(48))
+
+
+def test_ids_are_the_same_at_every_listing_and_change_with_the_file(tmp_path: Path) -> None:
+    lake = make_lake(tmp_path / "lake", partitions=1, files=1)
+    first = open_table(lake).units(4)
+    assert [unit.id for unit in open_table(lake).units(4)] == [unit.id for unit in first]
+    assert len({unit.id for unit in first}) == len(first)
+    os.utime(lake / "source=s0" / "f0.parquet", ns=(1, 1))
+    assert not {unit.id for unit in open_table(lake).units(4)} & {unit.id for unit in first}
+
+
+def test_a_unit_survives_json() -> None:
+    for groups in (None, (2, 5)):
+        unit = Unit.of("a=1/b.parquet", groups, 7, 100, 12)
+        assert Unit.from_json(unit.to_json()) == unit
+
+
+def test_partition_columns_are_strings_of_the_directories(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    for folder in ("day=2024-01-01/lang=zh%2FCN", "day=2024-01-02/lang=__HIVE_DEFAULT_PARTITION__"):
+        (lake / folder).mkdir(parents=True)
+        pq.write_table(pa.table({"text": ["a"]}), lake / folder / "x.parquet")
+    table = open_table(lake)
+    assert table.partitions == ("day", "lang")
+    assert table.schema == pa.schema([("text", pa.string()), ("day", pa.string()), ("lang", pa.string())])
+    rows = [batch.to_pylist()[0] for unit in table.units(9) for batch in table.reader().read(unit, ["lang", "text"])]
+    assert rows == [{"lang": "zh/CN", "text": "a"}, {"lang": None, "text": "a"}]
+    assert partition_values("a=1/plain/b=x%20y/f.parquet") == {"a": "1", "b": "x y"}
+
+
+def test_a_partition_column_that_files_have_too_is_the_files_own(tmp_path: Path) -> None:
+    (tmp_path / "source=x").mkdir()
+    pq.write_table(pa.table({"text": ["a"], "source": [7]}), tmp_path / "source=x" / "f.parquet")
+    table = open_table(tmp_path)
+    assert table.partitions == ()
+    assert table.schema.field("source").type == pa.int64()
+
+
+def test_one_file_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    pq.write_table(pa.table({"text": ["no"]}), tmp_path / "other.parquet")
+    assert [unit.path for unit in open_table(path).units(9)] == ["reviews.parquet"]
+    assert open_table(f"file://{path}").name == str(path)
+
+
+def test_which_files_belong(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"]})
+    for name in ("a.parquet", "b.PQ", "000000_0", "_hidden.parquet", ".dot.parquet", "_tmp/c.parquet", "d/e.parq"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / name)
+    (tmp_path / "README.txt").write_text("about this lake")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert [unit.path for unit in open_table(tmp_path).units(9)] == ["000000_0", "a.parquet", "b.PQ", "d/e.parq"]
+
+
+def test_a_store_that_is_not_read_is_named() -> None:
+    with pytest.raises(LakeError, match="s3"):
+        open_table("s3://bucket/lake")
+
+
+def test_a_changed_file_is_told(tmp_path: Path) -> None:
+    lake = make_lake(tmp_path / "lake", partitions=1, files=1)
+    table = open_table(lake)
+    unit = table.units(99)[0]
+    pq.write_table(pa.table({"id": [1], "text": ["other"]}), lake / unit.path)
+    with pytest.raises(LakeError, match=r"f0\.parquet changed"):
+        list(table.reader().read(unit, ["id"]))
+    (lake / unit.path).unlink()
+    with pytest.raises(LakeError, match=r"f0\.parquet is gone"):
+        list(table.reader().read(unit, ["id"]))
+
+
+def test_batches_are_small_where_rows_are_large(tmp_path: Path) -> None:
+    path = tmp_path / "big.parquet"
+    big = [os.urandom(2 * 2**20).hex() for _ in range(20)]  # 4 MiB a row
+    pq.write_table(pa.table({"text": big}), path, compression="none", use_dictionary=False)
+    table = open_table(path)
+    sizes = [batch.num_rows for batch in table.reader().read(table.units(99)[0], ["text"])]
+    assert sum(sizes) == 20
+    assert max(sizes) <= 8
+
+
+def test_a_column_with_a_dot_is_not_a_field_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.table({"a.b": ["plain"], "a": [{"b": "nested"}], "c": [1]}), path)
+    table = open_table(path)
+    batch = next(table.reader().read(table.units(9)[0], ["a.b"]))
+    assert batch.to_pylist() == [{"a.b": "plain"}]
