@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bert_ray import __version__
 from bert_ray.config import load_job
@@ -167,7 +167,7 @@ class RunsResume:
     device: str | None = None
 
 
-_RUNS = {"status": RunsStatus, "failures": RunsFailures, "resume": RunsResume}
+_RUNS: dict[str, type] = {"status": RunsStatus, "failures": RunsFailures, "resume": RunsResume}
 
 
 def runs(argv: Sequence[str]) -> int:
@@ -179,7 +179,9 @@ def runs(argv: Sequence[str]) -> int:
             print(f"  {name:<9} {(kind.__doc__ or '').splitlines()[0]}")
         return DONE if words else AT_FAULT
     what = words.pop(0) if words[0] in _RUNS else "status"
-    options = load_job(_RUNS[what], words, command=f"bert-ray runs {what}", positionals=("output",), job_file=False)
+    options: Any = load_job(
+        _RUNS[what], words, command=f"bert-ray runs {what}", positionals=("output",), job_file=False
+    )
     from bert_ray.inference import runs as room
 
     report = getattr(room, what)(**asdict(options))

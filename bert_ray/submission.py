@@ -21,8 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -157,15 +155,13 @@ def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
     )
     if submission.returncode:
         raise JobError(f"Ray at {address} did not take the job: {_reason(submission.stdout + submission.stderr)}")
-    said = re.search(r"server address: (http\S+)", submission.stdout + submission.stderr)
-    server = said[1] if said else address
     print(f"submitted {name} to Ray at {address}; what was sent is in {stage}", flush=True)
     if not options.wait:
         print(_follow_ray(name, address, job), flush=True)
         return 0
     try:
         subprocess.run([*head, "logs", "--follow", *where, name], env=_quiet_ray(), check=False)
-        return _ray_status(head, where, server, name)
+        return _ray_status(head, where, name)
     except KeyboardInterrupt:
         print(f"\nno longer following {name}; it goes on.\n{_follow_ray(name, address, job)}", file=sys.stderr)
         return 130
@@ -180,25 +176,24 @@ def _follow_ray(name: str, address: str, job: Any) -> str:
     return "\n".join(lines + _progress(job))
 
 
-def _ray_status(head: list[str], where: list[str], server: str, name: str) -> int:
-    """The driver's exit status, from the Jobs API; 1 where the job failed before it had a driver."""
+def _ray_status(head: list[str], where: list[str], name: str) -> int:
+    """The driver's exit status, as `ray job status` tells it; 1 where the job failed before it had a driver.
+
+    Ray's own client is asked, not the REST API behind it: it knows the cluster's token, TLS and proxies.
+    """
     deadline = time.monotonic() + _STATUS_TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{server}/api/jobs/{name}", timeout=10) as answer:
-                details = json.load(answer)
-        except (urllib.error.URLError, ValueError, OSError):
-            # A server behind authentication, or an address that is not HTTP: Ray's own client knows the way.
-            status = subprocess.run([*head, "status", *where, name], capture_output=True, text=True, env=_quiet_ray())
-            return 0 if re.search(r"succeeded", status.stdout + status.stderr, re.IGNORECASE) else 1
-        state = details.get("status")
-        if state in ("SUCCEEDED", "FAILED", "STOPPED"):
-            code = details.get("driver_exit_code")
-            if state == "FAILED":
-                print(f"{name} failed: {details.get('message')}", file=sys.stderr)
-            return 0 if state == "SUCCEEDED" else int(code) if code and int(code) > 0 else 1
-        time.sleep(0.5)
-    raise JobError(f"Ray's Jobs API at {server} does not say how {name} ended; ask: ray job status {name}")
+    while True:
+        asked = subprocess.run([*head, "status", *where, name], capture_output=True, text=True, env=_quiet_ray())
+        said = asked.stdout + asked.stderr
+        if re.search(r"Job '.*' succeeded", said):
+            return 0
+        if code := re.search(r"failed with exit code (\d+)", said):
+            return int(code[1])
+        if re.search(r"Job '.*' (failed|was stopped)", said):
+            return 1
+        if time.monotonic() > deadline:
+            raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
+        time.sleep(1.0)
 
 
 def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:

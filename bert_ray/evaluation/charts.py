@@ -23,7 +23,7 @@ _COLOURS = {
 _LINES = [colour for colour in _COLOURS if colour.startswith("#0a")]
 _INK, _FAINT, _RULE = "#010101", "#020202", "#030303"
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bert_ray",  # The same drawing gives the same bytes.
     "font.size": 11,

@@ -96,7 +96,7 @@ def _matrix(scores: Scores) -> list[dict[str, Any]]:
 
 def _confusions(scores: Scores) -> list[dict[str, Any]]:
     """The most frequent confusions: what is so, what was said, how often."""
-    found = [
+    found: list[dict[str, Any]] = [
         {"label": item.label, "said": scores.labels[column].label, "count": int(count)}
         for row, item in enumerate(scores.labels)
         for column, count in enumerate(scores.confusion[row])
