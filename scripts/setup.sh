@@ -26,12 +26,14 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
 
 can_apt() { command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; }
 
+# Installs a Java runtime where none is new enough and apt-get can be used; else says what to install.
 install_java() {
-  local found package
+  local found package state="is missing"
   found=$(java_version)
   [ "${found:-0}" -ge 17 ] && return
   if can_apt; then
-    say "Java ${found:-} ${found:+is too old}${found:-is missing}; installing a runtime with apt-get (once, about a minute)" | tr -s ' '
+    [ -n "$found" ] && state="$found is too old for Spark"
+    say "Java $state; installing a runtime with apt-get (once, about a minute)"
     as_root apt-get update >>"$log" 2>&1 || true
     for package in openjdk-17-jre-headless openjdk-21-jre-headless default-jre-headless; do
       if DEBIAN_FRONTEND=noninteractive as_root apt-get install -y --no-install-recommends "$package" >>"$log" 2>&1; then
