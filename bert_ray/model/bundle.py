@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -184,7 +186,8 @@ def save_bundle(
     fresh = target.parent / f".{target.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        model.save_pretrained(fresh, safe_serialization=True)
+        with _no_progress_bar():
+            model.save_pretrained(fresh, safe_serialization=True)
         tokenizer.save_pretrained(fresh)
         card.files = _hash_files(fresh)
         card.fingerprint = _fingerprint(card.files, card)
@@ -217,9 +220,7 @@ def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None
         )
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise BundleError(
-            f"{reference}: architecture {kind!r} is not supported; known are {', '.join(ARCHITECTURES)}"
-        )
+        raise BundleError(f"{reference}: architecture {kind!r} is not supported; known are {', '.join(ARCHITECTURES)}")
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
@@ -333,22 +334,30 @@ def _load_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToke
 def read_model(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read safetensors weights in fp32; returns the model and transformers' report of missing and unexpected keys."""
     import torch
+
+    try:
+        with _no_progress_bar():
+            return auto_class.from_pretrained(
+                directory,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:
+        raise BundleError(f"{directory}: the weights cannot be read: {error}") from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' progress bars: for a second's work they are noise in the logs of a hundred workers."""
     from transformers.utils import logging
 
-    # A progress bar for a second's work is noise in the logs of a hundred workers.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return auto_class.from_pretrained(
-            directory,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:
-        raise BundleError(f"{directory}: the weights cannot be read: {error}") from error
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -52,6 +52,7 @@ class Encoder:
     heads: int
     first_position: int
     activation: Callable[[torch.Tensor], torch.Tensor]
+    is_gelu: bool
     dropout: float
     attention_dropout: float
 
@@ -64,6 +65,7 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
     base = getattr(model, model.base_model_prefix, model)
     embeddings = base.embeddings
     distil = config.model_type == "distilbert"
+    activation = config.activation if distil else config.hidden_act
     return Encoder(
         words=embeddings.word_embeddings,
         positions=embeddings.position_embeddings,
@@ -74,7 +76,8 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
         else [_bert_layer(layer) for layer in base.encoder.layer],
         heads=config.num_attention_heads,
         first_position=config.pad_token_id + 1 if positions_follow_padding(config) else 0,
-        activation=ACT2FN[config.activation if distil else config.hidden_act],
+        activation=ACT2FN[activation],
+        is_gelu=activation == "gelu",
         dropout=config.dropout if distil else config.hidden_dropout_prob,
         attention_dropout=config.attention_dropout if distil else config.attention_probs_dropout_prob,
     )

@@ -1,25 +1,186 @@
-"""The encoder as the annotator runs it."""
+"""The encoder as the annotator runs it: the same maths as `encoder.encode`, arranged for a forward pass alone.
+
+On a GPU it is `encoder.encode_with`. On a CPU in fp32 a packed batch is one tile of at most TILE_TOKENS tokens that
+walks through all layers while its activations stay in cache, and four things are arranged once, when the model loads:
+
+- queries, keys and values come from one product, the 1/√d_k of the attention formula inside its weights;
+- constants that softmax and the residual stream pass through move out of the way: a bias of the keys adds the same to
+  every score of a query, which softmax ignores; a bias of the values is averaged with weights that sum to 1, so it is
+  a bias of the next linear layer; the bias of a feed-forward layer's second half goes into the shift of the layer
+  norm before it (and out of its first half's bias again);
+- weights are packed for MKL's packed GEMM where torch was built with it (x86), for tiles of TILE_TOKENS rows;
+- the attention scores have a buffer of their own, small enough for the cache.
+
+Shapes: T tokens of a packed batch, L length of a row, D hidden size, F width of the feed-forward layer, H heads,
+d_k width of a head.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from bert_ray.model.encoder import encode_with, encoder_of
+from bert_ray.model.encoder import Layer, encode_with, encoder_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
     from bert_ray.model.packing import PackedBatch
 
+# Rows of a tile on a CPU. Measured beside 256 and 1,024 in benchmarks/LOG.md.
+TILE_TOKENS = 512
+# Tokens of a packed batch on a GPU: enough to fill one, little enough for the smallest in use (BERT-large: 2 GiB).
+GPU_BATCH_TOKENS = 16384
+# Attention scores held at a time, in fp32 numbers: 1 MiB, within the second-level cache of current server cores.
+_SCORES = 2**18
+# Rows shorter than this are computed together with those of their length beside them; the copies that costs are less
+# than the calls it saves. Longer rows are computed in place, each by itself.
+_LONG_ROW = 64
+
 
 class InferenceEncoder:
-    """Packed forward without dropout."""
+    """Packed forward without dropout.
+
+    Attributes:
+        batch_tokens: the tokens a packed batch should have.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.encoder = encoder_of(model)
-        self.batch_tokens = 512 if model.device.type == "cpu" else 16384
+        self._encoder = encoder_of(model)
+        weight = self._encoder.words.weight
+        self._tiled = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.batch_tokens = TILE_TOKENS if self._tiled else GPU_BATCH_TOKENS
+        if self._tiled:
+            with torch.inference_mode():
+                self._layers = [_Folded.of(layer, self._encoder.heads) for layer in self._encoder.layers]
+            self._scores = torch.empty(0)
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        return encode_with(self.encoder, batch, training=False)
+        """Hidden states of a packed batch, (T, D)."""
+        if not self._tiled:
+            return encode_with(self._encoder, batch, training=False)
+        tokens = len(batch.input_ids)
+        hidden = self._embed(batch)
+        # Packed weights serve tiles of one size alone; filling up the last few rows is cheaper than the other way.
+        if TILE_TOKENS * 3 // 4 < tokens < TILE_TOKENS:
+            hidden = torch.cat((hidden, hidden.new_zeros(TILE_TOKENS - tokens, hidden.shape[1])))
+        mixed = torch.zeros_like(hidden)
+        for layer in self._layers:
+            hidden = self._layer(layer, hidden, mixed, batch.lengths)
+        return hidden[:tokens]
+
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        encoder = self._encoder
+        hidden = F.embedding(batch.input_ids, encoder.words.weight)
+        hidden += F.embedding(batch.position_ids + encoder.first_position, encoder.positions.weight)
+        if encoder.types is not None:
+            types = batch.token_type_ids
+            hidden += encoder.types.weight[0] if types is None else F.embedding(types, encoder.types.weight)
+        return encoder.norm(hidden)
+
+    def _layer(self, layer: _Folded, hidden: torch.Tensor, mixed: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        width = hidden.shape[1]
+        qkv = layer.qkv(hidden)
+        qkv[:, :width] += layer.query_bias
+        self._attend(qkv, mixed, lengths)
+        total = layer.mix(mixed)
+        total += hidden
+        hidden = F.layer_norm(total, (width,), layer.mix_norm.weight, layer.mix_shift, layer.mix_norm.eps)
+        wide = layer.up(hidden)
+        wide = torch.ops.aten.gelu_(wide) if self._encoder.is_gelu else self._encoder.activation(wide)
+        total = layer.down(wide)
+        total += hidden  # The shift of `hidden` holds the bias of `down`.
+        return layer.down_norm(total)
+
+    def _attend(self, qkv: torch.Tensor, mixed: torch.Tensor, lengths: Sequence[int]) -> None:
+        """softmax(Q Kᵀ) V of every row over itself, into `mixed` (T, D); the scale is inside Q."""
+        heads, width = self._encoder.heads, mixed.shape[1]
+        # (H, T, d_k) views: a head's tokens lie 3 * D numbers apart, which a matrix product takes as it is.
+        q, k, v = (part.view(-1, heads, width // heads).transpose(0, 1) for part in qkv.split(width, dim=1))
+        out = mixed.view(-1, heads, width // heads).transpose(0, 1)
+        start = 0
+        for length, run in groupby(lengths):
+            rows = sum(1 for _ in run)
+            stop = start + rows * length
+            if length >= _LONG_ROW or rows == 1:
+                for first in range(start, stop, length):
+                    row = slice(first, first + length)
+                    self._softmax_product(q[:, row], k[:, row], v[:, row], out[:, row])
+            else:
+                # (T', 3, H, d_k) -> (3, rows * H, L, d_k)
+                part = qkv[start:stop].view(rows, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+                q_rows, k_rows, v_rows = part.reshape(3, rows * heads, length, width // heads)
+                result = torch.empty_like(q_rows)
+                self._softmax_product(q_rows, k_rows, v_rows, result)
+                mixed[start:stop].view(rows, length, heads, -1).copy_(
+                    result.view(rows, heads, length, -1).transpose(1, 2)
+                )
+            start = stop
+
+    def _softmax_product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        """For N matrices (N, L, d_k), a few at a time, so that their scores stay in cache."""
+        count, length, _ = q.shape
+        step = max(1, _SCORES // (length * length))
+        if self._scores.numel() < (size := min(step, count) * length * length):
+            self._scores = torch.empty(size)
+        for first in range(0, count, step):
+            part = slice(first, min(first + step, count))
+            scores = self._scores[: (part.stop - first) * length * length].view(-1, length, length)
+            torch.bmm(q[part], k[part].transpose(1, 2), out=scores)
+            torch._softmax(scores, -1, False, out=scores)
+            torch.bmm(scores, v[part], out=out[part])
+
+
+class _Linear:
+    """y = x Wᵀ + b, with W packed for tiles of TILE_TOKENS rows where MKL is there."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight.detach().contiguous()
+        self.bias = bias
+        # Private operators of torch (they serve its own compiler), so their absence is no error.
+        self.packed = None
+        if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
+            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, TILE_TOKENS)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None and x.shape[0] == TILE_TOKENS:
+            return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, TILE_TOKENS)
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Folded:
+    """A layer with its constants moved as the module's first lines say."""
+
+    qkv: _Linear
+    query_bias: torch.Tensor
+    mix: _Linear
+    mix_norm: nn.LayerNorm
+    mix_shift: torch.Tensor
+    up: _Linear
+    down: _Linear
+    down_norm: nn.LayerNorm
+
+    @classmethod
+    def of(cls, layer: Layer, heads: int) -> _Folded:
+        scale = (layer.query.out_features // heads) ** -0.5
+        down_bias = layer.down.bias.detach()
+        return cls(
+            qkv=_Linear(torch.cat((layer.query.weight * scale, layer.key.weight, layer.value.weight)), None),
+            query_bias=layer.query.bias.detach() * scale,
+            mix=_Linear(
+                layer.mix.weight, layer.mix.bias.detach() + layer.mix.weight.detach() @ layer.value.bias.detach()
+            ),
+            mix_norm=layer.mix_norm,
+            mix_shift=layer.mix_norm.bias.detach() + down_bias,
+            up=_Linear(layer.up.weight, layer.up.bias.detach() - layer.up.weight.detach() @ down_bias),
+            down=_Linear(layer.down.weight, None),
+            down_norm=layer.down_norm,
+        )

