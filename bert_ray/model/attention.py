@@ -2,8 +2,9 @@
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V
 
-(Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 1), computed for each head and each row by itself: a token sees the tokens of its own row and no others, which is the
-formula with a mask that is 0 inside a row and -∞ between rows.
+(Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 1), computed for each head and each row by
+itself: a token sees the tokens of its own row and no others, which is the formula with a mask that is 0 inside a row
+and -∞ between rows.
 
 Shapes: T tokens of a packed batch, B rows, L length of a row, H heads, d_k width of a head, D = H * d_k.
 """
