@@ -108,8 +108,10 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, words: list[str]) -> list[str]:
-    """At most two words that `word` may have been meant for."""
-    return difflib.get_close_matches(word, words, n=2, cutoff=0.6)
+    """The word that `word` may have been meant for; two where both are about as near."""
+    near = difflib.get_close_matches(word, words, n=2, cutoff=0.6)
+    likeness = [difflib.SequenceMatcher(None, found, word).ratio() for found in near]
+    return near[:1] if len(near) == 2 and likeness[1] < likeness[0] - 0.05 else near
 
 
 def did_you_mean(words: Sequence[str]) -> str:

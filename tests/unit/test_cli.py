@@ -1,0 +1,210 @@
+"""The command itself, as a process: what it prints and which status it ends with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray import __version__, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bert_ray(*argv: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bert_ray", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def refused(*argv: object, cwd: Path | None = None) -> str:
+    """The error of a command that must end with status 2, without a traceback."""
+    done = bert_ray(*argv, cwd=cwd)
+    assert done.returncode == cli.AT_FAULT, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "lake" / "part.parquet"
+    path.parent.mkdir()
+    rows = {"text": ["a great film", None, "the worst food"], "label": ["positive", "negative", "negative"]}
+    pq.write_table(pa.table(rows), path)
+    return path.parent
+
+
+def test_help_and_version() -> None:
+    shown = bert_ray("--help")
+    assert shown.returncode == 0
+    assert all(f"bert-ray {name}" in shown.stdout for name in cli.COMMANDS)
+    assert bert_ray("--version").stdout.strip() == f"bert-ray {__version__}"
+    assert bert_ray().returncode == cli.AT_FAULT
+
+
+@pytest.mark.parametrize(
+    ("words", "teaches"),
+    [
+        (["annotate"], ["--input TEXT", "--engine local|ray|spark", "bert-ray annotate jobs/annotate.yaml"]),
+        (["train"], ["--data.train TEXT", "--zero-stage 0|1|2|3", "bert-ray train jobs/finetune.yaml"]),
+        (["evaluate"], ["usage: bert-ray evaluate MODEL TABLE", "--label TEXT", "--mistakes N"]),
+        (["submit"], ["--to ray|spark", "--wait true|false", "bert-ray submit jobs/annotate.yaml --to ray"]),
+        (["runs"], ["status", "failures", "resume"]),
+        (["runs", "resume"], ["--engine local|ray|spark", "bert-ray runs resume OUTPUT"]),
+    ],
+)
+def test_each_command_teaches(words: list[str], teaches: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert cli.main([*words, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    shown = capsys.readouterr().out
+    assert not [text for text in teaches if text not in shown]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from bert_ray.cli import main\n"
+        "try: main(['annotate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'ray', 'pyspark', 'deepspeed', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_misspelt_command_names_the_near_one() -> None:
+    assert refused("anotate") == "error: no command 'anotate'; did you mean annotate?"
+
+
+def test_a_misspelt_key_names_file_line_and_the_near_key(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("input: lake\nmodel: m\nouput: out\n")
+    error = refused("annotate", "job.yaml", cwd=tmp_path)
+    assert error == "error: job.yaml:3: unknown key 'ouput'; did you mean output?"
+
+
+def test_a_wrong_type_names_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("data:\n  train: x.parquet\nmodel: m\noutput: out\nepochs: three\n")
+    error = refused("train", "job.yaml", cwd=tmp_path)
+    assert error == "error: job.yaml:5: epochs takes an integer, not 'three' (text)"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["annotate", "nowhere.yaml"], "nowhere.yaml"),
+        (["annotate", "--input", "nowhere/lake", "--model", "m", "--output", "out"], "nowhere/lake"),
+        (["evaluate", "m", "nowhere.parquet"], "nowhere.parquet"),
+        (["runs", "status", "nowhere"], "nowhere"),
+        (["submit", "nowhere.yaml", "--to", "ray"], "nowhere.yaml"),
+    ],
+)
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path, argv: list[str], named: str) -> None:
+    assert named in refused(*argv, cwd=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_exist_is_named(table: Path, tmp_path: Path) -> None:
+    error = refused("annotate", "--input", table, "--model", "./nowhere", "--output", tmp_path / "out")
+    assert "nowhere" in error
+
+
+def test_annotate_status_and_failures(table: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (table / "cut.parquet").write_bytes((table / "part.parquet").read_bytes()[:300])
+    words = ["annotate", "--input", table, "--model", tiny_bundle, "--output", out]
+    done = bert_ray(*words)
+    assert done.returncode == cli.FAILED, done.stderr
+    assert bert_ray("runs", out).returncode == cli.FAILED
+    failures = bert_ray("runs", "failures", out)
+    assert failures.returncode == cli.FAILED
+    assert "cut.parquet" in failures.stdout
+    (table / "cut.parquet").write_bytes((table / "part.parquet").read_bytes())
+    resumed = bert_ray("runs", "resume", out, "--threads", 1)
+    assert resumed.returncode == cli.DONE, resumed.stdout + resumed.stderr
+    assert bert_ray("runs", "status", out).returncode == cli.DONE
+    assert pq.read_table(out, columns=["sentiment"]).num_rows == 6
+
+
+def test_evaluate_prints_name_value_lines_and_the_report(table: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    done = bert_ray("evaluate", tiny_bundle, table, "--output", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    values = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.count(" ") == 1)
+    assert {"accuracy", "macro_f1", "majority_accuracy", "majority_macro_f1", "rows"} <= set(values)
+    assert 0.0 <= float(values["accuracy"]) <= 1.0
+    assert (values["rows"], values["rows_without_text"]) == ("2", "1")
+    assert "confusion matrix" in done.stdout
+    assert Path(values["report"]).is_file()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_bundle: Path) -> None:
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    texts = pa.table({"text": [f"a great film number {number}" + " so very nice" * 20 for number in range(100)]})
+    for number in range(40):
+        pq.write_table(texts.append_column("part", pa.array([number] * 100)), lake / f"{number}.parquet")
+    words = ["annotate", "--input", lake, "--model", tiny_bundle, "--output", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bert_ray", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    receipts = tmp_path / "out" / "_bert_ray" / "receipts"
+    deadline = time.monotonic() + 90
+    while not (receipts.is_dir() and any(receipts.iterdir())) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "Traceback" not in errors
+    assert "bert-ray annotate --input" in errors
+    done = len(list(receipts.iterdir()))
+    assert 0 < done < 40  # The interruption came in the middle.
+    assert bert_ray(*words).returncode == cli.DONE
+    assert len(list(receipts.iterdir())) == 40
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(argv: object) -> int:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "annotate", cli.Command(broken, "annotate"))
+    assert cli.main(["annotate"]) == cli.BUG
+    errors = capsys.readouterr().err
+    assert "ZeroDivisionError: a bug" in errors
+    assert "this is a bug" in errors
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def lacking(argv: object) -> int:
+        raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed.runtime")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(lacking, "train"))
+    assert cli.main(["train"]) == cli.AT_FAULT
+    assert "pip install 'bert-ray[train]'" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    # `bert-ray --help | true`: the pipe is closed before anything is printed.
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bert_ray", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["annotate", "train"])
+def test_the_entry_points_in_jobs_run_from_anywhere(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: bert-ray {name}" in done.stdout
