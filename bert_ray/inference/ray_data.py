@@ -107,6 +107,8 @@ def annotate(
 ) -> ray.data.Dataset:
     """Append a model's annotation to a Ray dataset; lazy, as Ray's own transformations are.
 
+    Only the dataset's schema is asked for at once; where it is not known, Ray computes the first rows to tell it.
+
     Args:
         dataset: rows with the task's input columns.
         model: a bundle reference that every node can resolve.
