@@ -1,0 +1,180 @@
+"""The stepper that DeepSpeed drives: ZeRO stage 0 to 3 over the workers of the default process group.
+
+Nothing is compiled: the optimiser is torch's fused AdamW, and on a CPU the shared-memory communication op, which
+DeepSpeed would otherwise build with a C++ compiler for a minute at first use, is declared unavailable, so that gloo
+serves (`_import`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bert_ray.training.optim import MOMENTS, TaskModel, adam_state, adamw, clip, named_state, restore_moments
+
+if TYPE_CHECKING:
+    from bert_ray.training.job import TrainJob
+
+# Elements a ZeRO communication bucket holds at most: 64 Mi fp32 elements are 256 MiB. A model of MiniLM's or BERT-base's size then
+# goes in one or two buckets; DeepSpeed's own default, 500 M elements, would reserve 2 GB for it.
+_BUCKET_ELEMENTS = 64 * 2**20
+
+
+def _import(device: torch.device) -> Any:
+    """DeepSpeed, imported so that it uses `device` and compiles nothing."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # `deepspeed.ops.__compatible_ops__` is computed at first access and then kept in the module, "so edits to it
+        # persist" (deepspeed/ops/__init__.py); `build_shm_op` (deepspeed/comm/torch.py) asks it first.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    return deepspeed
+
+
+class DeepSpeedStepper:
+    """Steps of one worker among several."""
+
+    def __init__(self, module: TaskModel, job: TrainJob, device: torch.device, world: int) -> None:
+        deepspeed = _import(device)
+        self.device = device
+        self.module = module.to(device)
+        self._clip = job.clip
+        self._stage = job.zero_stage
+        self._deepspeed = deepspeed
+        elements = sum(weight.numel() for weight in module.parameters())
+        bucket = min(_BUCKET_ELEMENTS, elements)
+        config: dict[str, Any] = {
+            "train_batch_size": world * job.gradient_accumulation,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": job.gradient_accumulation,
+            # ZeRO clips its shares itself; at stage 0 the gradient is whole and `clip` is faster.
+            "gradient_clipping": job.clip if self._stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+            "zero_optimization": {
+                "stage": self._stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "overlap_comm": device.type != "cpu",
+                "contiguous_gradients": device.type != "cpu",
+                "stage3_param_persistence_threshold": 0,
+            },
+        }
+        if module.autocast is not None:
+            # No module's weights are communicated in half precision: sums stay as exact as in fp32.
+            config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": str(module.autocast).removeprefix("torch."),
+                "lower_precision_safe_modules": [],
+            }
+        optimizer = adamw(module.model, job.weight_decay)
+        self.engine, self._wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        if self._stage == 3:
+            # The packed forward reads weights past the modules that own them (queries, keys and values in one
+            # product), so all are declared to belong to the whole model too: they are gathered when it is entered,
+            # forward and backward, and between steps each worker keeps its share alone.
+            for weight in module.model.parameters():
+                deepspeed.zero.register_external_parameter(module, weight)
+        self._optimizer = optimizer
+        self._named = dict(module.model.named_parameters())
+        self._make_moments(0)
+
+    def forward(self, *arguments: Any) -> Any:
+        """See Stepper."""
+        return self.engine(*arguments)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Stepper. DeepSpeed averages over the workers; pieces of a step are added up, not averaged."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, rate: float) -> None:
+        """See Stepper."""
+        for group in self._wrapped.param_groups:
+            group["lr"] = rate
+        if not self._stage and self._clip:
+            clip(list(self._named.values()), self._clip)
+        self.engine.step()
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """See Stepper."""
+        if self._stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(list(self._named.values()))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See Stepper."""
+        first = torch.distributed.get_rank() == 0
+        if not self._stage:
+            return named_state(self.module.model, self._optimizer) if first else {}
+        state = {}
+        with self.whole():
+            for name, weight in self._named.items():
+                if first:
+                    state[f"weight/{name}"] = weight.detach().to("cpu", copy=True)
+        for name, weight in self._named.items():
+            for moment in MOMENTS:
+                value = self._deepspeed.utils.safe_get_full_optimizer_state(weight, moment)
+                if first and value is not None:
+                    state[f"{moment}/{name}"] = value.view(weight_shape(weight)).to("cpu", copy=True)
+        return state
+
+    def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        """See Stepper."""
+        if not self._stage:
+            restore_moments(self.module.model, self._optimizer, state, steps)
+            return
+        self._make_moments(steps)
+        for name, weight in self._named.items():
+            for moment in MOMENTS:
+                value = state.get(f"{moment}/{name}")
+                if value is not None:
+                    self._deepspeed.utils.safe_set_full_optimizer_state(weight, value.to(self.device), moment)
+
+    def _make_moments(self, steps: int) -> None:
+        """Give ZeRO's optimiser, which works on flat shares of the weights, its state now instead of at its first step.
+
+        DeepSpeed links the flat state to the parameters once, after the first step of the first parameter group, when
+        the second group has none yet; `safe_get_full_optimizer_state` then fails for that group.
+        """
+        if not self._stage:
+            return
+        flat = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
+        for share in getattr(self._wrapped, flat):
+            zeros = torch.zeros_like(share), torch.zeros_like(share)
+            self._wrapped.optimizer.state[share] = adam_state(share, steps, *zeros)
+        if self._stage < 3:
+            self._wrapped._hp_optimizer_states_linked = False
+            self._wrapped._lazy_init_hp_params_optimizer_state()
+
+    def scaling(self) -> dict[str, float]:
+        """See Stepper."""
+        scaler = self._loss_scaler()
+        return {} if scaler is None else {key: value for key, value in vars(scaler).items() if _is_number(value)}
+
+    def restore_scaling(self, state: dict[str, float]) -> None:
+        """See Stepper."""
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            vars(scaler).update(state)
+
+    def _loss_scaler(self) -> Any:
+        return getattr(self._wrapped, "loss_scaler", None) if self.module.autocast is torch.float16 else None
+
+
+def weight_shape(weight: torch.Tensor) -> torch.Size:
+    """The whole shape of a parameter that ZeRO 3 may have cut to a share."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

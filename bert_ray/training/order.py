@@ -1,0 +1,62 @@
+"""Which rows a step sees, and which worker computes them. Pure functions of seed, epoch and lengths.
+
+The rows of a step do not depend on the number of workers: a run may be resumed with another number and goes on with
+the same rows in the same order.
+
+Shapes: B rows of one optimiser step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+
+import numpy as np
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `rows` rows in an epoch: a permutation, int64 (rows,)."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def shares(rows: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Share the rows of a step out in `parts` parts of about equally many tokens.
+
+    Longest first, each to the part with the fewest tokens so far (Graham's LPT rule: at most 4/3 of the best
+    possible largest part). Rows of a part come out longest first, so that rows of equal length, which attention
+    computes together, stand side by side.
+
+    Args:
+        rows: int64 (B,), row numbers.
+        lengths: tokens of every row of the table.
+        parts: workers times pieces per worker.
+
+    Returns:
+        `parts` int64 arrays; some are empty where B < parts.
+    """
+    ordered = rows[np.argsort(-lengths[rows], kind="stable")]
+    if parts == 1:
+        return [ordered]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    loads = [(0, part) for part in range(parts)]
+    for row, length in zip(ordered.tolist(), lengths[ordered].tolist(), strict=True):
+        load, part = loads[0]
+        chosen[part].append(row)
+        heapq.heapreplace(loads, (load + length, part))
+    return [np.array(part, np.int64) for part in chosen]
+
+
+def noise_seed(seed: int, step: int, piece: int, rank: int) -> int:
+    """The seed of dropout for one piece of one step on one worker, below 2^63: noise is a function of the position."""
+    name = f"{seed}/{step}/{piece}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+
+
+def held_out(texts: list[str], fraction: float) -> np.ndarray:
+    """Which texts belong to validation, bool (len(texts),): those whose hash falls into the first `fraction`.
+
+    A function of the text alone: equal texts fall on the same side, and rows added later do not move the others.
+    """
+    limit = int(fraction * 2**64)
+    hashes = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.fromiter((int.from_bytes(value, "big") < limit for value in hashes), bool, len(texts))

@@ -1,0 +1,169 @@
+"""The loop on Ray Train: a group of workers with a process group, each with a DeepSpeedStepper.
+
+A worker that dies takes the group with it; Ray Train starts a new one, which goes on from the newest checkpoint in
+the run's directory, as a run that was started again by hand does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from bert_ray.errors import BertRayError, JobError
+from bert_ray.training.job import TrainJob
+from bert_ray.training.loop import Callback, Position
+from bert_ray.training.progress import following, writer
+
+if TYPE_CHECKING:
+    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.training.data import TrainingData
+
+OUTCOME_FILE = "outcome.json"
+
+
+def run(
+    job: TrainJob,
+    base: Bundle,
+    card: Card,
+    data: TrainingData,
+    directory: Path,
+    callbacks: Sequence[Callback],
+    tell: Callable[[dict[str, Any]], None],
+) -> Position:
+    """Run the loop on `job.workers` Ray Train workers.
+
+    Raises:
+        JobError: Ray cannot be reached or has too little, or workers died more often than `max_failures`.
+    """
+    outcome = directory / OUTCOME_FILE
+    outcome.unlink(missing_ok=True)
+    with _ray(job):
+        resources = ray.cluster_resources()
+        gpu = resources.get("GPU", 0) >= job.workers
+        cpus = resources.get("CPU", 0)
+        if not gpu and cpus < job.workers:
+            raise JobError(
+                f"workers is {job.workers}, but Ray has {cpus:g} CPUs and {resources.get('GPU', 0):g} GPUs: give fewer "
+                "workers, or add nodes"
+            )
+        trainer = TorchTrainer(
+            _worker,
+            # Tokens travel once through the object store, and are not pickled again for each group of workers.
+            train_loop_config={
+                "job": job,
+                "card": card,
+                "data": ray.put(data),
+                "directory": directory,
+                "callbacks": tuple(callbacks),
+                "gpu": gpu,
+            },
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpu, resources_per_worker=_resources(gpu)),
+            run_config=RunConfig(
+                # A name of its own each time: what there is to resume stands in our checkpoints, not in Ray's.
+                name=f"bert-ray-{uuid.uuid4().hex[:8]}",
+                storage_path=str(directory / "ray"),
+                failure_config=FailureConfig(max_failures=job.max_failures),
+            ),
+        )
+        with following(directory, tell):
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                raise _as_ours(error) from error
+    return Position(**json.loads(outcome.read_text("utf-8")))
+
+
+def _resources(gpu: bool) -> dict[str, float]:
+    return {"CPU": 1, "GPU": 1} if gpu else {"CPU": 1}
+
+
+@contextmanager
+def _ray(job: TrainJob) -> Iterator[None]:
+    """A connection to Ray: the caller's where there is one, the cluster's, or a Ray of our own."""
+    if ray.is_initialized():
+        yield
+        return
+    address = job.ray.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False)
+        else:
+            # Workers beyond the machine's cores share them, rather than wait for ever.
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, job.workers),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except (ConnectionError, ValueError) as error:
+        raise JobError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _as_ours(error: Exception) -> BertRayError:
+    """The error of a worker that is the user's to mend, else one that says where to look."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, BertRayError):
+                return cause
+            cause = cause.__cause__ or getattr(cause, "_base_exc", None)
+    first = next(iter(failures.values()), error)
+    return JobError(f"training on Ray failed: {first}\nRun the same command again to go on from the last checkpoint")
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One worker's part; the whole of the loop."""
+    import torch
+
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.deepspeed import DeepSpeedStepper
+    from bert_ray.training.loop import Loop
+    from bert_ray.training.peers import Peers
+
+    job, directory = config["job"], config["directory"]
+    peers = Peers()
+    if not (directory / "run.json").exists():
+        raise JobError(
+            f"worker {peers.rank} does not see {directory}: with several machines, put the output on storage that all see"
+        )
+    context = ray.train.get_context()
+    # Ray sets OMP_NUM_THREADS to the CPUs it gave the worker, one; the machine's cores are shared out instead.
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
+    device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
+    base = load_bundle(job.model)
+    loop = Loop(
+        job=job,
+        base=base,
+        card=config["card"],
+        data=ray.get(config["data"]),
+        directory=directory,
+        peers=peers,
+        device=device,
+        make_stepper=lambda module: DeepSpeedStepper(module, job, device, peers.world),
+        tell=writer(directory),
+        callbacks=config["callbacks"],
+    )
+    position = loop.run()
+    if peers.rank == 0:
+        (directory / OUTCOME_FILE).write_text(json.dumps(asdict(position)), "utf-8")
+    # Ray's own record of the run: what its dashboard shows.
+    ray.train.report({key: value for entry in position.history[-1:] for key, value in entry.items()})

@@ -1,0 +1,25 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
+    """Learning rate of a step.
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+        peak: the highest rate.
+        warmup: share of the steps in which the rate rises linearly to the peak, which the last of them has.
+        schedule: `constant` stays there; `linear` falls on a line and `cosine` on half a cosine (Loshchilov and Hutter, arXiv
+            1608.03983, eq. 5 without restarts), to reach 0 just after the last step.
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    if schedule == "constant":
+        return peak
+    done = (step - rising) / max(1, steps - rising)
+    return peak * (1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
