@@ -147,7 +147,7 @@ def _annotator(job: EvaluateJob) -> Annotator:
 
     task = load_bundle(job.model).task
     if not task.card.labels:
-        raise BundleError(f"{job.model} makes a {task.kind}, which has no labels to measure against")
+        raise BundleError(f"{job.model} annotates with {task.kind}, which has no labels to measure against")
     columns = tuple((job.columns or {}).items())
     if job.column is not None:
         if len(task.inputs) > 1:

@@ -1,0 +1,135 @@
+"""A bundle over labelled tables of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.errors import BundleError, ColumnError, JobError, LakeError
+from bert_ray.evaluation import evaluate as room
+from bert_ray.evaluation.evaluate import Evaluation, evaluate
+from bert_ray.evaluation.job import EvaluateJob
+
+TEXTS = ["a great film", "the worst food ever", "so happy with it", "what a waste of money"]
+LABELS = ["positive", "negative", "positive", "negative"]
+
+
+def run(tmp_path: Path, bundle: Path, rows: dict[str, object], /, **options: object) -> Evaluation:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table(rows), path)
+    settings = {"model": str(bundle), "table": str(path), "output": str(tmp_path / "report"), **options}
+    return evaluate(EvaluateJob(**settings))  # type: ignore[arg-type]
+
+
+def test_the_figures_are_those_of_the_annotations(tmp_path: Path, tiny_bundle: Path, uci_sample: pa.Table) -> None:
+    import bert_ray
+
+    path = tmp_path / "table.parquet"
+    pq.write_table(uci_sample, path)
+    result = evaluate(EvaluateJob(model=str(tiny_bundle), table=str(path), output=str(tmp_path)))
+    said = bert_ray.load(str(tiny_bundle))(uci_sample)["sentiment"].combine_chunks().field("label").to_pylist()
+    right = [one == other for one, other in zip(said, uci_sample["label"].to_pylist(), strict=True)]
+    assert result.scores.rows == 300
+    assert result.scores.accuracy == pytest.approx(sum(right) / 300)
+    assert len(result.mistakes) == 20
+    assert [item.score for item in result.mistakes] == sorted((item.score for item in result.mistakes), reverse=True)
+    for item in result.mistakes:
+        row = uci_sample.slice(item.row, 1).to_pylist()[0]
+        assert (row["text"], row["label"]) == (item.text, item.label)
+        assert said[item.row] == item.said != item.label
+
+
+def test_batches_make_no_difference(
+    tmp_path: Path, tiny_bundle: Path, uci_sample: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(uci_sample, path)
+    job = EvaluateJob(model=str(tiny_bundle), table=str(path), output=str(tmp_path), mistakes=5)
+    whole = evaluate(job)
+    monkeypatch.setattr(room, "_BATCH_ROWS", 7)
+    parts = evaluate(job)
+    assert parts.scores.figures() == whole.scores.figures()
+    assert [item.row for item in parts.mistakes] == [item.row for item in whole.mistakes]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array([1, 0, 1, 0], pa.int64()),
+        pa.array([1, 0, 1, 0], pa.uint8()),
+        pa.array([True, False, True, False]),
+        pa.array(LABELS).dictionary_encode(),
+        pa.array(LABELS, pa.large_string()),
+    ],
+)
+def test_labels_by_name_or_position(tmp_path: Path, tiny_bundle: Path, labels: pa.Array) -> None:
+    expected = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": LABELS}).scores
+    found = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": labels}).scores
+    assert found.figures() == expected.figures()
+    assert [item.rows for item in found.labels] == [2, 2]
+
+
+def test_nulls_and_blanks_are_counted_and_left_out(tmp_path: Path, tiny_bundle: Path) -> None:
+    columns = {"text": [*TEXTS, None, "  ", "no label", None], "label": [*LABELS, "positive", "negative", None, None]}
+    result = run(tmp_path, tiny_bundle, columns)
+    assert (result.scores.rows, result.without_text, result.without_label) == (4, 2, 2)
+    assert "rows 4\nrows_without_label 2\nrows_without_text 2" in result.text()
+    kept = json.loads(result.metrics.read_text())
+    assert (kept["rows"], kept["rows_without_text"], kept["rows_without_label"]) == (4, 2, 2)
+    assert kept["accuracy"] == result.scores.accuracy
+
+
+def test_a_hive_directory_and_other_column_names(tmp_path: Path, tiny_bundle: Path, uci_lake: Path) -> None:
+    whole = evaluate(EvaluateJob(model=str(tiny_bundle), table=str(uci_lake), output=str(tmp_path)))
+    assert whole.scores.rows > 2000
+    named = run(tmp_path, tiny_bundle, {"review": TEXTS, "stars": LABELS}, column="review", label="stars")
+    assert named.scores.rows == 4
+
+
+def test_a_column_of_the_annotations_name_is_no_hindrance(tmp_path: Path, tiny_bundle: Path) -> None:
+    # A table that was annotated before can be measured.
+    assert run(tmp_path, tiny_bundle, {"text": TEXTS, "sentiment": TEXTS, "label": LABELS}).scores.rows == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "error", "message"),
+    [
+        ({"text": TEXTS, "labels": LABELS}, {}, ColumnError, r"no label column 'label'; did you mean 'labels'\?"),
+        ({"texts": TEXTS, "label": LABELS}, {}, ColumnError, r"no column 'text' .* did you mean 'texts'\?"),
+        ({"text": [1, 2, 3, 4], "label": LABELS}, {}, ColumnError, "'text' is int64, not text"),
+        ({"text": TEXTS, "label": ["good", *LABELS[1:]]}, {}, ColumnError, r"unknown labels \['good'\]"),
+        ({"text": TEXTS, "label": [0, 1, 2, 0]}, {}, ColumnError, r"unknown labels \['2'\]"),
+        ({"text": TEXTS, "label": [0.5, 1.0, 0.0, 0.0]}, {}, ColumnError, "label column is double"),
+        ({"text": TEXTS, "label": pa.nulls(4)}, {}, LakeError, "none of its 4 rows has both"),
+        ({"text": pa.nulls(4), "label": LABELS}, {}, LakeError, "none of its 4 rows has both"),
+        ({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}, {}, LakeError, "none of its 0 rows"),
+        ({"text": TEXTS, "label": LABELS}, {"column": "a", "columns": {"text": "b"}}, JobError, "both given"),
+        ({"text": TEXTS, "label": LABELS}, {"mistakes": -1}, JobError, "mistakes is -1"),
+    ],
+)
+def test_bad_input_has_a_stated_outcome(
+    tmp_path: Path, tiny_bundle: Path, columns: dict[str, object], options: dict, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(tmp_path, tiny_bundle, columns, **options)
+    assert not (tmp_path / "report").exists()
+
+
+def test_bad_tables_are_named(tmp_path: Path, tiny_bundle: Path) -> None:
+    def attempt(path: Path) -> None:
+        evaluate(EvaluateJob(model=str(tiny_bundle), table=str(path), output=str(tmp_path / "report")))
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "not.parquet").write_text("hello")
+    for name in ("nowhere.parquet", "empty", "not.parquet"):
+        with pytest.raises(LakeError, match=name):
+            attempt(tmp_path / name)
+
+
+def test_a_model_without_labels_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    with pytest.raises(BundleError, match="annotates with embedding"):
+        run(tmp_path, tiny_encoder, {"text": TEXTS, "label": LABELS})
