@@ -6,33 +6,93 @@
 itself: a token sees the tokens of its own row and no others, which is the formula with a mask that is 0 inside a row
 and -∞ between rows.
 
-Shapes: T tokens of a packed batch, B rows, L length of a row, H heads, d_k width of a head, D = H * d_k.
+On a GPU in half precision that is one variable-length kernel. Elsewhere rows are taken a group at a time: short rows of
+similar lengths together (filled up to the longest of them, for the scores alone), long ones by equal length.
+
+Shapes: T tokens of a packed batch, B rows, L length of a row, H heads, d_k width of a head, D = H * d_k;
+N rows of a group.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+
+from bert_ray.model.dropout import dropout_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Rows up to this long may share a group with shorter ones: a group's calls cost more than the scores it fills up with.
+_SHORT_ROW = 64
+# The shortest row of such a group, as a share of its longest; below _TINY_ROW tokens anything goes.
+_SIMILAR, _TINY_ROW = 0.5, 16
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """Rows that attention takes together, standing side by side in the packed batch.
+
+    Attributes:
+        start: the first token of the first row; with `stop` the group's tokens.
+        stop: one behind the last token.
+        rows: N.
+        length: L, of the longest row.
+        gather: int64 (N * L,), for each place of the filled-up rows its token, counted from `start`; None where all
+            rows are of length L.
+        real: int64 (stop - start,), which places of the filled-up rows are tokens; None likewise.
+        bias: (N, 1, 1, L), 0 for a token and -∞ for a filled-up place; None likewise.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    length: int
+    gather: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+def group_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Group]:
+    """Split a packed batch's rows, in their order, into groups; longest rows first gives the fewest groups."""
+    groups, first, start = [], 0, 0
+    while first < len(lengths):
+        longest = shortest = lengths[first]
+        last, stop = first + 1, start + longest
+        while last < len(lengths):
+            high, low = max(longest, lengths[last]), min(shortest, lengths[last])
+            similar = high <= _SHORT_ROW and low >= (0 if high <= _TINY_ROW else high * _SIMILAR)
+            if not (high == low or similar):
+                break
+            longest, shortest, stop, last = high, low, stop + lengths[last], last + 1
+        group = Group(start=start, stop=stop, rows=last - first, length=longest)
+        if longest != shortest:
+            _fill_up(group, torch.tensor(lengths[first:last]), device)
+        groups.append(group)
+        first, start = last, stop
+    return groups
+
+
+def _fill_up(group: Group, lengths: torch.Tensor, device: torch.device | str) -> None:
+    places = torch.arange(group.length)
+    real = places < lengths[:, None]
+    starts = lengths.cumsum(0) - lengths
+    # A filled-up place repeats its row's last token: any finite values do, since nothing reads them.
+    group.gather = (starts[:, None] + torch.minimum(places, lengths[:, None] - 1)).view(-1).to(device)
+    group.real = real.view(-1).nonzero()[:, 0].to(device)
+    group.bias = torch.where(real, 0.0, -torch.inf)[:, None, None, :].to(device)
+
 
 def packed_attention(
-    qkv: torch.Tensor,
-    lengths: Sequence[int],
-    cu_seqlens: torch.Tensor,
-    heads: int,
-    dropout: float = 0.0,
+    qkv: torch.Tensor, lengths: Sequence[int], cu_seqlens: torch.Tensor, heads: int, dropout: float = 0.0
 ) -> torch.Tensor:
     """Attention of every row over itself.
 
     Args:
         qkv: (T, 3 * D), queries, keys and values side by side.
-        lengths: tokens of each row; rows of equal length that stand side by side are computed together.
+        lengths: tokens of each row.
         cu_seqlens: int32 (B + 1,), where each row starts.
         heads: H.
         dropout: probability with which an attention weight is dropped (training only).
@@ -42,28 +102,79 @@ def packed_attention(
     """
     if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         return _variable_length(qkv, max(lengths), cu_seqlens, heads)
-    return _by_length(qkv, lengths, heads, dropout)
-
-
-def _by_length(qkv: torch.Tensor, lengths: Sequence[int], heads: int, dropout: float) -> torch.Tensor:
-    """One scaled_dot_product_attention per run of rows of equal length."""
-    width = qkv.shape[1] // 3
-    outputs, start = [], 0
-    for length, run in groupby(lengths):
-        rows = sum(1 for _ in run)
-        stop = start + rows * length
-        # (rows, L, 3, H, d_k) -> three of (rows, H, L, d_k)
-        q, k, v = qkv[start:stop].view(rows, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        outputs.append(mixed.transpose(1, 2).reshape(rows * length, width))
-        start = stop
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _GroupedAttention.apply(qkv, group_rows(lengths, qkv.device), heads, dropout)
 
 
 def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, heads: int) -> torch.Tensor:
     """FlashAttention over all rows in one kernel, forward and backward (half precision on a GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
-    mixed = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, longest, longest)
+    q, k, v = (part.contiguous() for part in qkv.view(qkv.shape[0], 3, heads, -1).unbind(1))
+    mixed = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
     return mixed.reshape(qkv.shape[0], -1)
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """The formula and its derivative, a group at a time, with as few passes over the scores as torch allows.
+
+    With S = Q Kᵀ / √d_k, P = softmax(S), M the dropout mask (0 or 1 / (1 - p)) and O = (P ∘ M) V:
+    dV = (P ∘ M)ᵀ dO, dP = (dO Vᵀ) ∘ M, dS = P ∘ (dP - rowsum(dP ∘ P)), dQ = dS K / √d_k, dK = dSᵀ Q / √d_k.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, groups: list[Group], heads: int, dropout: float) -> torch.Tensor:
+        width = qkv.shape[1] // 3
+        out = qkv.new_empty(qkv.shape[0], width)
+        kept: list[torch.Tensor | None] = []
+        for group in groups:
+            q, k, v = _split(qkv, group, 3, heads)
+            scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
+            if group.bias is not None:
+                scores.view(group.rows, heads, group.length, group.length).add_(group.bias)
+            weights = torch._softmax(scores, -1, False, out=scores)
+            mask = dropout_mask(weights, dropout) if dropout else None
+            _join(torch.bmm(weights if mask is None else weights * mask, v), out, group, heads)
+            kept += [weights, mask]
+        ctx.save_for_backward(qkv, *kept)
+        ctx.groups, ctx.heads = groups, heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        qkv, *kept = ctx.saved_tensors
+        d_qkv = torch.empty_like(qkv)
+        for index, group in enumerate(ctx.groups):
+            weights, mask = kept[2 * index], kept[2 * index + 1]
+            q, k, v = _split(qkv, group, 3, ctx.heads)
+            (d_o,) = _split(d_out, group, 1, ctx.heads)
+            if group.real is not None:
+                d_o.view(group.rows, ctx.heads, group.length, -1).mul_((group.bias == 0).view(group.rows, 1, -1, 1))
+            d_v = torch.bmm((weights if mask is None else weights * mask).transpose(1, 2), d_o)
+            d_weights = torch.bmm(d_o, v.transpose(1, 2))
+            if mask is not None:
+                d_weights *= mask
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_scores *= q.shape[2] ** -0.5
+            d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
+            _join(torch.stack((d_q, d_k, d_v)), d_qkv, group, ctx.heads)
+        return d_qkv, None, None, None
+
+
+def _split(packed: torch.Tensor, group: Group, parts: int, heads: int) -> torch.Tensor:
+    """A group's tokens of (T, parts * D) as (parts, N * H, L, d_k), a copy; short rows filled up."""
+    tokens = packed[group.start : group.stop]
+    if group.gather is not None:
+        tokens = tokens[group.gather]
+    split = tokens.view(group.rows, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
+    return split.contiguous().view(parts, group.rows * heads, group.length, -1)
+
+
+def _join(values: torch.Tensor, packed: torch.Tensor, group: Group, heads: int) -> None:
+    """The way back of `_split`: (parts * N * H, L, d_k) into the group's tokens of (T, parts * D)."""
+    parts = packed.shape[1] // (heads * values.shape[-1])
+    joined = values.view(parts, group.rows, heads, group.length, -1).permute(1, 3, 0, 2, 4)
+    target = packed[group.start : group.stop]
+    if group.real is None:
+        target.view(joined.shape).copy_(joined)
+    else:
+        torch.index_select(joined.reshape(group.rows * group.length, -1), 0, group.real, out=target)

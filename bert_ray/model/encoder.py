@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from bert_ray.model.attention import packed_attention
 from bert_ray.model.bundle import positions_follow_padding
+from bert_ray.model.dropout import dropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,14 +125,14 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool) -> torch.T
         # Without a second text every token is of type 0: one row, added to all.
         types = batch.token_type_ids
         hidden = hidden + (encoder.types.weight[0] if types is None else encoder.types(types))
-    hidden = F.dropout(encoder.norm(hidden), drop, training)
+    hidden = dropout(encoder.norm(hidden), drop)
     for layer in encoder.layers:
         # One matrix product for queries, keys and values: (T, D) x (D, 3D).
         weight = torch.cat((layer.query.weight, layer.key.weight, layer.value.weight))
         bias = torch.cat((layer.query.bias, layer.key.bias, layer.value.bias))
         qkv = F.linear(hidden, weight, bias)
         mixed = packed_attention(qkv, batch.lengths, batch.cu_seqlens, encoder.heads, drop_attention)
-        hidden = layer.mix_norm(hidden + F.dropout(layer.mix(mixed), drop, training))
+        hidden = layer.mix_norm(hidden + dropout(layer.mix(mixed), drop))
         wide = encoder.activation(layer.up(hidden))
-        hidden = layer.down_norm(hidden + F.dropout(layer.down(wide), drop, training))
+        hidden = layer.down_norm(hidden + dropout(layer.down(wide), drop))
     return hidden
