@@ -1,0 +1,99 @@
+"""What is sent to a cluster, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bert_ray import submission
+from bert_ray.config import load_job
+from bert_ray.errors import JobError
+from bert_ray.inference.job import AnnotateJob
+from bert_ray.submission import SubmitOptions, submit
+from bert_ray.training.job import TrainJob
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+
+
+def test_the_words_are_shared_out() -> None:
+    words = ["job.yaml", "--to", "ray", "--wait", "--workers", "3", "env.A=b", "engine=ray", "--address=http://h:1"]
+    ours, theirs = submission._split(words)
+    assert ours == ["--to", "ray", "--wait", "env.A=b", "--address=http://h:1"]
+    assert theirs == ["job.yaml", "--workers", "3", "engine=ray"]
+    assert submission._split(["--wait", "false", "--scores"]) == (["--wait", "false"], ["--scores"])
+
+
+def test_no_key_of_a_job_is_taken_for_submissions() -> None:
+    from bert_ray.config.keys import list_keys
+
+    ours = {key.name for key in list_keys(SubmitOptions)}
+    for cls in (AnnotateJob, TrainJob):
+        assert not ours & {key.name.partition(".")[0] for key in list_keys(cls)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no to"),
+        (["--to", "ray"], "no job: give a job file"),
+        (["--to", "yarn", "job.yaml"], "to takes one of ray, spark"),
+        (["--to", "ray", "missing.yaml"], "no job file missing.yaml"),
+        (["--to", "ray", "neither.yaml"], "neither.yaml is neither an annotate job .* nor a train job"),
+        (["--to", "ray", "job.yaml", "inptu=x"], "did you mean input"),
+        (["--to", "ray", "job.yaml"], "no Ray cluster: give --address"),
+        (["--to", "spark", "job.yaml"], "no Spark master: give --master"),
+        (["--to", "spark", "train.yaml", "--master", "local"], "training runs on Ray"),
+        (
+            ["--to", "spark", "job.yaml", "--master", "yarn", "spark.config.spark.submit.deployMode=cluster"],
+            "client mode",
+        ),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_first(argv: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("input: lake\nmodel: m\noutput: out\n")
+    (tmp_path / "train.yaml").write_text("data: {train: t.parquet}\nmodel: m\noutput: out\n")
+    (tmp_path / "neither.yaml").write_text("model: m\noutput: out\n")
+    with pytest.raises(JobError, match=message):
+        submit(argv)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_with_its_address() -> None:
+    # Port 9 (discard) is closed on loopback.
+    with pytest.raises(JobError, match=r"Ray at http://127\.0\.0\.1:9 did not take the job"):
+        submit(["--to", "ray", "--address", "http://127.0.0.1:9", "input=lake", "model=m", "output=out"])
+
+
+def test_local_paths_become_absolute_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    job = submission._absolute(AnnotateJob(input="lake", model="model", output="s3://bucket/out"))
+    assert (job.input, job.model, job.output) == (f"{tmp_path}/lake", f"{tmp_path}/model", "s3://bucket/out")
+    words = ["data.train=t.parquet", "data.validation=/v.parquet", "model=pkg:some/model", "output=out"]
+    train = submission._absolute(load_job(TrainJob, words))
+    assert (train.data.train, train.data.validation) == (f"{tmp_path}/t.parquet", "/v.parquet")
+    assert (train.model, train.output) == ("pkg:some/model", f"{tmp_path}/out")
+
+
+def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:
+    options = SubmitOptions(to="spark", record=str(tmp_path / "runs"))
+    job = AnnotateJob(input="/lake", model="m", output="/out", keep=["id"], scores=True)
+    name, stage = submission._stage(options, "annotate", job)
+    assert stage == tmp_path / "runs" / name
+    assert load_job(AnnotateJob, [str(stage / "job.yaml")]) == job
+    archive = submission._archive(stage)
+    with zipfile.ZipFile(archive) as handle:
+        names = handle.namelist()
+    assert {"bert_ray/cli.py", "bert_ray/evaluation/templates/report.html"} <= set(names)
+    assert not [name for name in names if "__pycache__" in name]
+    # As spark-submit starts it: the archive on the path, nothing of this checkout.
+    code = f"import sys; sys.path.insert(0, {str(archive)!r}); import bert_ray; print(bert_ray.__file__)"
+    found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(archive))
