@@ -90,7 +90,7 @@ def train(argv: Sequence[str]) -> int:
     job = load_job(TrainJob, argv, command="bert-ray train", examples=examples)
     from bert_ray.training.launch import train as run
 
-    print(run(job))
+    print(run(job).summary())
     return DONE
 
 

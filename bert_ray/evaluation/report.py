@@ -46,7 +46,7 @@ def render(evaluation: Evaluation, bundle: Bundle, table: str) -> str:
     metrics = {"accuracy": "accuracy", "macro_f1": "macro F1"}
     drawings = [
         ("Loss", curves("loss", history, losses)),
-        ("On the validation rows", curves("metric", history, metrics, floor=_baseline(card.provenance, card.metrics))),
+        ("On the validation rows", curves("metric", history, metrics, floor=card.provenance.get("majority_baseline"))),
     ]
     environment = Environment(
         loader=PackageLoader("bert_ray.evaluation", "templates"), autoescape=True, undefined=StrictUndefined
@@ -64,15 +64,6 @@ def render(evaluation: Evaluation, bundle: Bundle, table: str) -> str:
         card=_card(bundle),
         gain=scores.accuracy - scores.majority_accuracy,
     )
-
-
-def _baseline(provenance: Mapping[str, Any], metrics: Mapping[str, float]) -> float | None:
-    """The majority baseline on the validation rows, where the training wrote it down."""
-    for place in (provenance, metrics):
-        for key in ("majority_accuracy", "majority_baseline", "baseline"):
-            if isinstance(place.get(key), int | float):
-                return float(place[key])
-    return None
 
 
 def _matrix(scores: Scores) -> list[dict[str, Any]]:

@@ -115,7 +115,10 @@ def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("input: a\nengnie: ray\n", "job.yaml:2: unknown key 'engnie'; did you mean engine?"),
-        ("input: a\ncluster:\n  adress: x\n", "job.yaml:3: unknown key 'cluster.adress'; did you mean cluster.address?"),
+        (
+            "input: a\ncluster:\n  adress: x\n",
+            "job.yaml:3: unknown key 'cluster.adress'; did you mean cluster.address?",
+        ),
         ("address: x\ninput: a\n", "job.yaml:1: unknown key 'address'; did you mean cluster.address?"),
         ("input: a\nrows: many\n", "job.yaml:2: rows takes an integer, not 'many' (text)"),
         ("input: a\nrows: 1.5\n", "job.yaml:2: rows takes an integer, not 1.5 (a number)"),
