@@ -26,6 +26,7 @@ from bert_ray import __version__
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.inference.progress import Progress
+from bert_ray.lake.journal import Journal
 
 # Sessions that run.json remembers.
 _SESSIONS = 100
@@ -151,7 +152,8 @@ def run(job: AnnotateJob) -> Summary:
             except EngineError as error:
                 summary.stopped = str(error)
     except KeyboardInterrupt:
-        finished = summary.skipped + summary.done
+        # Units may have ended that the engine had no time to tell of.
+        finished = len(Journal(plan.work.output).receipts())
         print(
             f"\nstopped by Ctrl-C: {finished:,} of {summary.units:,} units are done and stay done; "
             f"to go on: bert-ray runs resume {summary.output}",
@@ -205,7 +207,6 @@ def prepare(job: AnnotateJob) -> Plan:
     """
     from bert_ray.inference.specs import annotator_of
     from bert_ray.inference.work import Work
-    from bert_ray.lake.journal import Journal
     from bert_ray.lake.outputs import check_place
     from bert_ray.lake.tables import open_table
 
@@ -314,7 +315,7 @@ def _compare(output: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None
         )
 
 
-def _reconcile(journal: Any, units: list[Any]) -> None:
+def _reconcile(journal: Journal, units: list[Any]) -> None:
     """Bring the journal of earlier runs in line with the table as it is now.
 
     New files are new units. A file that failed and was mended is done anew, with those of its units that had not

@@ -1,0 +1,204 @@
+"""Promise 5: SIGKILL of any process at any moment, and the table is that of an undisturbed run.
+
+Each test first asserts that the kill fell in the middle, then compares.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from bert_ray.inference import bulk
+from bert_ray.inference.job import AnnotateJob
+from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS, ROWS = 40, 480
+
+# A driver of its own. `fault` is run first: it may put a kill where the test wants it.
+DRIVER = """
+import sys
+from bert_ray.inference import bulk
+from bert_ray.inference.job import AnnotateJob
+lake, model, output, engine, fault = sys.argv[1:]
+if __name__ == "__main__":
+    exec(fault)
+    job = AnnotateJob(input=lake, model=model, output=output, engine=engine, name="sentiment", unit_rows=12)
+    sys.exit(bulk.run(job).exit_status)
+"""
+
+# The process kills itself in its fourth commit: with the output under its temporary name, or at its place with no
+# receipt, or with the receipt under its temporary name.
+KILL_AT = """
+import os, signal
+from bert_ray.lake import journal
+real, seen = os.replace, []
+def replace(source, target):
+    kind = "part" if "part-" in str(target) else "receipt" if "receipts" in str(target) else "other"
+    seen.append(kind)
+    if seen.count(kind) == 4 and kind == "{kind}":
+        if "{when}" == "after":
+            real(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+journal.os.replace = replace
+"""
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Long texts: a unit takes long enough for a kill to find it under way.
+    return make_lake(tmp_path_factory.mktemp("fault") / "lake", files=UNITS // 2, rows=12, group=12, repeat=60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lake: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert bulk.run(job(lake, tiny_bundle, output, "local")).exit_status == 0
+    table = read_output(output)
+    assert table["id"].to_pylist() == list(range(ROWS))
+    return table
+
+
+def job(lake: Path, model: Path, output: Path, engine: Any) -> AnnotateJob:
+    return AnnotateJob(
+        input=str(lake), model=str(model), output=str(output), engine=engine, name="sentiment", unit_rows=12
+    )
+
+
+def drive(lake: Path, model: Path, output: Path, engine: str, fault: str = "") -> subprocess.Popen:
+    if engine == "spark" and shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    command = [sys.executable, "-c", DRIVER, str(lake), str(model), str(output), engine, fault]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 240) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, "the driver ended before the fault could be made"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return found
+
+
+def assert_in_the_middle(output: Path) -> int:
+    done = len(journal_names(output, "receipts"))
+    assert 0 < done < UNITS, "the kill came too early or too late"
+    return done
+
+
+@pytest.mark.parametrize(("kind", "when"), [("part", "before"), ("part", "after"), ("receipt", "before")])
+def test_driver_killed_at_a_chosen_point_of_a_commit(
+    kind: str, when: str, lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table
+) -> None:
+    output = tmp_path / "out"
+    process = drive(lake, tiny_bundle, output, "local", KILL_AT.format(kind=kind, when=when))
+    assert process.wait(240) == -signal.SIGKILL
+    assert len(journal_names(output, "receipts")) == 3
+    parts = list(output.rglob("part-*.parquet"))
+    assert len(parts) == (3 if (kind, when) == ("part", "before") else 4)
+    assert len(journal_names(output, "tmp")) == (0 if (kind, when) == ("part", "after") else 1)
+    # What stands there is a table in itself: no reader of it sees half a file.
+    assert read_output(output).num_rows == 12 * len(parts)
+    summary = bulk.run(job(lake, tiny_bundle, output, "local"))
+    assert (summary.exit_status, summary.skipped) == (0, 3)
+    assert_same_table(read_output(output), undisturbed)
+    assert journal_names(output, "tmp") == []
+    assert len(list(output.rglob("part-*.parquet"))) == UNITS
+
+
+@pytest.mark.parametrize(("begun", "finished"), [("ray", "spark"), ("spark", "ray")])
+def test_driver_killed_on_one_engine_and_finished_on_the_other(
+    begun: str,
+    finished: str,
+    lake: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    undisturbed: pa.Table,
+    request: pytest.FixtureRequest,
+) -> None:
+    output = tmp_path / "out"
+    process = drive(lake, tiny_bundle, output, begun)
+    wait_for(lambda: len(journal_names(output, "receipts")) >= 2, process)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert_in_the_middle(output)
+    request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[finished])
+    summary = bulk.run(job(lake, tiny_bundle, output, finished))
+    assert summary.exit_status == 0
+    assert summary.skipped > 0
+    assert summary.skipped + summary.done == UNITS
+    assert {note["engine"] for note in receipts(output)} == {begun, finished}
+    assert_same_table(read_output(output), undisturbed)
+
+
+@pytest.mark.parametrize("engine", ["ray", "spark"])
+def test_worker_killed_and_its_unit_done_again(
+    engine: str, lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table
+) -> None:
+    output = tmp_path / "out"
+    process = drive(lake, tiny_bundle, output, engine)
+    try:
+        wait_for(lambda: len(journal_names(output, "receipts")) >= 2, process)
+        unit, pid = wait_for(lambda: under_way(output), process)
+        os.kill(pid, signal.SIGKILL)
+        assert_in_the_middle(output)
+        assert pid != process.pid, "that was the driver"
+        assert process.wait(240) == 0, "the engine did not start another worker"
+    finally:
+        process.kill()
+    again = {note["unit"]: note["pid"] for note in receipts(output)}[unit]
+    assert again != pid, "the unit was finished by the process that was to be killed"
+    assert_same_table(read_output(output), undisturbed)
+    assert len(list(output.rglob("part-*.parquet"))) == UNITS
+
+
+def under_way(output: Path) -> tuple[str, int] | None:
+    """A unit that a worker is at, and the worker's process."""
+    for unit in journal_names(output, "started"):
+        try:
+            words = (output / "_bert_ray" / "started" / unit).read_text().split()
+        except FileNotFoundError:  # It ended meanwhile.
+            continue
+        if len(words) == 4:
+            return unit, int(words[2])
+    return None
+
+
+def test_worker_killed_in_a_session_that_does_not_retry(
+    lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table, spark: Any
+) -> None:
+    """The user's own session on local[2] gives up at the first dead worker: the run says so, and a re-run ends it."""
+    import threading
+
+    output, killed = tmp_path / "out", []
+
+    def kill_one() -> None:
+        until = time.monotonic() + 240
+        while not killed and time.monotonic() < until:
+            if len(journal_names(output, "receipts")) >= 2 and (found := under_way(output)):
+                os.kill(found[1], signal.SIGKILL)
+                killed.append(found)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    summary = bulk.run(job(lake, tiny_bundle, output, "spark"))
+    thread.join()
+    assert killed
+    assert_in_the_middle(output)
+    assert summary.exit_status == 1
+    assert "Spark gave up" in summary.stopped
+    assert bulk.run(job(lake, tiny_bundle, output, "spark")).exit_status == 0
+    assert_same_table(read_output(output), undisturbed)
