@@ -93,7 +93,9 @@ class DeepSpeedStepper:
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Stepper. DeepSpeed averages over the workers; pieces of a step are added up, not averaged."""
-        self.engine.backward(loss, scale_wrt_gas=False)
+        # A clone, because the hook by which `backward` tells the engine's forward hook not to divide by the number of
+        # pieces must run first, and hooks of one tensor run in the order in which they were registered.
+        self.engine.backward(loss.clone(), scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 

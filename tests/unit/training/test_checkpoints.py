@@ -1,0 +1,73 @@
+"""Checkpoints appear whole, the oldest go, and a damaged one is passed over for the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert_ray.training.checkpoints import POSITION_FILE, STATE_FILE, Checkpoints
+
+
+def saved(directory: Path, *steps: int, keep: int = 3) -> Checkpoints:
+    checkpoints = Checkpoints(directory, keep)
+    for step in steps:
+        checkpoints.save(step, {"weight/a": torch.full((4, 4), float(step))}, {"step": step})
+    return checkpoints
+
+
+def test_the_newest_is_read_back(tmp_path: Path) -> None:
+    found = saved(tmp_path, 1, 20, 3).latest()
+    assert found is not None
+    assert found.position == {"step": 20}
+    assert found.state()["weight/a"][0, 0] == 20
+    assert found.skipped == []
+
+
+def test_none_where_nothing_was_saved(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "missing", 2).latest() is None
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3, 4, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "why"),
+    [
+        (STATE_FILE, truncate, "bytes of"),
+        (STATE_FILE, flip, "checksum"),
+        (STATE_FILE, Path.unlink, "No such file"),
+        (POSITION_FILE, truncate, "damaged"),
+        (POSITION_FILE, Path.unlink, "No such file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: object, why: str) -> None:
+    checkpoints = saved(tmp_path, 1, 2)
+    damage(tmp_path / "step-00000002" / file)
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.position == {"step": 1}
+    assert why in found.skipped[0]
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    (tmp_path / ".new-00000002").mkdir()
+    (tmp_path / ".new-00000002" / STATE_FILE).write_bytes(b"torn")
+    found = checkpoints.latest()
+    assert found is not None and found.position == {"step": 1}
+    checkpoints.save(2, {"weight/a": torch.zeros(1)}, {"step": 2})
+    assert not list(tmp_path.glob(".new-*"))

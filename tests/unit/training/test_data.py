@@ -1,0 +1,140 @@
+"""Labelled tables: each bad input has a stated outcome, found before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.errors import BertRayError, ColumnError, JobError
+from bert_ray.model.bundle import load_bundle
+from bert_ray.training.data import read_labelled
+from bert_ray.training.job import DataOptions, TrainJob
+from bert_ray.training.launch import prepare
+
+Jobs = Callable[..., TrainJob]
+
+
+def write(path: Path, **columns: object) -> DataOptions:
+    pq.write_table(pa.table(columns), path)
+    return DataOptions(train=str(path), validation_fraction=0.5)
+
+
+@pytest.fixture
+def prepared(job_for: Jobs, tmp_path: Path) -> Callable[..., object]:
+    """Prepare a table given by its columns."""
+
+    def run(settings: dict[str, object] | None = None, **columns: object) -> object:
+        job = job_for(data=write(tmp_path / "table.parquet", **columns), **(settings or {}))
+        return prepare(job, load_bundle(job.model))
+
+    return run
+
+
+def texts(rows: int) -> list[str]:
+    return [f"the film number {row} was good" for row in range(rows)]
+
+
+def test_null_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    write(path, text=["a", None, "", "  \n", "b", "c"], label=[0, 1, 1, 0, None, 1])
+    table = read_labelled(str(path), "text", "label")
+    assert table.texts.to_pylist() == ["a", "c"]
+    assert table.labels.to_pylist() == [0, 1]
+    assert "4 of 6 rows left out" in table.notes[0]
+    assert "1 with no text" in table.notes[0]
+    assert "2 with a blank text" in table.notes[0]
+    assert "1 with no label" in table.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1] * 10, ["negative", "positive"]),
+        ([False, True] * 10, ["negative", "positive"]),
+        (["negative", "positive"] * 10, ["negative", "positive"]),
+        (["spam", "ham"] * 10, ["ham", "spam"]),
+        (pa.array(["spam", "ham"] * 10).dictionary_encode(), ["ham", "spam"]),
+        ([1, 2, 3, 4] * 5, ["1", "2", "3", "4"]),
+    ],
+)
+def test_labels_of_every_type(prepared: Callable[..., object], labels: object, names: list[str]) -> None:
+    card, data, _ = prepared(text=texts(20), label=labels)
+    assert card.labels == names
+    assert set(data.train.targets) | set(data.validation.targets) == set(range(len(names)))
+
+
+def test_integer_labels_are_positions_in_the_jobs_labels(prepared: Callable[..., object]) -> None:
+    card, data, _ = prepared({"labels": ["no", "yes", "perhaps"]}, text=texts(20), label=[0, 1] * 10)
+    assert card.labels == ["no", "yes", "perhaps"]
+    assert set(data.train.targets) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"text": ["a", "b"], "lable": [0, 1]}, ColumnError, "no column 'label'; did you mean 'lable'"),
+        ({"sentence": ["a", "b"], "label": [0, 1]}, ColumnError, r"no column 'text'.*data\.text"),
+        ({"text": [1, 2], "label": [0, 1]}, ColumnError, "not text"),
+        ({"text": ["a", "b"], "label": [0.5, 1.0]}, ColumnError, "strings, integers or booleans"),
+        ({"text": ["a", "b"], "label": [1, 1]}, JobError, "one label only"),
+        ({"text": ["a", "b"], "label": pa.nulls(2)}, JobError, "null in all 2 rows"),
+        ({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, JobError, "no rows"),
+        ({"text": ["", None], "label": [0, 1]}, JobError, "none of its 2 rows"),
+        ({"text": ["same", "same"], "label": [0, 1]}, JobError, "validation_fraction"),
+        ({"text": texts(100), "label": [f"id {row}" for row in range(100)]}, JobError, "looks like no label"),
+    ],
+)
+def test_bad_tables_are_errors_that_say_what_to_do(
+    prepared: Callable[..., object], columns: dict[str, object], error: type[BertRayError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prepared(**columns)
+
+
+def test_files_that_are_missing_or_no_parquet(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="does not exist"):
+        read_labelled(str(tmp_path / "none.parquet"), "text", "label")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(JobError, match="no Parquet file"):
+        read_labelled(str(tmp_path / "empty"), "text", "label")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(JobError, match=r"torn\.parquet cannot be read as Parquet"):
+        read_labelled(str(tmp_path / "torn.parquet"), "text", "label")
+
+
+def test_a_partitioned_directory_gives_the_label_from_its_paths(tmp_path: Path) -> None:
+    for label in ("no", "yes"):
+        (tmp_path / f"label={label}").mkdir()
+        pq.write_table(pa.table({"text": [f"a {label}", f"b {label}"]}), tmp_path / f"label={label}" / "part.parquet")
+    table = read_labelled(str(tmp_path), "text", "label")
+    assert sorted(table.labels.to_pylist()) == ["no", "no", "yes", "yes"]
+
+
+def test_texts_in_both_training_and_validation_are_told(job_for: Jobs, tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", text=texts(6), label=[0, 1] * 3)
+    write(tmp_path / "validation.parquet", text=[*texts(2), "new"], label=[0, 1, 0])
+    data = DataOptions(train=str(tmp_path / "train.parquet"), validation=str(tmp_path / "validation.parquet"))
+    job = job_for(data=data)
+    _, prepared_data, notes = prepare(job, load_bundle(job.model))
+    assert any("2 of the 3 texts" in note for note in notes)
+    assert len(prepared_data.train) == 6
+    assert prepared_data.baseline == pytest.approx(2 / 3)
+
+
+def test_a_validation_label_unknown_to_training_names_the_file(job_for: Jobs, tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", text=texts(6), label=["a", "b"] * 3)
+    write(tmp_path / "validation.parquet", text=["x", "y"], label=["a", "c"])
+    data = DataOptions(train=str(tmp_path / "train.parquet"), validation=str(tmp_path / "validation.parquet"))
+    job = job_for(data=data)
+    with pytest.raises(ColumnError, match=r"validation\.parquet.*'c'"):
+        prepare(job, load_bundle(job.model))
+
+
+def test_max_length_beyond_the_models_positions_is_refused(job_for: Jobs) -> None:
+    job = job_for(max_length=100_000)
+    with pytest.raises(JobError, match="at most 512"):
+        prepare(job, load_bundle(job.model))

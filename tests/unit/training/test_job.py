@@ -1,0 +1,92 @@
+"""Every setting has a check whose message names the remedy; what may change between sessions is not part of a run."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from bert_ray.errors import JobError
+from bert_ray.training.job import CheckpointOptions, DataOptions, RayOptions, TrainJob
+
+
+def job(**settings: object) -> TrainJob:
+    return TrainJob(**({"model": "m", "output": "o", "data": DataOptions(train="t.parquet")} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": ""}, "bundle reference"),
+        ({"output": ""}, "output is empty"),
+        ({"name": ""}, "name is empty"),
+        ({"engine": "spark"}, "give one of local, ray"),
+        ({"task": "translation"}, "classification"),
+        ({"schedule": "step"}, "linear, cosine, constant"),
+        ({"precision": "int8"}, "auto, fp32"),
+        ({"zero_stage": 4}, "0, 1, 2, 3"),
+        ({"workers": 0}, "workers is 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2, "gradient_accumulation": 4}, "gradient_accumulation 4 exceeds"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"attention_dropout": -0.1}, "attention_dropout"),
+        ({"clip": -1.0}, "clip is -1.0"),
+        ({"l1": -1.0}, "l1 is -1.0"),
+        ({"max_length": 2}, "at least 3 tokens"),
+        ({"threads": 0}, "threads is 0"),
+        ({"labels": ["one"]}, "at least two"),
+        ({"labels": ["a", "a"]}, "repeat"),
+        ({"early_stopping": 1, "data": DataOptions(train="t", validation_fraction=0.0)}, "validation rows"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        job(**settings)
+
+
+def test_a_wrong_nested_setting_is_an_error() -> None:
+    with pytest.raises(JobError, match="from itself"):
+        DataOptions(train="t", text="label")
+    with pytest.raises(JobError, match="validation_fraction"):
+        DataOptions(train="t", validation_fraction=0.9)
+    with pytest.raises(JobError, match=r"data\.train is empty"):
+        DataOptions(train="")
+    with pytest.raises(JobError, match="keep at least 1"):
+        CheckpointOptions(keep=0)
+    with pytest.raises(JobError, match="every_steps"):
+        CheckpointOptions(every_steps=-1)
+
+
+def test_identity_holds_what_decides_the_model_and_nothing_else() -> None:
+    moved = job(
+        output="elsewhere",
+        engine="local",
+        workers=7,
+        threads=3,
+        zero_stage=3,
+        max_failures=9,
+        ray=RayOptions(address="auto"),
+        checkpoint=CheckpointOptions(every_steps=1),
+    )
+    assert moved.identity() == job().identity()
+    assert job(learning_rate=1.0).identity() != job().identity()
+    assert job(data=DataOptions(train="other")).identity() != job().identity()
+
+
+def test_a_job_pickles() -> None:
+    assert pickle.loads(pickle.dumps(job())) == job()
+
+
+def test_job_data_and_loop_import_neither_ray_nor_deepspeed() -> None:
+    code = (
+        "import sys, bert_ray.training, bert_ray.training.job\n"
+        "assert not {'torch', 'ray', 'deepspeed'} & set(sys.modules), 'job.py is light'\n"
+        "import bert_ray.training.data, bert_ray.training.loop, bert_ray.training.launch\n"
+        "assert not {'ray', 'deepspeed', 'pyspark'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,228 @@
+"""The loop in one plain process: it learns, ends, keeps the best, resumes bit for bit, and stops at a loss gone wrong."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bert_ray.errors import JobError
+from bert_ray.model.annotator import AnnotatorSpec
+from bert_ray.model.bundle import load_bundle
+from bert_ray.training.data import read_labelled
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.launch import TrainResult, train
+from bert_ray.training.loop import StepEvent
+from bert_ray.training.optim import TaskModel
+from bert_ray.training.order import held_out
+
+Jobs = Callable[..., TrainJob]
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process."""
+
+
+def cut_at(step: int) -> Callable[[StepEvent], None]:
+    def callback(event: StepEvent) -> None:
+        if event.step == step:
+            raise Cut
+
+    return callback
+
+
+def quiet(job: TrainJob, **more: object) -> TrainResult:
+    return train(job, tell=lambda _: None, **more)
+
+
+def without_speed(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in entry.items() if name != "tokens_per_second"} for entry in history]
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return dict(load_bundle(result.bundle).model().state_dict())
+
+
+def test_a_tiny_model_learns_and_its_bundle_says_how(job_for: Jobs) -> None:
+    events: list[dict[str, object]] = []
+    job = job_for(epochs=12, batch_size=8)
+    result = train(job, tell=events.append)
+    assert result.metrics["accuracy"] >= 0.75 > result.baseline
+    assert [entry["epoch"] for entry in result.history] == list(range(1, 13))
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
+    assert not Path(f"{job.output}.run").exists()
+    assert [event["what"] for event in events].count("epoch") == 12
+
+    card = load_bundle(job.output).card
+    assert (card.task, card.name, card.labels) == ("classification", "sentiment", ["negative", "positive"])
+    assert card.metrics == result.metrics
+    assert card.provenance["history"] == result.history
+    assert card.provenance["seed"] == 0
+    assert card.provenance["base"]["fingerprint"] == load_bundle(job.model).fingerprint
+    best = max(entry["accuracy"] for entry in result.history)
+    assert result.metrics["accuracy"] == best
+    assert result.history[result.best_epoch - 1]["accuracy"] == best
+    assert "majority baseline" in result.summary()
+
+
+def test_the_bundle_is_the_best_epochs_model(job_for: Jobs) -> None:
+    job = job_for(epochs=4)
+    result = quiet(job)
+    table = read_labelled(job.data.train, "text", "label")
+    out = pa.array(held_out(table.texts.to_pylist(), job.data.validation_fraction))
+    texts, labels = table.texts.filter(out), table.labels.filter(out).to_pylist()
+    annotated = AnnotatorSpec(model=str(result.bundle)).build()(pa.table({"text": texts}))
+    said = [["negative", "positive"].index(item["label"]) for item in annotated["sentiment"].to_pylist()]
+    accuracy = sum(one == other for one, other in zip(said, labels, strict=True)) / len(labels)
+    assert accuracy == pytest.approx(result.metrics["accuracy"])
+
+
+@pytest.mark.parametrize("step", [3, 6, 10])
+def test_a_run_cut_off_goes_on_to_the_same_bits(job_for: Jobs, tmp_path: Path, step: int) -> None:
+    # Dropout on, so that the noise after the cut has to be the undisturbed run's too.
+    job = job_for(dropout=0.2, attention_dropout=0.1, checkpoint=CheckpointOptions(every_steps=2))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(step)])
+    assert Path(f"{job.output}.run").exists()
+    assert not Path(job.output).exists()
+    events: list[dict[str, object]] = []
+    resumed = train(job, tell=events.append)
+    assert events[0]["what"] == "resumed"
+    assert events[0]["step"] == step - 1 if step % 2 else step
+    assert without_speed(resumed.history) == without_speed(whole.history)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(job_for: Jobs, tmp_path: Path) -> None:
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(5)])
+    newest = sorted(Path(f"{job.output}.run/checkpoints").glob("step-*"))[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    events: list[dict[str, object]] = []
+    resumed = train(job, tell=events.append)
+    assert events[0]["step"] == 2
+    assert "damaged" in events[0]["skipped"][0]
+    assert without_speed(resumed.history) == without_speed(whole.history)
+
+
+def test_an_ended_run_is_not_repeated_and_not_overwritten(job_for: Jobs) -> None:
+    job = job_for(epochs=1)
+    first = quiet(job)
+    again = quiet(job, callbacks=[cut_at(1)])
+    assert not again.trained
+    assert again.metrics == first.metrics
+    assert again.history == first.history
+    with pytest.raises(JobError, match=r"learning_rate 0\.003, now 0\.1"):
+        quiet(replace(job, learning_rate=0.1))
+
+
+def test_an_unfinished_run_refuses_other_settings(job_for: Jobs) -> None:
+    job = job_for()
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(1)])
+    with pytest.raises(JobError, match="unfinished run with other settings.*seed 0, now 1"):
+        quiet(replace(job, seed=1))
+    quiet(replace(job, threads=2))
+
+
+def test_an_output_that_is_not_ours_is_refused(job_for: Jobs) -> None:
+    job = job_for()
+    Path(job.output).mkdir()
+    (Path(job.output) / "thesis.tex").write_text("x")
+    with pytest.raises(JobError, match="holds no bundle"):
+        quiet(job)
+    assert (Path(job.output) / "thesis.tex").exists()
+
+
+def test_accumulation_gives_the_same_steps(job_for: Jobs, tmp_path: Path) -> None:
+    one = job_for(dropout=0.0, output=str(tmp_path / "one"))
+    four = replace(one, gradient_accumulation=4, output=str(tmp_path / "four"))
+    losses = [[entry["train_loss"] for entry in quiet(job).history] for job in (one, four)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_l1_pulls_weights_to_nought(job_for: Jobs, tmp_path: Path) -> None:
+    def size(**settings: object) -> float:
+        result = quiet(job_for(output=str(tmp_path / f"l1{settings}"), epochs=1, **settings))
+        return sum(float(value.abs().sum()) for name, value in weights(result).items() if value.dim() > 1)
+
+    assert size(l1=0.01) < 0.99 * size(l1=0.0)
+
+
+def test_bf16_trains(job_for: Jobs) -> None:
+    result = quiet(job_for(precision="bf16", epochs=1))
+    assert result.history[0]["train_loss"] < 2.0
+    assert {value.dtype for value in weights(result).values()} == {torch.float32}
+
+
+def test_early_stopping_ends_when_the_metric_no_longer_rises(job_for: Jobs) -> None:
+    result = quiet(job_for(epochs=30, early_stopping=2, learning_rate=1e-9))
+    assert len(result.history) == result.best_epoch + 2
+
+
+def test_all_rows_train_where_nothing_is_held_out(job_for: Jobs, reviews: Path) -> None:
+    result = quiet(job_for(epochs=2, data=DataOptions(train=str(reviews), validation_fraction=0.0)))
+    assert result.train_rows == 120
+    assert result.best_epoch == 2
+    assert result.metrics == {}
+    assert result.baseline is None
+
+
+def poison_at(step: int) -> Callable[[StepEvent], None]:
+    """Spoils the weights of the running model after `step`, so that the next step's loss is NaN."""
+
+    def callback(event: StepEvent) -> None:
+        if event.step == step:
+            spoilt = [item for item in gc.get_objects() if type(item) is TaskModel]
+            assert spoilt, "no model found to spoil"
+            for item in spoilt:
+                with torch.no_grad():
+                    next(item.model.parameters()).fill_(float("nan"))
+
+    return callback
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_best(job_for: Jobs) -> None:
+    job = job_for(epochs=3, checkpoint=CheckpointOptions(every_steps=2))
+    with pytest.raises(JobError, match=r"step 9 \(epoch 2\).*epoch 1, is kept.*learning_rate"):
+        quiet(job, callbacks=[poison_at(8)])
+    card = load_bundle(job.output).card
+    assert card.provenance["best_epoch"] == 1
+    assert all(value.isfinite().all() for value in load_bundle(job.output).model().state_dict().values())
+
+
+def test_a_loss_that_is_no_number_in_the_first_epoch_keeps_nothing(job_for: Jobs) -> None:
+    job = job_for()
+    with pytest.raises(JobError, match=r"step 2 \(epoch 1\), before an epoch had ended"):
+        quiet(job, callbacks=[poison_at(1)])
+    assert not Path(job.output).exists()
+    assert not Path(f"{job.output}.run").exists()
+
+
+def test_validation_rows_given_apart(job_for: Jobs, reviews: Path, tmp_path: Path) -> None:
+    path = tmp_path / "validation.parquet"
+    pq.write_table(pq.read_table(reviews).slice(0, 30), path)
+    events: list[dict[str, object]] = []
+    result = train(job_for(data=DataOptions(train=str(reviews), validation=str(path)), epochs=1), tell=events.append)
+    assert result.validation_rows == 30
+    assert "30 of the 30 texts" in events[0]["text"]
+
+
+def test_the_run_directory_says_what_was_asked(job_for: Jobs) -> None:
+    job = job_for()
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(1)])
+    asked = json.loads(Path(f"{job.output}.run/run.json").read_text())
+    assert asked["learning_rate"] == 3e-3
+    assert asked["base"] == load_bundle(job.model).fingerprint
