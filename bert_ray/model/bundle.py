@@ -186,7 +186,7 @@ def save_bundle(
     fresh = target.parent / f".{target.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        with _no_progress_bar():
+        with _quiet_transformers():
             model.save_pretrained(fresh, safe_serialization=True)
         tokenizer.save_pretrained(fresh)
         card.files = _hash_files(fresh)
@@ -336,7 +336,7 @@ def read_model(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTra
     import torch
 
     try:
-        with _no_progress_bar():
+        with _quiet_transformers():
             return auto_class.from_pretrained(
                 directory,
                 trust_remote_code=False,
@@ -350,14 +350,16 @@ def read_model(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTra
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' progress bars: for a second's work they are noise in the logs of a hundred workers."""
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and notes on fresh heads: both are meant here, and noise on each worker."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

