@@ -147,7 +147,9 @@ def labels_for(job: TrainJob, table: LabelledTable) -> list[str]:
     return found
 
 
-def training_data(job: TrainJob, table: LabelledTable, task: Task, tokenize: Tokenizer) -> tuple[TrainingData, list[str]]:
+def training_data(
+    job: TrainJob, table: LabelledTable, task: Task, tokenize: Tokenizer
+) -> tuple[TrainingData, list[str]]:
     """Split, tokenise and number the labels.
 
     Returns:

@@ -19,8 +19,8 @@ from bert_ray.training.optim import MOMENTS, TaskModel, adam_state, adamw, clip,
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
 
-# Elements a ZeRO communication bucket holds at most: 64 Mi fp32 elements are 256 MiB. A model of MiniLM's or BERT-base's size then
-# goes in one or two buckets; DeepSpeed's own default, 500 M elements, would reserve 2 GB for it.
+# Elements that a ZeRO communication bucket holds at most: 64 Mi fp32 elements are 256 MiB. A model like MiniLM
+# goes in one; DeepSpeed's own default, 500 M elements, would reserve 2 GB for it.
 _BUCKET_ELEMENTS = 64 * 2**20
 
 

@@ -1,7 +1,8 @@
 """Start a training run, in this process or on Ray Train, and bring its bundle home.
 
-While a run is under way, `<output>.run` holds all it needs to go on after a kill: run.json (what was asked), checkpoints/, best/
-(the best bundle so far) and progress.jsonl. When it has ended, the bundle stands in `<output>` and `<output>.run` is gone.
+While a run is under way, `<output>.run` holds all it needs to go on after a kill: run.json (what was asked),
+checkpoints/, best/ (the best bundle so far) and progress.jsonl. When it has ended, the bundle stands in `<output>` and
+`<output>.run` is gone.
 With engine ray on several machines, `<output>` lies on storage that all of them see.
 """
 
@@ -19,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BertRayError, BundleError, JobError
+from bert_ray.errors import BundleError, JobError
 from bert_ray.training.job import TrainJob
 from bert_ray.training.progress import duration, show
 
@@ -70,7 +71,9 @@ class TrainResult:
         )
         if self.metrics:
             found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
-            lines.append(f"on {self.validation_rows:,} validation rows: {found} (majority baseline {self.baseline:.4f})")
+            lines.append(
+                f"on {self.validation_rows:,} validation rows: {found} (majority baseline {self.baseline:.4f})"
+            )
         return "\n".join(lines)
 
 
@@ -104,7 +107,16 @@ def train(
         tell({"what": "note", "text": text})
     card.provenance |= provenance(job, base, data, identity)
     run = _run_ray if job.engine == "ray" else _run_local
-    position = run(job, base, card, data, directory, callbacks, tell)
+    try:
+        position = run(job, base, card, data, directory, callbacks, tell)
+    except KeyboardInterrupt:
+        tell(
+            {
+                "what": "note",
+                "text": f"stopped; run the same command again to go on from the last checkpoint in {directory}",
+            }
+        )
+        raise
     if position.diverged is not None:
         raise JobError(_divergence(job, position, output, directory))
     seconds = time.perf_counter() - started
@@ -197,7 +209,8 @@ def _run_ray(*arguments: Any) -> Position:
         from bert_ray.training.ray_train import run
     except ImportError as error:
         raise JobError(
-            f"engine ray needs Ray Train and DeepSpeed ({error}): pip install 'bert-ray[ray,train]', or use engine local"
+            f"engine ray needs Ray Train and DeepSpeed ({error}): pip install 'bert-ray[ray,train]', or use engine "
+            "local"
         ) from error
     return run(*arguments)
 
@@ -303,7 +316,10 @@ def _divergence(job: TrainJob, position: Position, output: Path, directory: Path
         shutil.rmtree(directory)
         return f"{what}, before an epoch had ended; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
     _publish(directory, output, position, position.seconds)
-    return f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, {remedy} and another output"
+    return (
+        f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, "
+        f"{remedy} and another output"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -311,6 +327,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-__all__ = ["BertRayError", "TrainResult", "prepare", "provenance", "train"]

@@ -96,7 +96,9 @@ class Position:
     diverged: int | None = None
 
 
-def new_module(job: TrainJob, base: Bundle, card: Card, device: torch.device, state: dict[str, torch.Tensor] | None) -> TaskModel:
+def new_module(
+    job: TrainJob, base: Bundle, card: Card, device: torch.device, state: dict[str, torch.Tensor] | None
+) -> TaskModel:
     """The model to train: the base's encoder with a fresh head, or the weights of a checkpoint."""
     from bert_ray.model.tasks import get_task
 
@@ -311,7 +313,9 @@ class Loop:
         noise = self.peers.gather(_rng(self.device))
         self.position.scaling = self.stepper.scaling()
         if self.peers.rank == 0:
-            state |= {f"rng/{rank}/{name}": value for rank, states in enumerate(noise) for name, value in states.items()}
+            state |= {
+                f"rng/{rank}/{name}": value for rank, states in enumerate(noise) for name, value in states.items()
+            }
             self.checkpoints.save(self.done, state, asdict(self.position))
         self.peers.wait()
 
@@ -335,7 +339,9 @@ class Loop:
             }
         self._told, self._recent = now, (now, position.tokens)
         epoch = position.epoch + (what == "progress")
-        self.tell({"what": what, "step": self.done, "steps": self.steps, "epochs": self.job.epochs, "epoch": epoch} | more)
+        self.tell(
+            {"what": what, "step": self.done, "steps": self.steps, "epochs": self.job.epochs, "epoch": epoch} | more
+        )
 
 
 def _rng(device: torch.device) -> dict[str, torch.Tensor]:

@@ -49,7 +49,9 @@ class TaskModel(nn.Module):
         self.autocast = autocast
         self.penalised = decayed(model) if l1 else []
 
-    def forward(self, batch: PackedBatch, targets: torch.Tensor | None = None, scale: float = 1.0, share: float = 1.0) -> Any:
+    def forward(
+        self, batch: PackedBatch, targets: torch.Tensor | None = None, scale: float = 1.0, share: float = 1.0
+    ) -> Any:
         """One forward pass.
 
         Args:
@@ -139,7 +141,9 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return state
 
 
-def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], steps: int) -> None:
+def restore_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], steps: int
+) -> None:
     """The other way of `named_state`."""
     for name, weight in model.named_parameters():
         if f"{MOMENTS[0]}/{name}" in state:
@@ -211,4 +215,6 @@ def clip(weights: list[nn.Parameter], largest: float) -> None:
     """Scale all gradients so that their joint norm is at most `largest`; no synchronisation with the device."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    torch.nn.utils.clip_grads_with_norm_([weight for weight in weights if weight.grad is not None], largest, norm, foreach=True)
+    torch.nn.utils.clip_grads_with_norm_(
+        [weight for weight in weights if weight.grad is not None], largest, norm, foreach=True
+    )

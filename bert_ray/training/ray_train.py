@@ -142,7 +142,8 @@ def _worker(config: dict[str, Any]) -> None:
     peers = Peers()
     if not (directory / "run.json").exists():
         raise JobError(
-            f"worker {peers.rank} does not see {directory}: with several machines, put the output on storage that all see"
+            f"worker {peers.rank} does not see {directory}: with several machines, put the output on storage that all "
+            "of them see"
         )
     context = ray.train.get_context()
     # Ray sets OMP_NUM_THREADS to the CPUs it gave the worker, one; the machine's cores are shared out instead.

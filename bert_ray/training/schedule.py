@@ -13,8 +13,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
         steps: of the whole run.
         peak: the highest rate.
         warmup: share of the steps in which the rate rises linearly to the peak, which the last of them has.
-        schedule: `constant` stays there; `linear` falls on a line and `cosine` on half a cosine (Loshchilov and Hutter, arXiv
-            1608.03983, eq. 5 without restarts), to reach 0 just after the last step.
+        schedule: `constant` stays there; `linear` falls on a line and `cosine` on half a cosine (Loshchilov and
+            Hutter, arXiv 1608.03983, eq. 5 without restarts), to reach 0 just after the last step.
     """
     rising = math.ceil(warmup * steps)
     if step < rising:

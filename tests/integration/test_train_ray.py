@@ -1,4 +1,4 @@
-"""Training on Ray Train with two workers: a bundle comes home, errors arrive as ours, a run goes on on another engine."""
+"""Training on Ray Train with two workers: a bundle comes home, errors arrive as ours, a run moves engines."""
 
 from __future__ import annotations
 

@@ -93,7 +93,9 @@ def worker(rank: int, world: int, port: int, job: TrainJob, root: Path, answers:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_table: pa.Table) -> Iterator[dict[str, Any]]:
+def runs(
+    tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_table: pa.Table
+) -> Iterator[dict[str, Any]]:
     """Histories by number of workers and name, and the directory of all."""
     root = tmp_path_factory.mktemp("zero")
     # 16 rows a step: the last step has one row, and of two workers one has none.
@@ -117,7 +119,9 @@ def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_t
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         answers = context.Queue()
-        workers = [context.Process(target=worker, args=(rank, world, port, job, root, answers)) for rank in range(world)]
+        workers = [
+            context.Process(target=worker, args=(rank, world, port, job, root, answers)) for rank in range(world)
+        ]
         for process in workers:
             process.start()
         _, found[world] = answers.get(timeout=300)

@@ -1,4 +1,4 @@
-"""The loop in one plain process: it learns, ends, keeps the best, resumes bit for bit, and stops at a loss gone wrong."""
+"""The loop in one plain process: it learns, keeps the best, resumes bit for bit, and stops at a loss gone wrong."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_an_unfinished_run_refuses_other_settings(job_for: Jobs) -> None:
     job = job_for()
     with pytest.raises(Cut):
         quiet(job, callbacks=[cut_at(1)])
-    with pytest.raises(JobError, match="unfinished run with other settings.*seed 0, now 1"):
+    with pytest.raises(JobError, match=r"unfinished run with other settings.*seed 0, now 1"):
         quiet(replace(job, seed=1))
     quiet(replace(job, threads=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -39,7 +40,9 @@ def test_more_parts_than_rows_leaves_some_empty() -> None:
 
 
 def test_noise_seeds_differ_in_each_argument() -> None:
-    seeds = {noise_seed(*arguments) for arguments in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]}
+    seeds = {
+        noise_seed(*arguments) for arguments in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -61,7 +64,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         found = rates(schedule)
         assert found[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
         assert found[10] == pytest.approx(2.0)
-        assert all(later <= earlier for earlier, later in zip(found[10:], found[11:], strict=False))
+        assert all(later <= earlier for earlier, later in itertools.pairwise(found[10:]))
     assert rates("linear")[55] == pytest.approx(1.0)
     assert rates("cosine")[32] == pytest.approx(1.0 + math.cos(math.pi * 22 / 90))
     assert rates("linear")[-1] == pytest.approx(2.0 / 90)
