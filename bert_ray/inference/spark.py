@@ -22,7 +22,6 @@ import pyarrow as pa
 # PySpark warns of pandas 3 at every turn; nothing here goes through pandas.
 warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas", category=FutureWarning)
 
-from pyspark.errors import PySparkException  # noqa: E402
 from pyspark.sql import DataFrame, SparkSession  # noqa: E402
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
 from pyspark.sql.types import StructField, StructType  # noqa: E402
@@ -142,7 +141,7 @@ def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[
         try:
             session.addTag(tag)
             result["rows"] = frame.collect()
-        except BaseException as error:  # Told to whoever waits for the thread.
+        except Exception as error:  # Told to whoever waits for the thread.
             result["error"] = error
 
     thread = threading.Thread(target=collect, name="bert_ray-spark", daemon=True)
@@ -163,12 +162,18 @@ def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[
             session.interruptTag(tag)
             thread.join(30)
     if error := result.get("error"):
-        if isinstance(error, PySparkException):
-            raise EngineError(f"Spark gave up: {' '.join(str(error).split())[:500]}") from error
-        raise error
+        raise EngineError(f"Spark gave up: {_why(error)}") from error
     # What could not be written to the journal (a full disk) is in the rows alone.
     outcomes = (Outcome.from_json(row.outcome) for row in result["rows"])
     yield from (outcome for outcome in outcomes if outcome.unit in waiting)
+
+
+def _why(error: BaseException) -> str:
+    """What Spark says, without the stack of the JVM."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Through py4j the first line only says which Java method was called.
+    told = next((line for line in lines if "Exception:" in line or "Error:" in line), lines[0] if lines else "")
+    return told.lstrip(": ")[:500] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -213,7 +218,7 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     try:
         session = builder.getOrCreate()
     except Exception as error:
-        raise JobError(f"Spark cannot be started: {' '.join(str(error).split())[:500]}") from error
+        raise JobError(f"Spark cannot be started: {_why(error)}") from error
     session.sparkContext.setLogLevel("ERROR")
     return session
 

@@ -199,6 +199,7 @@ def test_worker_killed_in_a_session_that_does_not_retry(
     assert killed
     assert_in_the_middle(output)
     assert summary.exit_status == 1
-    assert "Spark gave up" in summary.stopped
+    assert "Spark gave up: " in summary.stopped
+    assert "Python worker exited" in summary.stopped
     assert bulk.run(job(lake, tiny_bundle, output, "spark")).exit_status == 0
     assert_same_table(read_output(output), undisturbed)

@@ -96,7 +96,7 @@ def test_a_column_of_nulls(tmp_path: Path, out: Path, tiny_bundle: Path, kind: p
 
 def test_keep_names_a_column_that_is_not_there(tmp_path: Path, out: Path, tiny_bundle: Path) -> None:
     lake = one_file(tmp_path / "lake", id=[1], text=["a"])
-    with pytest.raises(ColumnError, match="keep: .*'txet'.*text"):
+    with pytest.raises(ColumnError, match=r"keep: .*'txet'.*text"):
         bulk.run(job(lake, tiny_bundle, out, keep=["txet"]))
 
 
