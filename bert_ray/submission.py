@@ -39,6 +39,8 @@ _EXAMPLES = """\
   bert-ray submit jobs/annotate.yaml --to spark --master spark://master:7077 --wait"""
 # How long the cluster's answer about a job that has just ended is waited for.
 _STATUS_TIMEOUT_SECONDS = 30.0
+# How long a driver may take to stop after Ctrl-C: Spark ends its executors first.
+_STOP_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,7 +221,7 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
     environment |= {**os.environ, **options.env}
     print(f"submitted {name} to Spark at {master}; what was sent is in {stage}", flush=True)
     if options.wait:
-        return subprocess.run(words, env=environment, check=False).returncode
+        return _foreground(words, environment)
     log = stage / "log.txt"
     with log.open("wb") as handle:
         driver = subprocess.Popen(
@@ -232,6 +234,19 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
     ]
     print("\n".join(lines + _progress(job)), flush=True)
     return 0
+
+
+def _foreground(words: list[str], environment: dict[str, str]) -> int:
+    """A program's exit status. Ctrl-C reaches it too, and it is given the time to stop cleanly."""
+    driver = subprocess.Popen(words, env=environment)
+    try:
+        return driver.wait()
+    except KeyboardInterrupt:
+        try:
+            driver.wait(_STOP_TIMEOUT_SECONDS)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            driver.kill()
+        return 130
 
 
 def _progress(job: Any) -> list[str]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bert_ray.model.annotator import Annotator
 
 # Rows read and annotated at a time: enough for the packing to find equal lengths, little enough for memory.
-_BATCH_ROWS = 16_384
+_BATCH_ROWS = 4_096
 # A mistake's text is shown up to here: enough to judge by, and the report stays small.
 _SHOWN_CHARACTERS = 700
 # The annotation's name while measuring: one that no column of a real table has.
@@ -108,7 +108,7 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     annotator.check(table.schema)
     truth = _truth(annotator, table, job)
     started = time.perf_counter()
-    predicted, mistakes = _annotate(annotator, table, truth, job.mistakes)
+    predicted, mistakes = _annotate(annotator, table, truth, job)
     seconds = time.perf_counter() - started
     counted = (truth >= 0) & (predicted >= 0)
     if not counted.any():
@@ -187,40 +187,45 @@ def _truth(annotator: Annotator, table: pads.Dataset, job: EvaluateJob) -> np.nd
 
 
 def _annotate(
-    annotator: Annotator, table: pads.Dataset, truth: np.ndarray, most: int
+    annotator: Annotator, table: pads.Dataset, truth: np.ndarray, job: EvaluateJob
 ) -> tuple[np.ndarray, list[Mistake]]:
     """Every row's prediction as its position (-1: none), and the surest mistakes."""
+    from tqdm import tqdm
+
     from bert_ray.model.tokenization import as_strings
 
     labels = annotator.bundle.card.labels
     predicted, scores = np.full(len(truth), -1, np.int64), np.zeros(len(truth), np.float32)
     mistakes: list[Mistake] = []
     start = 0
-    for batch in _batches(table, list(annotator.input_columns), annotator.bundle.reference):
-        rows = slice(start, start + len(batch))
-        # A row without a label is not worth a forward pass.
-        labelled = np.flatnonzero(truth[rows] >= 0)
-        inputs = [as_strings(batch.column(name), name).take(pa.array(labelled)) for name in annotator.input_columns]
-        annotation = annotator.annotate(inputs)
-        known = np.flatnonzero(annotation.is_valid().to_numpy(zero_copy_only=False))
-        valid, at = annotation.drop_null(), start + labelled[known]
-        said = pc.index_in(valid.field("label"), pa.array(labels, pa.string()))
-        predicted[at] = said.to_numpy(zero_copy_only=False)
-        scores[at] = valid.field("score").to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(predicted[at] != truth[at])
-        for index in wrong[np.argsort(-scores[at[wrong]], kind="stable")][:most]:
-            row = int(at[index])
-            mistakes.append(
-                Mistake(
-                    row=row,
-                    text=_shown([array[int(known[index])] for array in inputs]),
-                    label=labels[truth[row]],
-                    said=labels[predicted[row]],
-                    score=float(scores[row]),
+    # disable=None: no bar where nobody watches, in a log or a pipe.
+    with tqdm(total=len(truth), desc="evaluate", unit=" rows", unit_scale=True, disable=None) as bar:
+        for batch in _batches(table, list(annotator.input_columns), job.table):
+            rows = slice(start, start + len(batch))
+            # A row without a label is not worth a forward pass.
+            labelled = np.flatnonzero(truth[rows] >= 0)
+            inputs = [as_strings(batch.column(name), name).take(pa.array(labelled)) for name in annotator.input_columns]
+            annotation = annotator.annotate(inputs)
+            known = np.flatnonzero(annotation.is_valid().to_numpy(zero_copy_only=False))
+            valid, at = annotation.drop_null(), start + labelled[known]
+            said = pc.index_in(valid.field("label"), pa.array(labels, pa.string()))
+            predicted[at] = said.to_numpy(zero_copy_only=False)
+            scores[at] = valid.field("score").to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero(predicted[at] != truth[at])
+            for index in wrong[np.argsort(-scores[at[wrong]], kind="stable")][: job.mistakes]:
+                row = int(at[index])
+                mistakes.append(
+                    Mistake(
+                        row=row,
+                        text=_shown([array[int(known[index])] for array in inputs]),
+                        label=labels[truth[row]],
+                        said=labels[predicted[row]],
+                        score=float(scores[row]),
+                    )
                 )
-            )
-        mistakes = sorted(mistakes, key=lambda mistake: -mistake.score)[:most]
-        start += len(batch)
+            mistakes = sorted(mistakes, key=lambda mistake: -mistake.score)[: job.mistakes]
+            start += len(batch)
+            bar.update(len(batch))
     return predicted, mistakes
 
 

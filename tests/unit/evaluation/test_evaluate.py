@@ -125,7 +125,11 @@ def test_bad_tables_are_named(tmp_path: Path, tiny_bundle: Path) -> None:
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "not.parquet").write_text("hello")
-    for name in ("nowhere.parquet", "empty", "not.parquet"):
+    (tmp_path / "half").mkdir()
+    pq.write_table(pa.table({"text": TEXTS, "label": LABELS}), tmp_path / "half" / "a.parquet")
+    whole = (tmp_path / "half" / "a.parquet").read_bytes()
+    (tmp_path / "half" / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    for name in ("nowhere.parquet", "empty", "not.parquet", "half"):
         with pytest.raises(LakeError, match=name):
             attempt(tmp_path / name)
 
