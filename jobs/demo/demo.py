@@ -4,46 +4,47 @@
     .venv/bin/python jobs/demo/demo.py                the same without the set-up
     .venv/bin/python jobs/demo/demo.py epochs=1       keys of jobs/demo/finetune.yaml may be given, as to bert-ray train
 
-Run again, what is done is not done again: a trained model is kept, annotated units have receipts.
+Run again, nothing is done twice: a trained model is kept, annotated units have receipts. All state is in the bundle and
+in the journals of the annotated tables.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import shutil
 import sys
-import textwrap
-import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Before torch, ray or pyspark is imported: what they would say about themselves is no part of a demo.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 warnings.simplefilter("ignore")
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
+from screen import heading, print_table, shown, stderr_to, step
 
 from bert_ray.errors import BertRayError
 
 if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from bert_ray.model.bundle import Bundle
     from bert_ray.training.job import TrainJob
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB, LAKE = "jobs/demo/finetune.yaml", "jobs/demo/lake"
-STEPS = 5
 # Engines agree where labels are equal and probabilities as close as fp32 sums in another order come out.
 TOLERANCE = 1e-5
 
@@ -57,13 +58,22 @@ FROM   reviews
 GROUP  BY ALL
 ORDER  BY source, says"""
 
+NEXT = """
+Next, on your own data (after: source {activate}):
+
+  bert-ray train jobs/finetune.yaml data.train=my.parquet output=models/sentiment
+  bert-ray annotate --input lake/ --model models/sentiment --output out/ --engine ray
+  bert-ray evaluate models/sentiment test.parquet
+"""
+
 
 class Demo:
-    """The demo's steps, and what they have measured.
+    """The demo's steps.
 
     Attributes:
+        job: what is trained.
+        model: where the trained bundle comes to lie.
         output: the directory that everything goes to.
-        facts: what the summary tells, kept in OUTPUT/facts.json so that a second run can tell it as well.
     """
 
     def __init__(self, job: TrainJob) -> None:
@@ -71,131 +81,127 @@ class Demo:
         self.model = Path(job.output)
         self.output = self.model.parent.parent
         self.output.mkdir(parents=True, exist_ok=True)
-        self._facts_file = self.output / "facts.json"
-        self.facts: dict[str, Any] = {}
-        if self._facts_file.exists():
-            self.facts = json.loads(self._facts_file.read_text("utf-8"))
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The trained bundle."""
+        from bert_ray.model.bundle import load_bundle
+
+        return load_bundle(self.model)
 
     def table(self, engine: str) -> str:
         """Where an engine's annotated lake lies."""
         return str(self.output / f"annotated-{engine}")
 
-    def note(self, name: str, **values: Any) -> None:
-        """Keep facts for the summary."""
-        self.facts[name] = values
-        self._facts_file.write_text(json.dumps(self.facts, indent=2) + "\n", "utf-8")
-
     def train(self) -> None:
-        """Fine-tune, unless a model of this very job is there."""
-        from bert_ray.model.bundle import load_bundle
-
-        if self.facts.get("train", {}).get("job") == self._identity() and (self.model / "bert_ray.json").exists():
-            load_bundle(self.model)  # It has not been damaged since.
-            say(f"trained already ({self.facts['train']['seconds']:.0f} s then): {shown(self.model)}")
-            return
+        """Fine-tune, or go on with it; a model that is there already is kept."""
         from bert_ray.training.launch import train
 
-        # What an earlier model said about the lake is not this one's.
-        for engine in ("ray", "spark"):
-            shutil.rmtree(self.table(engine), ignore_errors=True)
-        began = time.monotonic()
-        with ray_session():
-            train(self.job)
-        self.note("train", job=self._identity(), seconds=time.monotonic() - began)
-
-    def _identity(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.job.identity()))
+        with contextlib.nullcontext() if self.model.exists() else self.ray():
+            result = train(self.job)
+        if result.trained:
+            print(f"{result.train_rows:,} rows, {result.tokens_per_second:,.0f} tokens/s: {shown(self.model)}")
+        else:
+            print(f"trained already: {shown(self.model)} (to train anew, delete it, or: make clean)")
 
     def annotate(self, engine: str) -> None:
         """Annotate the lake, or what an interrupted run has left of it."""
+        from bert_ray.inference import runs
         from bert_ray.inference.bulk import run
         from bert_ray.inference.job import AnnotateJob
+        from bert_ray.lake.journal import Journal
 
         output = self.table(engine)
-        say(
-            f"$ bert-ray annotate --input {LAKE} --model {shown(self.model)} --output {shown(output)} --engine {engine}"
-        )
-        summary = run(AnnotateJob(input=LAKE, model=str(self.model), output=output, engine=engine))
+        earlier = Journal(output).read_run()
+        if earlier and earlier["settings"]["model's fingerprint"] != self.bundle.fingerprint:
+            shutil.rmtree(output)  # What a model said that is not there any more.
+        elif earlier and runs.status(output).exit_status == 0:
+            print(f"annotated already, each unit has its receipt: {shown(output)}")
+            return
+        with self.ray() if engine == "ray" else self.spark():
+            summary = run(AnnotateJob(input=LAKE, model=str(self.model), output=output, engine=engine))
         if summary.exit_status:
             raise BertRayError(f"the {engine} engine left units undone: bert-ray runs failures {output}")
-        if summary.done:
-            self.note(engine, rows=summary.rows, rows_per_second=summary.rows_per_second)
 
-    def compare(self) -> None:
-        """Hold the engines' tables to each other, row by row."""
-        ray, spark = read(self.table("ray")), read(self.table("spark"))
-        equal = ray["id"].equals(spark["id"]) and labels(ray).equals(labels(spark))
-        scores = [pc.struct_field(table["sentiment"].combine_chunks(), "score") for table in (ray, spark)]
-        apart = pc.max(pc.abs(pc.subtract(*scores))).as_py() if equal else float("nan")
-        self.note("agree", rows=ray.num_rows, equal=equal, apart=apart)
-        if not (equal and apart <= TOLERANCE):
-            raise BertRayError("the engines disagree: this must not happen, please report it")
-        say(f"yes: {ray.num_rows:,} rows, all labels equal, scores at most {apart:.1e} apart")
+    @contextlib.contextmanager
+    def ray(self) -> Iterator[None]:
+        """A Ray of this machine's own cores, two at least, started at first use."""
+        import ray
 
-    def ask(self) -> None:
-        """Ask the model from Spark SQL, beside the known labels."""
+        if not ray.is_initialized():
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+            with stderr_to(self.output / "ray.log"):
+                ray.init("local", num_cpus=max(2, cores), include_dashboard=False, log_to_driver=False)
+        yield
+
+    @contextlib.contextmanager
+    def spark(self) -> Iterator[SparkSession]:
+        """A SparkSession, started at first use."""
         from pyspark.sql import SparkSession
 
+        from bert_ray.inference.job import SparkOptions
+        from bert_ray.inference.spark import new_session
+
+        session = SparkSession.getActiveSession()
+        if session is None:
+            stop_ray()
+            with stderr_to(self.output / "spark.log"):
+                session = new_session(SparkOptions())
+        yield session
+
+    def compare(self) -> tuple[int, float]:
+        """Hold the engines' tables to each other, row by row; returns the rows and the largest distance of scores."""
+        ray, spark = read(self.table("ray")), read(self.table("spark"))
+        scores = [pc.struct_field(table["sentiment"].combine_chunks(), "score") for table in (ray, spark)]
+        equal = ray["id"].equals(spark["id"]) and labels(ray).equals(labels(spark))
+        apart = pc.max(pc.abs(pc.subtract(*scores))).as_py() if equal else 1.0
+        if apart > TOLERANCE:
+            raise BertRayError("the engines disagree: this must not happen, please report it")
+        return ray.num_rows, apart
+
+    def ask(self) -> None:
+        """Ask the model from Spark SQL, and tell the answer beside the known labels."""
         from bert_ray.inference import functions
 
-        session = SparkSession.active()
-        functions.register(session, models=self.model.parent)
-        session.read.parquet(LAKE).createOrReplaceTempView("reviews")
-        say("functions.register(session, models=...) gives the session bert_sentiment(text); then\n")
-        print(textwrap.indent(SQL, " " * 9) + "\n", flush=True)
-        rows = [row.asDict() for row in session.sql(SQL).collect()]
+        print(f"functions.register(session, models={shown(self.model.parent)!r})\n\n{SQL}\n", flush=True)
+        with self.spark() as session:
+            functions.register(session, models=self.model.parent)
+            session.read.parquet(LAKE).createOrReplaceTempView("reviews")
+            rows = [row.asDict() for row in session.sql(SQL).collect()]
         print_table(rows)
         right: Counter[str] = Counter()
         total: Counter[str] = Counter()
         for row in rows:
             right[row["source"]] += row[f"known_{row['says']}"]
             total[row["source"]] += row["reviews"]
-        accuracy = {source: right[source] / total[source] for source in sorted(total)}
-        self.note("sql", accuracy=accuracy, rows=sum(total.values()))
-        say("right, by source: " + ", ".join(f"{source} {share:.1%}" for source, share in accuracy.items()))
+        shares = ", ".join(f"{source} {right[source] / total[source]:.1%}" for source in sorted(total))
+        print(f"\naccuracy by source: {shares}")
 
-    def accuracy(self) -> tuple[float, float]:
-        """Share of the lake's rows that the model gets right, and that the most frequent label would."""
-        table = read(self.table("ray"))
+    def summary(self, engines: Sequence[str]) -> None:
+        """What was trained, how well and how fast it works, where it lies, what to try next."""
+        table, origin = read(self.table("ray")), self.bundle.card.provenance
         right = pc.mean(pc.cast(pc.equal(labels(table), table["label"].combine_chunks()), pa.float64())).as_py()
-        return right, max(Counter(table["label"].to_pylist()).values()) / table.num_rows
-
-    def summary(self, spark: bool) -> None:
-        """What was done, how well and how fast, where it lies, what to try next."""
-        accuracy, majority = self.accuracy()
+        majority = max(Counter(table["label"].to_pylist()).values()) / table.num_rows
         lines = [
             (
                 "trained",
-                f"MiniLM on {pq.read_metadata(self.job.data.train).num_rows:,} reviews, {self.job.epochs} epochs, "
-                f"Ray Train + DeepSpeed, {self.job.workers} workers: {self.facts['train']['seconds']:.0f} s",
+                f"{origin['data']['train_rows']:,} reviews, {self.job.epochs} epochs: {origin['seconds']:.0f} s "
+                f"(Ray Train + DeepSpeed, {self.job.workers} workers, {origin['tokens_per_second']:,.0f} tokens/s)",
             ),
-            ("accuracy", f"{accuracy:.1%} on the lake's reviews; the most frequent label alone: {majority:.1%}"),
+            ("accuracy", f"{right:.1%} on {table.num_rows:,} other reviews; always the same label: {majority:.1%}"),
         ]
-        for engine in ("ray", "spark") if spark else ("ray",):
-            fact = self.facts[engine]
-            lines.append(
-                (engine, f"{fact['rows']:,} rows annotated, {fact['rows_per_second']:,.0f} rows/s once started")
-            )
-        if spark:
-            agree = self.facts["agree"]
-            lines.append(
-                ("engines", f"agree on all {agree['rows']:,} rows (scores at most {agree['apart']:.1e} apart)")
-            )
-        lines.append(("model", shown(self.model)))
-        lines += [("table", shown(self.table(engine))) for engine in (("ray", "spark") if spark else ("ray",))]
+        for engine in engines:
+            rows, rate = speed(self.table(engine))
+            lines.append((engine, f"{rows:,} rows annotated, {rate:,.0f} rows/s once started"))
+        if len(engines) > 1:
+            rows, apart = self.compare()
+            lines.append(("agree", f"yes: the labels of all {rows:,} rows; scores are at most {apart:.0e} apart"))
+        lines.append(("model", f"{shown(self.model)}/"))
+        lines.append(("tables", "  ".join(f"{shown(self.table(engine))}/" for engine in engines)))
         heading("Summary")
         for name, text in lines:
-            print(f"   {name:<9} {text}")
-        print(
-            textwrap.dedent(f"""
-            Next, on your own data (after: source {shown(Path(sys.prefix))}/bin/activate):
-
-              bert-ray train jobs/finetune.yaml data.train=my.parquet output=models/sentiment
-              bert-ray annotate --input lake/ --model models/sentiment --output out/ --engine ray
-              bert-ray evaluate models/sentiment test.parquet
-            """),
-            flush=True,
-        )
+            print(f"  {name:<9} {text}")
+        print(NEXT.format(activate=shown(Path(sys.prefix) / "bin" / "activate")), flush=True)
 
 
 def read(directory: str) -> pa.Table:
@@ -208,81 +214,28 @@ def labels(table: pa.Table) -> pa.Array:
     return pc.struct_field(table["sentiment"].combine_chunks(), "label")
 
 
-def shown(path: str | Path) -> str:
-    """A path as a user at the project's root would type it."""
-    return os.path.relpath(path) if Path(path).absolute().is_relative_to(Path.cwd()) else str(path)
+def speed(output: str) -> tuple[int, float]:
+    """Rows of an annotated lake, and rows per second from the first row read to the last receipt of each session."""
+    from bert_ray.lake.journal import Journal
 
-
-def say(text: str) -> None:
-    """A line of the demo's own."""
-    print(f"   {text}", flush=True)
-
-
-def heading(text: str) -> None:
-    """Begin a step on the screen."""
-    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(f"\n{bold}{text}{plain}", flush=True)
-
-
-@contextlib.contextmanager
-def step(number: int, text: str) -> Iterator[None]:
-    """Begin a step, and tell its seconds at the end."""
-    heading(f"{number}/{STEPS}  {text}")
-    began = time.monotonic()
-    yield
-    say(f"{time.monotonic() - began:.1f} s")
-
-
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows as a table; numbers to the right."""
-    names = list(rows[0])
-    widths = [max(len(str(value)) for value in (name, *(row[name] for row in rows))) for name in names]
-    for cells in (dict(zip(names, names, strict=True)), *rows):
-        line = "  ".join(
-            str(cells[name]).rjust(width) if isinstance(rows[0][name], int) else str(cells[name]).ljust(width)
-            for name, width in zip(names, widths, strict=True)
-        )
-        print(f"         {line}")
-    print(flush=True)
-
-
-@contextlib.contextmanager
-def ray_session() -> Iterator[None]:
-    """A Ray of this machine's own cores, two at least, without a word from it."""
-    import ray
-
-    if not ray.is_initialized():
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        cpus = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
+    journal = Journal(output)
+    sessions = defaultdict(list)
+    for unit in journal.receipts():
+        receipt = journal.receipt(unit)
+        sessions[receipt["session"]].append(receipt)
+    rows = sum(receipt["rows"] for receipts in sessions.values() for receipt in receipts)
+    busy = sum(
+        max(receipt["began"] + receipt["seconds"] for receipt in receipts)
+        - min(receipt["began"] for receipt in receipts)
+        for receipts in sessions.values()
+    )
+    return rows, rows / max(busy, 1e-9)
 
 
 def stop_ray() -> None:
-    """Give Ray's processes and memory back before Spark starts."""
+    """Give Ray's processes and memory back where it runs."""
     if (ray := sys.modules.get("ray")) and ray.is_initialized():
         ray.shutdown()
-
-
-def start_spark(log: Path) -> None:
-    """Start a SparkSession; what Java and Spark say of themselves goes to a file, for as long as they run."""
-    from bert_ray.inference.job import SparkOptions
-    from bert_ray.inference.spark import new_session
-
-    sys.stderr.flush()
-    screen = os.dup(2)
-    try:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 2)  # Java inherits it when it starts.
-        new_session(SparkOptions())
-    finally:
-        os.dup2(screen, 2)
-        os.close(screen)
-
-
-def has_java() -> bool:
-    """Whether Spark can start."""
-    return bool(shutil.which("java") or os.environ.get("JAVA_HOME"))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -291,27 +244,30 @@ def run(arguments: Sequence[str]) -> None:
     from bert_ray.training.job import TrainJob
 
     demo = Demo(load_job(TrainJob, [JOB, *arguments]))
-    spark = has_java()
+    java = bool(shutil.which("java") or os.environ.get("JAVA_HOME"))
     heading("bert_ray: train a BERT, annotate a lake with it on Ray and on Spark, ask it from SQL")
-    say(f"{os.cpu_count()} cores, no GPU needed; all that is made here goes to {shown(demo.output)}/")
-    with step(1, "Fine-tune MiniLM for sentiment: Ray Train + DeepSpeed"):
-        say(f"$ bert-ray train {' '.join([JOB, *arguments])}")
+    print(f"No GPU, no cluster and no network are needed; all that is made here goes to {shown(demo.output)}/")
+    train = f"bert-ray train {' '.join([JOB, *arguments])}"
+    annotate = f"bert-ray annotate --input {LAKE} --model {shown(demo.model)} --output {shown(demo.output)}/annotated-"
+    with step("1/5  Fine-tune MiniLM, a pretrained BERT, on 1,000 reviews with Ray Train and DeepSpeed"):
+        print(f"$ {train}", flush=True)
         demo.train()
-    with step(2, "Annotate a lake of other reviews with Ray Data"):
+    with step("2/5  Annotate a lake of 2,001 other reviews with Ray Data"):
+        print(f"$ {annotate}ray --engine ray", flush=True)
         demo.annotate("ray")
-    stop_ray()
-    if spark:
-        with step(3, "Annotate the same lake with Spark"):
-            start_spark(demo.output / "spark.log")
+    if java:
+        with step("3/5  Annotate the same lake with Spark"):
+            print(f"$ {annotate}spark --engine spark", flush=True)
             demo.annotate("spark")
-        with step(4, "Do the engines agree?"):
-            demo.compare()
-        with step(5, "Ask the model from Spark SQL"):
+        with step("4/5  Compare: do the two engines agree?"):
+            rows, apart = demo.compare()
+            print(f"yes: {rows:,} rows, all labels equal, scores at most {apart:.0e} apart")
+        with step("5/5  Ask the model from Spark SQL, beside the known labels"):
             demo.ask()
     else:
-        heading(f"3 to {STEPS} of {STEPS}, with Spark, are left out: there is no Java")
-        say("install Java 17 or later (Debian, Ubuntu: openjdk-17-jre-headless) and run make demo again")
-    demo.summary(spark)
+        heading("3/5 to 5/5, with Spark, are left out: there is no Java")
+        print("Install Java 17 or later (Debian, Ubuntu: openjdk-17-jre-headless) and run make demo again.")
+    demo.summary(("ray", "spark") if java else ("ray",))
 
 
 def main() -> int:
@@ -323,7 +279,7 @@ def main() -> int:
         print("\nstopped; make demo goes on from here", file=sys.stderr)
         return 130
     except BertRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 2
     return 0
 
