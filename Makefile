@@ -35,6 +35,7 @@ format: setup
 bench: setup
 	@scripts/setup.sh bench
 	@$(PY) benchmarks/annotate.py $(ARGS)
+	@$(PY) benchmarks/train.py
 
 quality: setup
 	@$(PY) benchmarks/quality.py $(ARGS)
