@@ -101,9 +101,7 @@ def _bert_ray(engine: str, lake: Path, out: Path) -> None:
     from bert_ray.inference.job import AnnotateJob
 
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-        # One worker of two threads in this process and on Ray; Spark runs a task on each core.
-        threads = _CORES if engine != "spark" else 1
-        run(AnnotateJob(input=str(lake), model=common.MODEL, output=str(out), engine=engine, threads=threads))
+        run(AnnotateJob(input=str(lake), model=common.MODEL, output=str(out), engine=engine))
 
 
 def _ray(actor: type, lake: Path, out: Path) -> None:

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from bert_ray.inference.bulk import Plan
     from bert_ray.model.annotator import AnnotatorSpec
 
-# Torch threads of a CPU worker where nobody says: matrix products of a BERT's size scale well to about this many.
+# Torch threads of a CPU worker where nobody says: matrix products of a BERT's size scale well to about this many, and
+# more workers would each hold the model.
 _THREADS = 4
+# On a machine of so few cores each worker has one thread: threads of one worker wait for each other several times in a
+# millisecond, so whatever else takes a core for a moment (Ray itself, a neighbour) holds up all of them.
+_FEW_CORES = 4
 # Rows handed to an actor at a time: enough to pack rows of like length together, few enough to stay in memory.
 _BATCH_ROWS = 2048
 # Blocks of the units' dataset. One unit each up to here, so that a unit's outcome is known when it ends.
@@ -81,7 +85,8 @@ def plan_pool(
     if workers:
         threads = threads or max(1, min(fit, cores // workers))
     else:
-        threads = threads or min(_THREADS, fit)
+        shared = cores // min(most, cores)  # Few pieces of work: the cores are for their workers.
+        threads = threads or min(fit, _THREADS, max(shared, 1 if cores <= _FEW_CORES else _THREADS))
     actors = min(workers or max(1, cores // threads), most)
     # Each actor leaves one of its cores to reading and writing, unless there are enough beside the pool.
     share = threads if actors * threads < cores else max(0.5, threads - 1)

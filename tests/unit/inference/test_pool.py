@@ -11,8 +11,12 @@ def plan(cpus: float, node: float | None = None, gpus: float = 0, **asked: objec
     return plan_pool(cpus, node or cpus, gpus, **given)
 
 
-def test_two_cores_hold_one_actor_that_leaves_a_core() -> None:
-    assert plan(2) == Pool(actors=1, cpus=1, gpus=0, threads=2)
+def test_two_cores_hold_two_actors_that_leave_a_core() -> None:
+    assert plan(2) == Pool(actors=2, cpus=0.5, gpus=0, threads=1)
+
+
+def test_one_piece_of_work_has_both_cores() -> None:
+    assert plan(2, tasks=1) == Pool(actors=1, cpus=1, gpus=0, threads=2)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 6, 8, 16, 64, 500])
