@@ -2,6 +2,8 @@
 
     annotator = bert_ray.load("models/sentiment")
     annotated = annotator(table)          # pyarrow.Table in, pyarrow.Table out, the annotation appended
+
+`import bert_ray` is light: torch and transformers are imported by `load`, Ray and Spark by their own modules.
 """
 
 from __future__ import annotations
