@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(name: str, case: dict[str, Any], fresh: bool) -> dict[str, Any]:
+def measure(name: str, case: dict[str, Any], fresh: bool, threads: int | None) -> dict[str, Any]:
     """Train, evaluate, tell."""
     from bert_ray.evaluation.evaluate import evaluate
     from bert_ray.evaluation.job import EvaluateJob
@@ -58,6 +58,7 @@ def measure(name: str, case: dict[str, Any], fresh: bool) -> dict[str, Any]:
         model=common.MODEL,
         output=str(output),
         engine="local",
+        threads=threads,
         labels=["negative", "positive"],
         max_length=256,
         data=data,
@@ -85,12 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=sorted(CASES), help="default: all whose data is there")
     parser.add_argument("--fresh", action="store_true", help="train again where a run has ended already")
+    parser.add_argument("--threads", type=int, help="default: all cores")
     options = parser.parse_args()
     path = common.RESULTS / "quality.json"
     results = json.loads(path.read_text())["cases"] if path.exists() else {}
     for name, case in CASES.items():
         if options.case in (None, name) and case["train"].exists():
-            results[name] = measure(name, case, options.fresh)
+            results[name] = measure(name, case, options.fresh, options.threads)
             common.keep("quality", {"cases": results})
     common.table(
         "Accuracy on rows not trained on",
