@@ -21,5 +21,5 @@ class LakeError(BertRayError):
     """An input or output table cannot be read, listed or written."""
 
 
-class JobError(BertRayError):
+class JobError(BertRayError, ValueError):
     """A job file, flag or setting is wrong."""

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from bert_ray.errors import BundleError, ColumnError
+from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.bundle import Bundle, load_bundle
 from bert_ray.model.inference_encoder import InferenceEncoder
 from bert_ray.model.packing import pack_rows, plan
@@ -64,9 +64,9 @@ class AnnotatorSpec:
         if isinstance(self.columns, Mapping):
             object.__setattr__(self, "columns", tuple(self.columns.items()))
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it is one of auto, fp32, bf16, fp16")
+            raise JobError(f"dtype is {self.dtype!r}; it is one of auto, fp32, bf16, fp16")
         if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; it is at least 1")
+            raise JobError(f"batch_tokens is {self.batch_tokens}; it is at least 1")
 
     def build(self) -> Annotator:
         """The annotator of this description, built once per process."""

