@@ -57,7 +57,7 @@ def run(
                 f"workers is {job.workers}, but Ray has {cpus:g} CPUs and {resources.get('GPU', 0):g} GPUs: give fewer "
                 "workers, or add nodes"
             )
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _worker,
             # Tokens travel once through the object store, and are not pickled again for each group of workers.
             train_loop_config={
@@ -83,6 +83,17 @@ def run(
             except ray.train.TrainingFailedError as error:
                 raise _as_ours(error) from error
     return Position(**json.loads(outcome.read_text("utf-8")))
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, with Ctrl-C left to the caller.
+
+    Ray's own handler ends the process with status 1 and no word, and stays in place when the training is over. Without
+    it a KeyboardInterrupt leaves `fit`, which lets go of the run's controller, and Ray ends it and its workers.
+    """
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
 
 
 def _resources(gpu: bool) -> dict[str, float]:
