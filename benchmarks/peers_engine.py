@@ -80,7 +80,8 @@ def _exported(model: torch.nn.Module) -> Path:
     example = torch.ones(2, 8, dtype=torch.long)
     model.set_attn_implementation("eager")  # ONNX Runtime's optimiser knows attention by this form.
     torch.onnx.export(
-        Encoder(),
+        # Evaluation mode: the exporter puts the module back into the mode it found, and with it the model's dropout.
+        Encoder().eval(),
         (example, example),
         str(path),
         input_names=["ids", "mask"],

@@ -20,6 +20,7 @@ import torch
 from bert_ray.model.bundle import save_bundle
 from bert_ray.model.packing import pack_rows, plan
 from bert_ray.training.checkpoints import Checkpoints
+from bert_ray.training.memory import keep_freed_memory
 from bert_ray.training.optim import PRECISIONS, TaskModel, load_weights
 from bert_ray.training.order import epoch_order, noise_seed, shares
 from bert_ray.training.schedule import learning_rate
@@ -148,6 +149,8 @@ class Loop:
             tell: called on rank 0 with progress: at most every two seconds, and at the end of each epoch.
             callbacks: called after each optimiser step, on each worker.
         """
+        if device.type == "cpu":
+            keep_freed_memory()
         self.job, self.base, self.card, self.data = job, base, card, data
         self.directory, self.peers, self.device = directory, peers, device
         self.tell, self.callbacks = tell, callbacks

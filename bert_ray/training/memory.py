@@ -1,0 +1,21 @@
+"""Memory that a step gives back is kept for the next one.
+
+By default glibc returns large blocks to the system at once, so that every step faults in its activations and the
+gradient of the word embeddings (47 MB for MiniLM) page by page: a quarter of a small step's time on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+# Parameters of mallopt(3), from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Tell this process's allocator to keep freed memory; does nothing where the allocator is not glibc's."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)  # No block gets a mapping of its own, which freeing it would undo.
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
