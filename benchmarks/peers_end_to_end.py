@@ -7,6 +7,7 @@ actor of two threads (one CPU is left to reading and writing), two Spark tasks o
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import time
@@ -100,7 +101,8 @@ def _bert_ray(engine: str, lake: Path, out: Path) -> None:
     from bert_ray.inference.bulk import run
     from bert_ray.inference.job import AnnotateJob
 
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         run(AnnotateJob(input=str(lake), model=common.MODEL, output=str(out), engine=engine))
 
 
