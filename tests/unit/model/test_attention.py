@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bert_ray.model.attention import packed_attention
+from bert_ray.model.attention import group_rows, packed_attention
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.encoder import encode
 from bert_ray.model.inference_encoder import InferenceEncoder
@@ -61,6 +61,25 @@ def test_dropout_in_attention_keeps_the_mean() -> None:
     mean = sum(packed_attention(qkv, [12], cumulated([12]), heads=4, dropout=0.3) for _ in range(3000)) / 3000
     assert not torch.equal(packed_attention(qkv, [12], cumulated([12]), heads=4, dropout=0.3), exact)
     torch.testing.assert_close(mean, exact, atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([5], [1]),
+        ([128, 128, 127], [2, 1]),  # long rows: equal lengths alone
+        ([60, 40, 31, 29], [3, 1]),  # short ones: down to half of the longest
+        ([16, 9, 2, 1], [4]),  # tiny ones: all
+        ([3, 3, 200, 3], [2, 1, 1]),
+    ],
+)
+def test_rows_are_grouped_by_length(lengths: list[int], groups: list[int]) -> None:
+    found = group_rows(lengths)
+    assert [group.rows for group in found] == groups
+    assert [group.stop - group.start for group in found] == [
+        sum(lengths[sum(groups[:index]) : sum(groups[: index + 1])]) for index in range(len(groups))
+    ]
+    assert all((group.real is None) == (group.rows * group.length == group.stop - group.start) for group in found)
 
 
 def random_rows(lengths: np.ndarray, vocabulary: int) -> Ragged:
