@@ -33,7 +33,8 @@ def bench_engines(texts: int, rounds: int) -> None:
     column, source = common.reviews(texts)
     annotator = bert_ray.load(common.MODEL)
     tokenizer = Tokenizer(annotator.bundle.tokenizer(), MAX_LENGTH)
-    ragged = tokenizer([column])
+    pieces = tokenizer([column])
+    ragged = pieces.tokens
     config = annotator.bundle.config
     flops = common.encoder_flops(
         ragged.lengths,
@@ -42,7 +43,7 @@ def bench_engines(texts: int, rounds: int) -> None:
         feed_forward=config.intermediate_size,
     )
     rows = [ragged.ids[start:stop] for start, stop in zip(ragged.offsets[:-1], ragged.offsets[1:], strict=True)]
-    contestants: dict[str, Callable[[], np.ndarray]] = {"bert_ray": lambda: annotator.outputs_of_tokens(ragged)}
+    contestants: dict[str, Callable[[], np.ndarray]] = {"bert_ray": lambda: annotator.outputs_of(pieces).values}
     contestants |= peers_engine.contestants(annotator.bundle.directory, rows)
     reference = contestants["transformers, file order"]()
     worst = {}

@@ -157,7 +157,7 @@ def main() -> None:
             column, _ = common.reviews(case.batch * options.steps, split="train")
             labels = [index % 2 for index in range(len(column))]
         texts, labels = column.to_pylist(), [int(str(label)) for label in labels]
-        lengths = Tokenizer(bundle.tokenizer(), case.max_length)([column]).lengths
+        lengths = Tokenizer(bundle.tokenizer(), case.max_length)([column]).tokens.lengths
         flops = 3 * common.encoder_flops(
             lengths,
             layers=bundle.config.num_hidden_layers,

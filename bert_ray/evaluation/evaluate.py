@@ -182,7 +182,7 @@ def _truth(annotator: Annotator, table: pads.Dataset, job: EvaluateJob) -> np.nd
     truth = np.full(len(column), -1, np.int64)
     if not pa.types.is_null(column.type):
         known = column.is_valid().to_numpy(zero_copy_only=False)
-        truth[known] = annotator.task.targets(column.drop_null())
+        truth[known] = annotator.task.indices(column.drop_null())
     return truth
 
 

@@ -221,6 +221,8 @@ def prepare(job: AnnotateJob) -> Plan:
         columns=job.columns,
         name=job.name,
         scores=job.scores,
+        task=job.task,
+        options=job.options,
         batch_tokens=job.batch_tokens,
         threads=job.threads,
         device=job.device,

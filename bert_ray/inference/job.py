@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bert_ray.errors import JobError
 
@@ -52,6 +52,8 @@ class AnnotateJob:
         keep: the input's columns to write beside the annotation, in this order; default: all. Partition columns stay
             in the directories' names in any case.
         scores: also write every label's score, where the task has labels.
+        task: another task to run with the model than its own: an encoder's are `embedding`, `similarity`, `zero-shot`.
+        options: of the task, over those on the model's card; each task's page in the documentation lists its own.
         on_error: "continue": a unit that fails is listed and the others go on; "fail": the first one stops the run.
         unit_rows: rows in a unit of work, about: what is lost at most when a worker is killed, and what an output file
             holds. A row group is never split.
@@ -73,6 +75,8 @@ class AnnotateJob:
     name: str | None = None
     keep: list[str] | None = None
     scores: bool = False
+    task: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     on_error: OnError = "continue"
     unit_rows: int = 50_000
     batch_tokens: int | None = None

@@ -28,7 +28,8 @@ def annotate(
         model: a bundle reference.
         column: the text column, for a task of one input; default: the input's name, `text`.
         columns: table columns by task input, for a task of several.
-        **options: `name`, `scores`, `batch_tokens`, `threads`, `device`, `dtype` (see `AnnotatorSpec`).
+        **options: `name`, `scores`, `task`, `options`, `batch_tokens`, `threads`, `device`, `dtype` (see
+            `AnnotatorSpec`).
 
     Returns:
         The same rows in the same order with one more column; null text has a null annotation.

@@ -122,7 +122,7 @@ def annotate(
         workers: actors; default: what the cluster holds beside reading and writing.
         threads: torch threads per actor.
         batch_rows: rows handed to an actor at a time.
-        **options: `name`, `scores`, `batch_tokens`, `device`, `dtype` (see `AnnotatorSpec`).
+        **options: `name`, `scores`, `task`, `options`, `batch_tokens`, `device`, `dtype` (see `AnnotatorSpec`).
 
     Returns:
         The dataset with one more column; null text has a null annotation.

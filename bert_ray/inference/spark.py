@@ -63,7 +63,7 @@ def annotate(
         column: the text column, for a task of one input; default: the input's name, `text`.
         columns: table columns by task input, for a task of several.
         threads: torch threads per Python worker; default: the cores among the tasks that run at a time.
-        **options: `name`, `scores`, `batch_tokens`, `device`, `dtype` (see `AnnotatorSpec`).
+        **options: `name`, `scores`, `task`, `options`, `batch_tokens`, `device`, `dtype` (see `AnnotatorSpec`).
 
     Returns:
         The frame with one more column; null text has a null annotation.

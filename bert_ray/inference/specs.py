@@ -47,16 +47,17 @@ def annotator_of(
         reference = os.path.realpath(os.path.expanduser(reference))
     bundle = load_bundle(reference)
     pairs = dict(columns or {})
+    try:
+        spec = AnnotatorSpec(model=reference, fingerprint=bundle.fingerprint, **options)
+    except (ValueError, TypeError) as error:
+        raise JobError(str(error)) from error
     if column is not None:
-        inputs = bundle.task.inputs
+        inputs = spec.task_of(bundle).inputs
         if pairs or len(inputs) != 1:
             raise ColumnError(
                 f"the task reads {len(inputs)} columns ({', '.join(inputs)}): say with columns which column is which"
             )
         pairs = {inputs[0]: column}
-    try:
-        spec = AnnotatorSpec(model=reference, columns=tuple(pairs.items()), fingerprint=bundle.fingerprint, **options)
-    except (ValueError, TypeError) as error:
-        raise JobError(str(error)) from error
+    spec = dataclasses.replace(spec, columns=tuple(pairs.items()))
     here = dataclasses.replace(spec, device="cpu", dtype="auto", threads=None) if elsewhere else spec
     return spec, here.build()

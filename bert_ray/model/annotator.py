@@ -1,20 +1,22 @@
 """Arrow in, Arrow out: the one way a row is ever annotated.
 
-    Annotator(table) -> tokenise -> pack -> forward -> decode -> the annotation as a column
+    Annotator(table) -> read -> encode -> pack -> forward -> decode -> the annotation as a column
 
 Identical texts of one call are computed once. Tokenising runs in a thread of its own, a window of texts ahead of the
 forward pass (the tokenizer is Rust and lets go of Python's lock).
 
-Shapes: B rows, U distinct texts, T tokens of a packed batch, C width of a task's output.
+Shapes: B rows, U distinct rows, P pieces of tokens, T tokens of all of them, C width of a task's output.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +25,12 @@ import torch
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.bundle import Bundle, load_bundle
+from bert_ray.model.examples import ranges
 from bert_ray.model.inference_encoder import InferenceEncoder
 from bert_ray.model.packing import pack_rows, plan
-from bert_ray.model.tokenization import Ragged, Tokenizer, as_strings, is_blank, is_text
+from bert_ray.model.tasks import Task, get_task
+from bert_ray.model.tasks.base import Outputs
+from bert_ray.model.tokenization import Pieces, is_blank
 
 # Texts tokenised at a time. The first windows are small, so that the forward pass starts at once; later ones are wide
 # enough that the last, half-filled batch of a window is a small part of it.
@@ -43,6 +48,8 @@ class AnnotatorSpec:
         columns: (task input, table column) pairs; an input that is not named reads the column of its own name.
         name: the annotation's column name; None: the card's, else the task's.
         scores: also give every label's score, where the task has labels.
+        task: another task to run on the bundle than its card's ("similarity" on an encoder); None: the card's.
+        options: of the task, over those on the card; a mapping, kept as JSON.
         batch_tokens: tokens of a packed batch; None: what suits the device.
         threads: torch threads of the process; None leaves them as they are.
         device: "cpu", "cuda", "cuda:1", …; "auto": a GPU where there is one.
@@ -54,6 +61,8 @@ class AnnotatorSpec:
     columns: tuple[tuple[str, str], ...] = ()
     name: str | None = None
     scores: bool = False
+    task: str | None = None
+    options: str | Mapping[str, Any] = ""
     batch_tokens: int | None = None
     threads: int | None = None
     device: str = "auto"
@@ -63,10 +72,25 @@ class AnnotatorSpec:
     def __post_init__(self) -> None:
         if isinstance(self.columns, Mapping):
             object.__setattr__(self, "columns", tuple(self.columns.items()))
+        if isinstance(self.options, Mapping):
+            # A description is hashed and compared: JSON is both, and says the same on every worker.
+            object.__setattr__(self, "options", json.dumps(self.options, sort_keys=True) if self.options else "")
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise JobError(f"dtype is {self.dtype!r}; it is one of auto, fp32, bf16, fp16")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise JobError(f"batch_tokens is {self.batch_tokens}; it is at least 1")
+
+    def task_of(self, bundle: Bundle) -> Task:
+        """The task to run on a bundle, with the options of this description.
+
+        Raises:
+            BundleError: no such task.
+            JobError: an option that the task does not have.
+        """
+        options = json.loads(str(self.options)) if self.options else {}
+        if self.scores:
+            options["scores"] = True
+        return get_task(bundle.card, bundle.config, kind=self.task, options=options)
 
     def build(self) -> Annotator:
         """The annotator of this description, built once per process."""
@@ -95,20 +119,20 @@ class Annotator:
                 f"{spec.fingerprint[:12]}: the model changed, or this machine holds another one under that name"
             )
         self.bundle = bundle
-        self.task = bundle.task
-        self.scores = spec.scores
+        self.task = spec.task_of(bundle)
         renamed = dict(spec.columns)
         if strange := sorted(set(renamed) - set(self.task.inputs)):
             raise ColumnError(f"{self.task.kind} has no input {strange[0]!r}; its inputs are {self.task.inputs}")
         self.input_columns = tuple(renamed.get(name, name) for name in self.task.inputs)
-        self.output_field = pa.field(spec.name or self.task.name, self.task.output_type(spec.scores))
+        self.output_field = pa.field(spec.name or self.task.name, self.task.output_type())
         if spec.threads:
             torch.set_num_threads(spec.threads)
         self.device, self.dtype = _device_and_dtype(spec.device, spec.dtype)
-        self._tokenizer = Tokenizer(bundle.tokenizer(), bundle.card.max_length)
-        self._model = bundle.model().to(self.device, self.dtype)
+        self._tokenizer = self.task.tokenizer(bundle.tokenizer())
+        self._model = bundle.model(self.task).to(self.device, self.dtype)
         self._encoder = InferenceEncoder(self._model)
         self.batch_tokens = spec.batch_tokens or self._encoder.batch_tokens
+        self.task.prepare(self)
 
     @property
     def fingerprint(self) -> str:
@@ -137,7 +161,7 @@ class Annotator:
                 )
             if len(found) > 1:
                 raise ColumnError(f"column {name!r} stands {len(found)} times in the table; rename all but one")
-            if not is_text(kind := schema.field(found[0]).type):
+            if not self.task.readable(task_input, kind := schema.field(found[0]).type):
                 raise ColumnError(f"column {name!r} is {kind}, not text: cast it, or name another with --column")
         if self.output_field.name in schema.names:
             raise ColumnError(
@@ -151,7 +175,10 @@ class Annotator:
         Returns:
             An array of `output_field.type`; null where any input is null.
         """
-        arrays = [as_strings(array, name) for array, name in zip(inputs, self.input_columns, strict=True)]
+        arrays = [
+            self.task.read(task_input, array, column)
+            for task_input, array, column in zip(self.task.inputs, inputs, self.input_columns, strict=True)
+        ]
         known = pa.array(np.ones(len(arrays[0]), bool))
         for array in arrays:
             known = pc.and_(known, array.is_valid())
@@ -161,49 +188,57 @@ class Annotator:
         if not len(which):
             return pa.nulls(len(known), self.output_field.type)
         distinct, codes = _distinct([array.take(pa.array(which)) for array in arrays])
-        annotations = self.task.decode(self._outputs(distinct), self.scores)
+        annotations = self._annotations(distinct)
         indices = np.zeros(len(known), np.int64)
         indices[which] = codes
         take = pa.array(indices, mask=~known.to_numpy(zero_copy_only=False))
-        return annotations.take(take).cast(self.output_field.type)
+        return annotations.take(take)
 
-    def _outputs(self, distinct: list[pa.Array]) -> np.ndarray:
-        """The task's outputs for U distinct rows: float32 (U, C)."""
-        outputs: np.ndarray | None = None
-        for start, ragged in self._tokenised(distinct):
-            values = self.outputs_of_tokens(ragged)
-            if outputs is None:
-                outputs = np.empty((len(distinct[0]), values.shape[1]), np.float32)
-            outputs[start : start + len(values)] = values
-        assert outputs is not None  # There is at least one distinct row.
-        return outputs
+    def _annotations(self, distinct: list[pa.Array]) -> pa.Array:
+        """The annotations of U distinct rows, none of them null in an input."""
+        parts = []
+        for start, size, pieces in self._encoded(distinct):
+            inputs = [array.slice(start, size) for array in distinct]
+            part = self.task.decode(self.outputs_of(pieces), pieces, inputs)
+            parts.append(part if part.type == self.output_field.type else part.cast(self.output_field.type))
+        return pa.concat_arrays(parts)
 
-    def _tokenised(self, distinct: list[pa.Array]) -> Iterator[tuple[int, Ragged]]:
-        """Windows of tokenised rows, the next one made while the caller works on this one."""
+    def outputs(self, inputs: Sequence[pa.Array]) -> Outputs:
+        """What the model says of rows none of which is null: the task's outputs, not yet decoded."""
+        return self.outputs_of(self.task.encode(self._tokenizer, inputs))
+
+    def _encoded(self, distinct: list[pa.Array]) -> Iterator[tuple[int, int, Pieces]]:
+        """Stretches of encoded rows (start, size, pieces), the next one made while the caller works on this one."""
         windows = _windows(distinct)
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
             pending = None
             for start, size in windows:
-                upcoming = (start, thread.submit(self._tokenizer, [array.slice(start, size) for array in distinct]))
+                inputs = [array.slice(start, size) for array in distinct]
+                upcoming = (start, size, thread.submit(self.task.encode, self._tokenizer, inputs))
                 if pending:
-                    yield pending[0], pending[1].result()
+                    yield pending[0], pending[1], pending[2].result()
                 pending = upcoming
             if pending:
-                yield pending[0], pending[1].result()
+                yield pending[0], pending[1], pending[2].result()
 
     @torch.inference_mode()
-    def outputs_of_tokens(self, ragged: Ragged) -> np.ndarray:
-        """The task's outputs for rows that are tokenised already: float32 (B, C)."""
-        batches, results = plan(ragged.lengths, self.batch_tokens), []
-        for rows in batches:
-            batch = pack_rows(ragged, rows).to(self.device)
+    def outputs_of(self, pieces: Pieces) -> Outputs:
+        """The task's outputs for P pieces that are encoded already."""
+        tokens = pieces.tokens
+        batches, results = plan(tokens.lengths, self.batch_tokens), []
+        for which in batches:
+            batch = pack_rows(tokens, which).to(self.device)
             hidden = self._encoder(batch)
             results.append(self.task.forward(self._model, hidden, batch).float())
         # One copy from the device at the end, so that no batch waits for the one before it.
-        values = torch.cat(results).cpu().numpy()
-        outputs = np.empty_like(values)
-        outputs[np.concatenate(batches)] = values
-        return outputs
+        found = torch.cat(results).cpu().numpy()
+        order = np.concatenate(batches)
+        offsets = None
+        if self.task.level == "token":
+            order, offsets = ranges(tokens.offsets[order], tokens.offsets[order + 1]), tokens.offsets
+        values = np.empty_like(found)
+        values[order] = found
+        return Outputs(values=values, offsets=offsets)
 
 
 def _distinct(arrays: list[pa.Array]) -> tuple[list[pa.Array], np.ndarray]:
@@ -212,7 +247,11 @@ def _distinct(arrays: list[pa.Array]) -> tuple[list[pa.Array], np.ndarray]:
     codes = [array.indices.to_numpy().astype(np.int64) for array in encoded]
     if len(arrays) == 1:
         return [encoded[0].dictionary], codes[0]
-    joined = codes[0] * len(encoded[1].dictionary) + codes[1]
+    joined = codes[0]
+    for code in codes[1:]:
+        # Numbered anew after each column, so that the product stays below the square of the rows.
+        _, joined = np.unique(joined, return_inverse=True)
+        joined = joined * (int(code.max()) + 1) + code
     _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
     return [array.take(pa.array(first)) for array in arrays], inverse
 

@@ -52,6 +52,7 @@ class Card:
         max_length: longest row in tokens, special tokens included; longer rows are cut.
         pooling: "mean" or "cls" where the task pools tokens to one vector.
         normalize: whether a pooled vector is scaled to unit length.
+        options: the task's options (a threshold, what becomes of long texts) unless a call gives others.
         metrics: name -> value on the validation data.
         provenance: where it came from: base model, data, job, seed, versions, date, history.
         files: file name -> sha256 of every fingerprinted file; empty on an inferred card.
@@ -65,6 +66,7 @@ class Card:
     max_length: int = 512
     pooling: str | None = None
     normalize: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -118,19 +120,20 @@ class Bundle:
         """
         return _load_tokenizer(self.directory, self.config)
 
-    def model(self) -> PreTrainedModel:
-        """The model with the task's head, in fp32 on the CPU, in evaluation mode.
+    def model(self, task: Task | None = None) -> PreTrainedModel:
+        """The model with the head of its own task (or of the given one), in fp32 on the CPU, in evaluation mode.
 
         Raises:
             BundleError: the weights are unreadable, or do not fit the configuration.
         """
-        model, report = read_model(self.task.auto_class(), self.directory)
+        task = task or self.task
+        model, report = read_model(task.auto_class(), self.directory)
         # Position ids are a buffer in old checkpoints; a pooler that the task does not use may be missing.
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
         if missing:
             raise BundleError(
                 f"{self.reference}: the weights lack {', '.join(sorted(missing)[:4])} that a "
-                f"{self.card.task} model needs; was the directory saved without its head?"
+                f"{task.kind} model needs; was the directory saved without its head?"
             )
         return model.eval()
 
@@ -280,6 +283,8 @@ def _hash_files(directory: Path) -> dict[str, str]:
 
 def _fingerprint(files: dict[str, str], card: Card | None) -> str:
     said = {key: value for key, value in asdict(card).items() if key != "fingerprint"} if card else {}
+    if not said.get("options"):  # Cards of before there were options keep their fingerprint.
+        said.pop("options", None)
     return hashlib.sha256(json.dumps([files, said], sort_keys=True).encode()).hexdigest()
 
 

@@ -30,6 +30,7 @@ class PackedBatch:
         lengths: tokens of each row, B numbers.
         cu_seqlens: int32 tensor (B + 1,), cumulated lengths from 0.
         rows: int64 array (B,), which rows of the source these are.
+        samples: int64 tensor (B,), which sample of a training batch each row belongs to; None where each is one.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +39,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
     rows: np.ndarray
+    samples: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -49,6 +51,7 @@ class PackedBatch:
             lengths=self.lengths,
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
             rows=self.rows,
+            samples=None if self.samples is None else self.samples.to(device, non_blocking=True),
         )
 
 

@@ -1,6 +1,6 @@
 """Arrow strings -> token ids, ragged and without padding.
 
-Shapes: B rows, T tokens of all rows together.
+Shapes: B rows, P pieces, T tokens of all pieces together.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert_ray.errors import ColumnError
+from bert_ray.errors import BundleError, ColumnError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,34 +47,126 @@ class Ragged:
         return np.diff(self.offsets)
 
 
-class Tokenizer:
-    """The batch tokenizer of a bundle, cutting rows to `max_length` tokens, special tokens included.
+@dataclass(kw_only=True, slots=True)
+class Pieces:
+    """What rows became for the model: one token list a row, or several (windows of a long text, texts told apart).
 
-    Two texts of a pair are cut longest first, as transformers does by default.
+    Attributes:
+        tokens: token ids of P pieces.
+        rows: int64 (P,), the row that each piece belongs to, ascending; no row is without a piece.
+        spans: int32 (T, 2), for each token the code points [start, end) of the text it stems from; (0, 0) for special
+            tokens. None unless the task asks for them.
+        sources: int8 (T,), which input a token stems from (0, 1, …), -1 for special tokens; None like `spans`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    tokens: Ragged
+    rows: np.ndarray
+    spans: np.ndarray | None = None
+    sources: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Pieces of row b are `starts[b]:starts[b + 1]`; int64 (B + 1,)."""
+        count = int(self.rows[-1]) + 1 if len(self.rows) else 0
+        return np.searchsorted(self.rows, np.arange(count + 1))
+
+
+Overflow = Literal["truncate", "head_tail", "windows"]
+Cut = Literal["longest_first", "only_first", "only_second"]
+
+
+class Tokenizer:
+    """The batch tokenizer of a bundle: rows of at most `max_length` tokens, special tokens included.
+
+    What does not fit is, by `overflow`: cut off ("truncate"; two texts of a pair the longest first, as transformers
+    does by default); left out of the middle ("head_tail": the first quarter of the room and the last three, after Sun
+    et al., How to Fine-Tune BERT for Text Classification?, arXiv 1905.05583, section 5.3.1); or put into further pieces
+    ("windows"), each of which begins with the `overlap` last tokens of the one before.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int,
+        *,
+        overflow: Overflow = "truncate",
+        overlap: int = 0,
+        cut: Cut = "longest_first",
+        spans: bool = False,
+    ) -> None:
+        """Set up.
+
+        Args:
+            tokenizer: a fast tokenizer of transformers; it is copied.
+            max_length: most tokens of a piece.
+            overflow: what becomes of more than that.
+            overlap: tokens that neighbouring windows share.
+            cut: which text of a pair gives way.
+            spans: also tell which code points each token stems from.
+
+        Raises:
+            BundleError: the overlap leaves no room for a window to move on.
+        """
         self.max_length = max_length
+        self.overflow = overflow
+        self.spans = spans
         # A copy: truncation and padding are state of the backend, and the caller's tokenizer is not ours to change.
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
-        self._backend.enable_truncation(max_length, strategy="longest_first")
         self._uncut = type(self._backend).from_str(self._backend.to_str())
         self._uncut.no_truncation()
+        if overflow == "head_tail":
+            self._backend.no_truncation()
+        else:
+            stride = overlap if overflow == "windows" else 0
+            if stride >= max_length - self._backend.num_special_tokens_to_add(False):
+                raise BundleError(
+                    f"an overlap of {stride} tokens fills a window of {max_length}: give a smaller overlap"
+                )
+            self._backend.enable_truncation(max_length, stride=stride, strategy=cut)
 
-    def __call__(self, inputs: Sequence[pa.Array]) -> Ragged:
+    def __call__(self, inputs: Sequence[pa.Array]) -> Pieces:
         """Tokenise rows given as one array of strings per input (one, or two for pairs), none of them null."""
-        columns = [[self._head(text) for text in to_python_strings(array)] for array in inputs]
+        columns = [to_python_strings(array) for array in inputs]
+        if self.overflow == "truncate":
+            columns = [[self._head(text) for text in column] for column in columns]
         rows = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        encodings = self._backend.encode_batch_fast(rows)
-        offsets = np.zeros(len(rows) + 1, np.int64)
+        encode = self._backend.encode_batch if self.spans else self._backend.encode_batch_fast
+        encodings = encode(rows)
+        owners = np.arange(len(encodings))
+        if self.overflow == "windows":
+            owners = np.repeat(owners, [1 + len(encoding.overflowing) for encoding in encodings])
+            encodings = [piece for encoding in encodings for piece in (encoding, *encoding.overflowing)]
+        pieces = self._pieces(encodings, owners, pair=len(columns) > 1)
+        return _without_middle(pieces, self.max_length) if self.overflow == "head_tail" else pieces
+
+    def cut(self, texts: pa.Array, tokens: int) -> pa.Array:
+        """Texts cut at the end of their `tokens`th token, large_string; shorter ones as they are."""
+        result = []
+        for text, encoding in zip(
+            found := to_python_strings(texts), self._uncut.encode_batch(found, add_special_tokens=False), strict=True
+        ):
+            result.append(text[: encoding.offsets[tokens - 1][1]] if len(encoding) > tokens else text)
+        return pa.array(result, pa.large_string())
+
+    def _pieces(self, encodings: list[Any], owners: np.ndarray, pair: bool) -> Pieces:
+        offsets = np.zeros(len(encodings) + 1, np.int64)
         np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
         total = int(offsets[-1])
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, total)
-        types = None
-        if len(columns) > 1:
+        types = spans = sources = None
+        if pair:
             types = np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.int32, total)
-        return Ragged(ids=ids, types=types, offsets=offsets)
+        if self.spans:
+            flat = chain.from_iterable(chain.from_iterable(encoding.offsets) for encoding in encodings)
+            spans = np.fromiter(flat, np.int32, 2 * total).reshape(total, 2)
+            known = chain.from_iterable(encoding.sequence_ids for encoding in encodings)
+            sources = np.fromiter((-1 if item is None else item for item in known), np.int8, total)
+        tokens = Ragged(ids=ids, types=types, offsets=offsets)
+        return Pieces(tokens=tokens, rows=owners, spans=spans, sources=sources)
 
     def _head(self, text: str) -> str:
         """The part of a huge text that decides its first `max_length` tokens (10 MB would take seconds, for 512)."""
@@ -89,6 +181,27 @@ class Tokenizer:
                 return known
             size *= 4
         return text
+
+
+def _without_middle(pieces: Pieces, max_length: int) -> Pieces:
+    """Pieces of one text each, cut to their head and tail; the special tokens at both ends stay."""
+    lengths = pieces.tokens.lengths
+    if (lengths <= max_length).all():
+        return pieces
+    head = max_length // 4
+    keep = np.ones(len(pieces.tokens.ids), bool)
+    for start, length in zip(
+        pieces.tokens.offsets[:-1][lengths > max_length], lengths[lengths > max_length], strict=True
+    ):
+        keep[start + head : start + length - (max_length - head)] = False
+    offsets = np.zeros_like(pieces.tokens.offsets)
+    np.cumsum(np.minimum(lengths, max_length), out=offsets[1:])
+    return Pieces(
+        tokens=Ragged(ids=pieces.tokens.ids[keep], types=None, offsets=offsets),
+        rows=pieces.rows,
+        spans=None if pieces.spans is None else pieces.spans[keep],
+        sources=None if pieces.sources is None else pieces.sources[keep],
+    )
 
 
 def as_strings(array: pa.Array | pa.ChunkedArray, column: str) -> pa.LargeStringArray:

@@ -1,6 +1,7 @@
-"""Labelled tables -> token ids and targets, checked, with every dropped row accounted for.
+"""Labelled tables -> samples of tokens with targets, checked, with every dropped row accounted for.
 
-Everything that can be wrong with a table is found here, before a worker starts.
+Everything that can be wrong with a table is found here, before a worker starts. What a table must hold is the task's
+to say: its input columns and its truth columns.
 """
 
 from __future__ import annotations
@@ -17,54 +18,43 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, JobError
-from bert_ray.model.tokenization import as_strings, is_blank, to_python_strings
+from bert_ray.model.tokenization import is_blank, to_python_strings
 from bert_ray.training.order import held_out
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bert_ray.model.examples import Examples
     from bert_ray.model.tasks import Task
-    from bert_ray.model.tokenization import Ragged, Tokenizer
+    from bert_ray.model.tokenization import Tokenizer
     from bert_ray.training.job import TrainJob
-
-# More distinct labels than this, and most rows with one of their own: the column is an id or a text, not a label.
-_MANY_LABELS = 50
-
-
-@dataclass(kw_only=True, slots=True)
-class Examples:
-    """Tokenised rows with their targets.
-
-    Attributes:
-        tokens: token ids of N rows.
-        targets: int64 (N,).
-    """
-
-    tokens: Ragged
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def digest(self) -> str:
-        """Sha256 over token ids, offsets and targets: what a run has learned from."""
-        parts = (self.tokens.ids, self.tokens.offsets, self.targets)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 @dataclass(kw_only=True, slots=True)
 class LabelledTable:
-    """Texts and labels of a table, nulls and blanks gone.
+    """Inputs and truth of a table, rows that cannot be used left out.
 
     Attributes:
         path: where it was read.
-        texts: large_string (N,), none null or blank.
-        labels: the label column (N,), none null.
-        notes: what was dropped, for the user to read.
+        inputs: the task's inputs, large_string (N,) each, none null.
+        truth: the task's truth columns, (N,) each.
+        notes: what was left out, for the user to read.
     """
 
     path: str
-    texts: pa.Array
-    labels: pa.Array
+    inputs: list[pa.Array]
+    truth: list[pa.Array]
     notes: list[str] = field(default_factory=list)
+
+    def filter(self, keep: np.ndarray) -> LabelledTable:
+        """The rows where `keep`, bool (N,)."""
+        mask = pa.array(keep)
+        return LabelledTable(
+            path=self.path,
+            inputs=[array.filter(mask) for array in self.inputs],
+            truth=[array.filter(mask) for array in self.truth],
+            notes=self.notes,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,155 +62,204 @@ class TrainingData:
     """What a run learns from and is judged by.
 
     Attributes:
-        train: rows to learn from.
-        validation: rows to judge by; may be empty.
-        baseline: share of the validation rows that the most frequent training label gets right; None without any.
+        train: samples to learn from.
+        validation: samples to judge by; may be empty.
+        baseline: the task's metric of the best constant answer on the validation rows; None where there is none.
+        train_rows, validation_rows: rows of the tables that these samples stem from.
     """
 
     train: Examples
     validation: Examples
     baseline: float | None
+    train_rows: int
+    validation_rows: int
 
     def digest(self) -> str:
         """Tells these data from others."""
         return hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()[:16]
 
 
-def read_labelled(path: str, text: str, label: str) -> LabelledTable:
-    """Read the text and label column of a Parquet file or directory; drop rows without a text or without a label.
+def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = None) -> LabelledTable:
+    """Read a task's input and truth columns of a Parquet file or directory; leave out rows that cannot be used.
+
+    Args:
+        path: the table.
+        task: says which columns.
+        columns: table columns by the task's inputs and truths; what is not named reads the column of its own name.
 
     Raises:
         JobError: nothing there, not Parquet, no usable row.
         ColumnError: a column is missing or of the wrong type.
     """
-    table = _read(path, text, label)
+    names = {name: (columns or {}).get(name, name) for name in (*task.inputs, *task.truths)}
+    if strange := sorted(set(columns or {}) - set(names)):
+        raise ColumnError(f"data.columns names {strange[0]!r}; task {task.kind} learns from {', '.join(names)}")
+    for truth_name in task.truths:
+        for task_input in task.inputs:
+            if names[truth_name] == names[task_input]:
+                raise JobError(
+                    f"data.columns: {truth_name} and {task_input} both name the column {names[truth_name]!r}; a model "
+                    "cannot learn a column from itself"
+                )
+    table = _read(path, names)
     if table.num_rows == 0:
         raise JobError(f"{path} has no rows: there is nothing to learn from")
-    texts, labels = as_strings(table.column(text), text), table.column(label).combine_chunks()
-    if pa.types.is_dictionary(labels.type):
-        labels = labels.cast(labels.type.value_type)
-    if labels.null_count == len(labels):
-        raise JobError(f"{path}: column {label!r} is null in all {len(labels)} rows; name another with data.label")
-    no_text, no_label = pc.is_null(texts), pc.is_null(labels)
-    blank = pc.fill_null(is_blank(texts), False)
-    keep = pc.invert(pc.or_(pc.or_(no_text, no_label), blank))
-    dropped = [
-        f"{count} with {what}"
-        for count, what in (
-            (_count(no_text), "no text (null)"),
-            (_count(blank), "a blank text"),
-            (_count(pc.and_not(no_label, pc.or_(no_text, blank))), "no label (null)"),
+    try:
+        truth, inputs = task.read_truth(
+            [_plain(table.column(names[name])) for name in task.truths],
+            [_plain(table.column(names[name])) for name in task.inputs],
         )
-        if count
-    ]
-    rows = _count(keep)
-    notes = [f"{path}: {len(texts) - rows} of {len(texts)} rows left out: {', '.join(dropped)}"] if dropped else []
-    if rows == 0:
-        raise JobError(f"{path}: none of its {len(texts)} rows has both a text and a label ({', '.join(dropped)})")
-    return LabelledTable(path=path, texts=texts.filter(keep), labels=labels.filter(keep), notes=notes)
+    except ColumnError as error:
+        raise ColumnError(f"{path}: {error}") from error
+    if not task.truth_may_be_null:
+        for name, array in zip(task.truths, truth, strict=True):
+            if array.null_count == len(array):
+                raise JobError(
+                    f"{path}: column {names[name]!r} is null in all {len(array)} rows; name another with "
+                    f"data.columns.{name}"
+                )
+    found = LabelledTable(path=path, inputs=list(inputs), truth=list(truth))
+    return _usable(found, task)
 
 
-def labels_for(job: TrainJob, table: LabelledTable) -> list[str]:
+def _usable(table: LabelledTable, task: Task) -> LabelledTable:
+    """Leave out rows without inputs or truth, and those that the task finds fault with; a note says how many."""
+    rows = len(table.inputs[0])
+    keep = np.ones(rows, bool)
+    reasons: list[str] = []
+
+    def leave_out(what: str, where: np.ndarray) -> None:
+        fresh = where & keep
+        if fresh.any():
+            keep[fresh] = False
+            reasons.append(f"{int(fresh.sum())} with {what}")
+
+    for name, array in zip(task.inputs, table.inputs, strict=True):
+        leave_out(f"no {name} (null)", _mask(pc.is_null(array)))
+        if task.blank_is_null:
+            leave_out(f"a blank {name}", _mask(pc.fill_null(is_blank(array), False)))
+    if not task.truth_may_be_null:
+        for name, array in zip(task.truths, table.truth, strict=True):
+            leave_out(f"no {name} (null)", _mask(pc.is_null(array)))
+    kept = table.filter(keep)
+    if keep.any():
+        places = np.flatnonzero(keep)
+        for what, where in task.faults(kept.inputs, kept.truth).items():
+            whole = np.zeros(rows, bool)
+            whole[places[where]] = True
+            if (whole & keep).any():
+                what += f" (first: row {int(np.flatnonzero(whole & keep)[0])})"
+            leave_out(what, whole)
+        kept = table.filter(keep)
+    left_out = rows - int(keep.sum())
+    if not keep.any():
+        raise JobError(f"{table.path}: none of its {rows} rows can be used ({', '.join(reasons)})")
+    if left_out:
+        kept.notes = [*kept.notes, f"{table.path}: {left_out} of {rows} rows left out: {', '.join(reasons)}"]
+    return kept
+
+
+def labels_for(job: TrainJob, task: Task, table: LabelledTable) -> list[str]:
     """The labels to train: the job's, else those that stand in the table.
 
     Raises:
-        JobError: fewer than two, or so many that the column cannot be a label.
+        ColumnError: fewer than two, or so many that the column cannot be a label.
     """
-    from bert_ray.model.tasks.classification import labels_of
-
-    column = job.data.label
-    found = labels_of(table.labels)
-    if len(found) < 2:
-        raise JobError(
-            f"{table.path}: column {column!r} has one label only ({found[0]!r}) in all {len(table.labels)} rows; a "
-            "model needs rows of at least two to tell apart"
-        )
-    if job.labels is not None:
-        return job.labels
-    if len(found) > _MANY_LABELS and 2 * len(found) > len(table.labels):
-        raise JobError(
-            f"{table.path}: column {column!r} has {len(found)} different values in {len(table.labels)} rows, which "
-            "looks like no label; name another with data.label, or list the labels in `labels`"
-        )
-    if job.name == "sentiment" and found == ["0", "1"]:
-        return ["negative", "positive"]
-    return found
+    try:
+        found = task.labels_in(table.truth)
+    except ColumnError as error:
+        column = (job.data.columns or {}).get(task.truths[0], task.truths[0])
+        raise ColumnError(f"{table.path}: column {column!r}: {error}") from error
+    return job.labels if job.labels is not None else found
 
 
 def training_data(
     job: TrainJob, table: LabelledTable, task: Task, tokenize: Tokenizer
 ) -> tuple[TrainingData, list[str]]:
-    """Split, tokenise and number the labels.
+    """Split and tokenise, and turn the truth into targets.
 
     Returns:
         the data, and notes for the user.
 
     Raises:
-        JobError: the validation split is empty or has nothing to tell apart.
+        JobError: the validation split is empty.
         ColumnError: a label that is none of the task's.
     """
     options, notes = job.data, list(table.notes)
-    train_texts, train_targets = table.texts, _targets(task, table)
+    key = task.inputs.index(task.split_by)
     if options.validation is not None:
-        other = read_labelled(options.validation, options.text, options.label)
-        notes += other.notes
-        texts, targets = other.texts, _targets(task, other)
-        known = pc.is_in(texts, train_texts)
-        if shared := _count(known):
+        train, validation = table, read_labelled(options.validation, task, options.columns)
+        notes += validation.notes
+        same = np.ones(len(validation.inputs[0]), bool)
+        for one, other in zip(validation.inputs, train.inputs, strict=True):
+            same &= _mask(pc.is_in(one, other))
+        if shared := int(same.sum()):
             notes.append(
-                f"{shared} of the {len(texts)} texts in {other.path} also stand in {table.path}: the validation "
+                f"{shared} of the {len(same)} rows in {validation.path} also stand in {table.path}: the validation "
                 "metrics will flatter the model"
             )
     elif options.validation_fraction > 0:
-        out = held_out(to_python_strings(train_texts), options.validation_fraction)
+        out = held_out(to_python_strings(table.inputs[key]), options.validation_fraction)
         if not out.any() or out.all():
             raise JobError(
                 f"data.validation_fraction {options.validation_fraction} of the {len(out)} rows in {table.path} "
                 f"leaves none for {'validation' if not out.any() else 'training'}: raise it, or give data.validation"
             )
-        texts, targets = train_texts.filter(pa.array(out)), train_targets[out]
-        train_texts, train_targets = train_texts.filter(pa.array(~out)), train_targets[~out]
+        train, validation = table.filter(~out), table.filter(out)
     else:
-        texts, targets = train_texts.slice(0, 0), train_targets[:0]
-    majority = int(np.bincount(train_targets).argmax())
-    if (train_targets == majority).all():
-        raise JobError(f"{table.path}: all {len(train_targets)} training rows have the same label")
+        train, validation = table, table.filter(np.zeros(len(table.inputs[0]), bool))
+    try:
+        task.labels_in(train.truth)
+    except ColumnError as error:
+        raise JobError(f"{table.path}: in the training rows: {error}") from error
     data = TrainingData(
-        train=Examples(tokens=tokenize([train_texts]), targets=train_targets),
-        validation=Examples(tokens=tokenize([texts]), targets=targets),
-        baseline=float((targets == majority).mean()) if len(targets) else None,
+        train_rows=len(train.inputs[0]),
+        validation_rows=len(validation.inputs[0]),
+        train=_examples(task, tokenize, train),
+        validation=_examples(task, tokenize, validation),
+        baseline=task.baseline(train.truth, validation.truth) if len(validation.inputs[0]) else None,
     )
+    # Only validation's own columns are compared with annotations; the others need not travel to the workers.
+    data.train.inputs, data.train.truth = (), ()
     return data, notes
 
 
-def _read(path: str, text: str, label: str) -> pa.Table:
+def _examples(task: Task, tokenize: Tokenizer, table: LabelledTable) -> Examples:
+    try:
+        return task.examples(tokenize, table.inputs, table.truth)
+    except ColumnError as error:
+        raise ColumnError(f"{table.path}: {error}") from error
+
+
+def _read(path: str, names: Mapping[str, str]) -> pa.Table:
     place = Path(path)
     if not place.exists():
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
     try:
         dataset = pads.dataset(place, format="parquet", partitioning="hive")
-        names = dataset.schema.names
+        known = dataset.schema.names
     except (pa.ArrowInvalid, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
     if place.is_dir() and not dataset.files:
         raise JobError(f"{path} holds no Parquet file")
-    for key, column in (("text", text), ("label", label)):
-        if column not in names:
-            near = difflib.get_close_matches(column, names, 3, 0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, names))}"
-            raise ColumnError(f"{path} has no column {column!r}; {hint} Name it with data.{key}")
+    for key, column in names.items():
+        if column not in known:
+            near = difflib.get_close_matches(column, known, 3, 0.5)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, known))}"
+            raise ColumnError(f"{path} has no column {column!r}; {hint} Name it with data.columns.{key}")
     try:
-        return dataset.to_table(columns=[text, label])
+        return dataset.to_table(columns=list(dict.fromkeys(names.values())))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _targets(task: Task, table: LabelledTable) -> np.ndarray:
-    try:
-        return task.targets(table.labels)
-    except ColumnError as error:
-        raise ColumnError(f"{table.path}: {error}") from error
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    """One array, dictionaries written out."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # A column without rows keeps its chunks.
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
 
 
-def _count(mask: pa.BooleanArray) -> int:
-    return pc.sum(mask).as_py() or 0
+def _mask(values: pa.BooleanArray) -> np.ndarray:
+    return values.to_numpy(zero_copy_only=False).astype(bool)

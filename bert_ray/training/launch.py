@@ -43,7 +43,7 @@ class TrainResult:
         metrics: of the best epoch on the validation rows; empty without any.
         history: one entry per epoch: epoch, step, train_loss, validation_loss, metrics, tokens_per_second,
             learning_rate (of the epoch's last step).
-        baseline: accuracy of always saying the most frequent training label; None without validation rows.
+        baseline: the metric of the best constant answer (the most frequent label); None without such a thing.
         best_epoch: the epoch whose model was kept, from 1.
         train_rows, validation_rows: rows used.
         seconds: from start to end, this session alone.
@@ -72,7 +72,8 @@ class TrainResult:
         if self.metrics:
             found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
             lines.append(
-                f"on {self.validation_rows:,} validation rows: {found} (majority baseline {self.baseline:.4f})"
+                f"on {self.validation_rows:,} validation rows: {found}"
+                + ("" if self.baseline is None else f" (majority baseline {self.baseline:.4f})")
             )
         return "\n".join(lines)
 
@@ -127,8 +128,8 @@ def train(
         history=position.history,
         baseline=data.baseline,
         best_epoch=position.best_epoch,
-        train_rows=len(data.train),
-        validation_rows=len(data.validation),
+        train_rows=data.train_rows,
+        validation_rows=data.validation_rows,
         seconds=seconds,
         tokens_per_second=position.tokens / max(1e-9, position.seconds),
     )
@@ -138,16 +139,25 @@ def prepare(job: TrainJob, base: Bundle) -> tuple[Card, TrainingData, list[str]]
     """The card of the bundle to come, the tokenised rows, and notes for the user."""
     from bert_ray.model.bundle import Card, max_positions
     from bert_ray.model.tasks import get_task
-    from bert_ray.model.tokenization import Tokenizer
     from bert_ray.training.data import labels_for, read_labelled, training_data
 
     limit = max_positions(base.config)
     if job.max_length is not None and job.max_length > limit:
         raise JobError(f"max_length is {job.max_length}, but {job.model} has {limit} positions: give at most {limit}")
-    max_length = job.max_length or base.card.max_length
-    table = read_labelled(job.data.train, job.data.text, job.data.label)
-    card = Card(task=job.task, name=job.name, labels=labels_for(job, table), max_length=max_length)
-    data, notes = training_data(job, table, get_task(card), Tokenizer(base.tokenizer(), max_length))
+    card = Card(
+        task=job.task,
+        name=job.name,
+        labels=job.labels or [],
+        max_length=job.max_length or base.card.max_length,
+        pooling=base.card.pooling,
+        normalize=base.card.normalize,
+        options=dict(job.options),
+    )
+    task = get_task(card, base.config)
+    card.inputs = list(task.inputs)
+    table = read_labelled(job.data.train, task, job.data.columns)
+    card.labels = labels_for(job, task, table)
+    data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))
     return card, data, notes
 
 
@@ -158,8 +168,8 @@ def provenance(job: TrainJob, base: Bundle, data: TrainingData, identity: dict[s
         "data": {
             "train": job.data.train,
             "validation": job.data.validation or f"{job.data.validation_fraction} of train, by hash of the text",
-            "train_rows": len(data.train),
-            "validation_rows": len(data.validation),
+            "train_rows": data.train_rows,
+            "validation_rows": data.validation_rows,
         },
         "job": identity,
         "seed": job.seed,
@@ -266,8 +276,8 @@ def _finished(output: Path, identity: dict[str, Any], data: TrainingData, second
         history=card.provenance["history"],
         baseline=data.baseline,
         best_epoch=card.provenance["best_epoch"],
-        train_rows=len(data.train),
-        validation_rows=len(data.validation),
+        train_rows=data.train_rows,
+        validation_rows=data.validation_rows,
         seconds=seconds,
         tokens_per_second=card.provenance["tokens_per_second"],
         trained=False,

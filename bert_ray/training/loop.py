@@ -3,14 +3,14 @@
 A step's rows, their order, the learning rate and the noise of dropout are functions of the job and of the step's
 number. So a run that goes on from a checkpoint does the same steps as one that was never disturbed.
 
-Shapes: B rows of one optimiser step, over all workers.
+Shapes: S samples of one optimiser step, over all workers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from bert_ray.model.bundle import save_bundle
+from bert_ray.model.examples import ranges
 from bert_ray.model.packing import pack_rows, plan
+from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import Checkpoints
 from bert_ray.training.memory import keep_freed_memory
 from bert_ray.training.optim import PRECISIONS, TaskModel, load_weights
@@ -27,7 +29,9 @@ from bert_ray.training.schedule import learning_rate
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
-    from bert_ray.training.data import Examples, TrainingData
+    from bert_ray.model.examples import Examples
+    from bert_ray.model.packing import PackedBatch
+    from bert_ray.training.data import TrainingData
     from bert_ray.training.job import TrainJob
     from bert_ray.training.optim import Stepper
     from bert_ray.training.peers import Peers
@@ -69,8 +73,8 @@ class Position:
     Attributes:
         epoch: epochs done.
         index: steps done in the current epoch.
-        loss: sum over the rows of the current epoch so far.
-        rows: rows of the current epoch so far.
+        loss: sum over the samples of the current epoch so far.
+        weight: what these samples count for together.
         seconds: spent training (evaluation and checkpoints left out), over all sessions of the run.
         epoch_seconds: of these, in the current epoch.
         tokens: real tokens trained on.
@@ -85,7 +89,7 @@ class Position:
     epoch: int = 0
     index: int = 0
     loss: float = 0.0
-    rows: int = 0
+    weight: float = 0.0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     tokens: int = 0
@@ -104,7 +108,7 @@ def new_module(
     from bert_ray.model.tasks import get_task
 
     torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE, 0))
-    task = get_task(card)
+    task = get_task(card, base.config)
     model = task.new_model(base, job.dropout, job.attention_dropout)
     if state is not None:
         load_weights(model, state)
@@ -141,7 +145,7 @@ class Loop:
             job: what to do.
             base: the bundle to start from.
             card: of the bundle to come; its metrics and provenance are filled in as the run goes.
-            data: tokenised rows.
+            data: tokenised samples.
             directory: the run's directory: checkpoints/ and best/.
             peers: the workers of the run.
             device: where this worker computes.
@@ -155,7 +159,7 @@ class Loop:
         self.directory, self.peers, self.device = directory, peers, device
         self.tell, self.callbacks = tell, callbacks
         self.checkpoints = Checkpoints(directory / "checkpoints", job.checkpoint.keep)
-        self.lengths = data.train.tokens.lengths
+        self.lengths = data.train.lengths
         self.epoch_steps = -(-len(data.train) // job.batch_size)
         self.steps = self.epoch_steps * job.epochs
         found = self.checkpoints.latest()
@@ -168,7 +172,7 @@ class Loop:
             self.stepper.restore_scaling(self.position.scaling)
             _restore_rng(state, peers)
             self._tell("resumed", skipped=found.skipped)
-        self._unseen: list[tuple[int, int, torch.Tensor]] = []
+        self._unseen: list[tuple[int, float, torch.Tensor]] = []
         self._told = time.monotonic()
         self._recent = (time.monotonic(), self.position.tokens)
 
@@ -212,45 +216,49 @@ class Loop:
             self._save()
         return position
 
-    def _step(self, rows: np.ndarray) -> None:
-        """One optimiser step over `rows` (B,)."""
+    def _step(self, samples: np.ndarray) -> None:
+        """One optimiser step over `samples` (S,)."""
         job, position, peers, step = self.job, self.position, self.peers, self.done
         pieces = job.gradient_accumulation
-        parts = shares(rows, self.lengths, peers.world * pieces)
+        parts = shares(samples, self.lengths, peers.world * pieces)
+        weight = max(1e-9, self.data.train.weigh(samples))
         total: torch.Tensor | float = 0.0
         for piece in range(pieces):
             mine = parts[peers.rank * pieces + piece]
-            # DeepSpeed averages gradients over the workers; times their number, over all rows, is the mean over rows.
-            scale = peers.world / len(rows)
+            # DeepSpeed averages gradients over the workers; times their number, over all weights, is the mean.
+            scale = peers.world / weight
             if len(mine) == 0:  # Nothing to compute, but the other workers wait in the same collectives.
-                mine, scale = rows[:1], 0.0
+                mine, scale = samples[:1], 0.0
             torch.manual_seed(noise_seed(job.seed, step, piece, peers.rank))
             batch, targets = self._batch(self.data.train, mine)
-            loss, losses = self.stepper.forward(batch, targets, scale, 1.0 / pieces)
+            loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / pieces)
             self.stepper.backward(loss)
             total = total + (losses if scale else losses * 0.0)
         self.stepper.step(learning_rate(step, self.steps, job.learning_rate, job.warmup, job.schedule))
         assert isinstance(total, torch.Tensor)
-        self._unseen.append((step + 1, len(rows), total))
-        tokens = int(self.lengths[rows].sum())
+        self._unseen.append((step + 1, weight, total))
+        tokens = int(self.lengths[samples].sum())
         position.tokens += tokens
         position.epoch_tokens += tokens
 
-    def _batch(self, examples: Examples, rows: np.ndarray) -> tuple[Any, torch.Tensor]:
-        batch = pack_rows(examples.tokens, rows).to(self.device)
-        return batch, torch.from_numpy(examples.targets[rows]).to(self.device, non_blocking=True)
+    def _batch(self, examples: Examples, samples: np.ndarray) -> tuple[PackedBatch, torch.Tensor]:
+        pieces, owners = examples.pieces_of(samples)
+        batch = pack_rows(examples.pieces.tokens, pieces)
+        batch.samples = None if owners is None else torch.from_numpy(owners)
+        targets = torch.from_numpy(examples.targets.take(samples))
+        return batch.to(self.device), targets.to(self.device, non_blocking=True)
 
     def _look(self) -> None:
         """Add up the losses of the last steps over all workers, and see whether they are finite."""
         if not self._unseen:
             return
         sums = self.peers.sum(torch.stack([total.double() for _, _, total in self._unseen])).tolist()
-        for (step, rows, _), value in zip(self._unseen, sums, strict=True):
+        for (step, weight, _), value in zip(self._unseen, sums, strict=True):
             if not np.isfinite(value):
                 self.position.diverged = step
                 break
             self.position.loss += value
-            self.position.rows += rows
+            self.position.weight += weight
         self._unseen.clear()
         now = time.monotonic()
         if now - self._told >= 2.0:
@@ -263,7 +271,7 @@ class Loop:
         entry = {
             "epoch": position.epoch + 1,
             "step": self.done,
-            "train_loss": position.loss / max(1, position.rows),
+            "train_loss": position.loss / max(1e-9, position.weight),
             "learning_rate": rate,
             "tokens_per_second": position.epoch_tokens / max(1e-9, position.epoch_seconds),
         }
@@ -274,8 +282,8 @@ class Loop:
         value = metrics.get(self.module.task.metric)
         position.history.append(entry)
         position.epoch += 1
-        position.index = position.rows = position.epoch_tokens = 0
-        position.loss = position.epoch_seconds = 0.0
+        position.index = position.epoch_tokens = 0
+        position.loss = position.weight = position.epoch_seconds = 0.0
         # Without validation rows the last epoch is the one to keep.
         if value is None or position.best is None or value > position.best:
             position.best, position.best_epoch = value, position.epoch
@@ -285,22 +293,36 @@ class Loop:
     def evaluate(self, examples: Examples) -> tuple[float, dict[str, float]]:
         """Mean loss and the task's metrics over `examples`, the same on every worker."""
         self.module.eval()
-        batches = plan(examples.tokens.lengths, _EVALUATION_TOKENS)
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        batches = plan(examples.lengths, _EVALUATION_TOKENS)
+        found: list[tuple[np.ndarray, np.ndarray, float]] = []
         world, rank = self.peers.world, self.peers.rank
         with torch.no_grad():
             for index in range(rank, -(-len(batches) // world) * world, world):
                 # Every worker makes as many passes: under ZeRO 3 each gathers weights from all.
-                mine = batches[index] if index < len(batches) else batches[0][:1]
-                batch, _ = self._batch(examples, mine)
-                outputs = self.stepper.forward(batch)
+                batch, targets = self._batch(examples, batches[index] if index < len(batches) else batches[0][:1])
+                _, total, outputs = self.stepper.forward(batch, targets)
                 if index < len(batches):
-                    found.append((mine, outputs.cpu().numpy()))
+                    found.append((batch.rows, outputs.cpu().numpy(), float(total)))
         everyone = [item for items in self.peers.gather(found) for item in items]
-        rows = np.concatenate([item[0] for item in everyone])
-        outputs = np.concatenate([item[1] for item in everyone])[np.argsort(rows)]
-        losses = self.module.task.loss(torch.from_numpy(outputs), torch.from_numpy(examples.targets))
-        return float(losses.double().mean()), self.module.task.metrics(outputs, examples.targets)
+        outputs = self._in_order(examples, everyone)
+        loss = sum(item[2] for item in everyone) / examples.weigh(np.arange(len(examples)))
+        task = self.module.task
+        if chosen := task.tune(outputs, examples):
+            # Decided by all validation rows, so the same on every worker.
+            self.card.options |= chosen
+            task.options = replace(task.options, **chosen)
+        return loss, task.validate(outputs, examples)
+
+    def _in_order(self, examples: Examples, found: list[tuple[np.ndarray, np.ndarray, float]]) -> Outputs:
+        """Outputs of all batches, in the order of the pieces."""
+        order, values = np.concatenate([item[0] for item in found]), np.concatenate([item[1] for item in found])
+        offsets = None
+        if self.module.task.level == "token":
+            offsets = examples.pieces.tokens.offsets
+            order = ranges(offsets[order], offsets[order + 1])
+        ordered = np.empty_like(values)
+        ordered[order] = values
+        return Outputs(values=ordered, offsets=offsets)
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         with self.stepper.whole():
@@ -336,7 +358,7 @@ class Loop:
             remaining = (self.steps - self.done) * (now - since)
             left = remaining * position.tokens / max(1, self.done) / max(1, position.tokens - tokens)
             more |= {
-                "loss": position.loss / max(1, position.rows),
+                "loss": position.loss / max(1e-9, position.weight),
                 "tokens_per_second": speed,
                 "seconds_left": left,
             }

@@ -4,7 +4,7 @@ A stepper owns the module and the optimiser and takes steps; `deepspeed.py` has 
 optimiser state in fp32 and hand them out by parameter name, so that a checkpoint of one is read by the other, at any
 ZeRO stage and any number of workers.
 
-Shapes: B rows, C labels.
+Shapes: P pieces of a packed batch.
 """
 
 from __future__ import annotations
@@ -55,25 +55,30 @@ class TaskModel(nn.Module):
         """One forward pass.
 
         Args:
-            batch: B rows.
-            targets: (B,); None: only the outputs are wanted.
-            scale: factor on the sum of the rows' losses.
+            batch: P pieces.
+            targets: what the samples of the batch should be; None: only the outputs are wanted.
+            scale: factor on the sum of the samples' losses.
             share: this pass's share of the step's L1 penalty.
 
         Returns:
-            outputs (B, C) fp32; with targets instead: the loss to differentiate, and the plain sum of the rows'
-            losses, detached.
+            outputs, fp32, one entry a piece or a token; with targets instead: the loss to differentiate, the plain
+            sum of the samples' losses, detached, and in evaluation mode the outputs (else None).
         """
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
-            outputs = self.task.forward(self.model, encode(self.model, batch), batch).float()
-        if targets is None:
-            return outputs
-        total = self.task.loss(outputs, targets).sum()
+            hidden = encode(self.model, batch)
+            if targets is None:
+                return self.task.forward(self.model, hidden, batch).float()
+            losses, outputs = self.task.losses(self.model, hidden, batch, targets)
+            if self.training:
+                outputs = None
+            elif outputs is None:
+                outputs = self.task.forward(self.model, hidden, batch).float()
+        total = losses.float().sum()
         loss = total * scale
         if self.l1:
             loss = loss + (self.l1 * share) * sum(weight.abs().sum() for weight in self.penalised)
-        return loss, total.detach()
+        return loss, total.detach(), outputs
 
 
 class Stepper(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError
 from bert_ray.model.tasks.base import Task
@@ -19,12 +20,26 @@ TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Emb
 __all__ = ["TASKS", "Classification", "Embedding", "Task", "get_task"]
 
 
-def get_task(card: Card, config: PretrainedConfig | None = None) -> Task:
+def get_task(
+    card: Card,
+    config: PretrainedConfig | None = None,
+    *,
+    kind: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Task:
     """The task that a card names, bound to it and, where one is there, to the model's configuration.
+
+    Args:
+        card: of the bundle.
+        config: of the model.
+        kind: another task to run on the same model ("similarity" on an encoder, say); None: the card's own.
+        options: over those of the card.
 
     Raises:
         BundleError: no such task.
+        JobError: an option that the task does not have.
     """
-    if card.task not in TASKS:
-        raise BundleError(f"unknown task {card.task!r}; known are {', '.join(sorted(TASKS))}")
-    return TASKS[card.task](card, config)
+    kind = kind or card.task
+    if kind not in TASKS:
+        raise BundleError(f"unknown task {kind!r}; known are {', '.join(sorted(TASKS))}")
+    return TASKS[kind](card, config, options)

@@ -1,64 +1,209 @@
 """What a task is: inputs, Arrow output type, head, loss, metrics, decoding.
 
-Shapes: B rows, T tokens of a packed batch, D hidden size, C labels (or the width of another output).
+A row's way through a task: `read` (Arrow columns as texts) -> `encode` (texts -> pieces of tokens) -> the encoder ->
+`forward` (hidden states -> outputs) -> `decode` (outputs -> the annotation). A row may become several pieces: windows
+of a long text, or two texts that the model sees apart.
+
+Shapes: B rows, P pieces, T tokens of a packed batch, D hidden size, C labels (or the width of another output),
+S samples of a training batch.
 """
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bert_ray.errors import BundleError
+import numpy as np
+import pyarrow as pa
+
+from bert_ray.errors import BundleError, JobError
+from bert_ray.model.examples import Examples, Targets
+from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    from bert_ray.model.annotator import Annotator
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.packing import PackedBatch
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Options:
+    """What may be chosen per call; a bundle's card (`options`) holds its defaults.
+
+    Attributes:
+        scores: also give every label's score, where the task has labels.
+        overflow: what becomes of a text longer than the model: `truncate`, `head_tail` (its beginning and its end) or
+            `windows` (read in overlapping parts whose results are combined).
+        overlap: tokens that neighbouring windows share.
+    """
+
+    scores: bool = False
+    overflow: Overflow = "truncate"
+    overlap: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("overflow", self.overflow, ("truncate", "head_tail", "windows"))
+        if self.overlap < 0:
+            raise JobError(f"options.overlap is {self.overlap}; give 0 or more tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class Learning:
+    """What a training job says of the loss.
+
+    Attributes:
+        label_smoothing: share of a label's probability that is spread over all labels (Szegedy et al., Rethinking the
+            Inception Architecture, arXiv 1512.00567, section 7).
+        label_weights: weight of each label in the loss, C numbers; None: 1 each.
+    """
+
+    label_smoothing: float = 0.0
+    label_weights: Sequence[float] | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Outputs:
+    """What the model said of P pieces.
+
+    Attributes:
+        values: float32 (P, C), one entry a piece; or with `offsets` (T, C), one a token.
+        offsets: int64 (P + 1,); piece p has `values[offsets[p]:offsets[p + 1]]`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray | None = None
+
+
 class Task(ABC):
-    """A task bound to a bundle's card. Stateless beyond the card, so it is cheap to make and to pickle.
+    """A task bound to a bundle's card. Cheap to make and to pickle until it is prepared.
 
     Class attributes:
         kind: the name in `bert_ray.json`.
         inputs: the input columns.
+        truths: the columns that training and evaluation compare with.
         metric: the metric that early stopping and the best bundle go by; higher is better.
         blank_is_null: whether an empty or blank text gives a null annotation; else the model sees the empty text.
+        truth_may_be_null: whether a row whose truth is null counts (a question without an answer).
+        level: whether `forward` gives one output a piece ("row") or one a token ("token").
+        spans: whether decoding needs to know which code points a token stems from.
+        piece_is_sample: whether training takes each piece as a sample of its own; else all pieces of a row are one.
+        split_by: the input whose hash decides about validation; rows that share it stay on one side.
+        options_type: the dataclass of its options.
+
+    Attributes:
+        card: of the bundle.
+        config: of the model, where one is there.
+        options: the card's, and over them the call's.
+        learning: what the training job says of the loss.
     """
 
     kind: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]] = ("text",)
+    truths: ClassVar[tuple[str, ...]] = ("label",)
     metric: ClassVar[str]
     blank_is_null: ClassVar[bool]
+    truth_may_be_null: ClassVar[bool] = False
+    level: ClassVar[Literal["row", "token"]] = "row"
+    spans: ClassVar[bool] = False
+    piece_is_sample: ClassVar[bool] = False
+    split_by: ClassVar[str] = "text"
+    options_type: ClassVar[type[Options]] = Options
 
-    def __init__(self, card: Card, config: PretrainedConfig | None = None) -> None:
+    def __init__(
+        self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Bind to a card.
+
+        Raises:
+            JobError: an option that the task does not have, or a value that it does not take.
+        """
         self.card = card
         self.config = config
+        self.options = self._options({**card.options, **(options or {})})
+        self.learning = Learning()
+
+    def _options(self, chosen: Mapping[str, Any]) -> Any:
+        known = [item.name for item in fields(self.options_type)]
+        for name in chosen:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+                raise JobError(f"options.{name}: task {self.kind} has no such option; {hint}")
+        return self.options_type(**chosen)
 
     @property
     def name(self) -> str:
         """What the annotation is called unless the job says otherwise."""
         return self.card.name or self.kind
 
+    # A row's way.
+
     @abstractmethod
-    def output_type(self, scores: bool = False) -> pa.DataType:
+    def output_type(self) -> pa.DataType:
         """The annotation's Arrow type, declared here once for every engine."""
 
     @abstractmethod
     def auto_class(self) -> Any:
         """The transformers Auto class that reads a bundle of this task, head included."""
 
-    @abstractmethod
-    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """The head: hidden states (T, D) of a packed batch -> one output per row (B, C)."""
+    def readable(self, task_input: str, kind: pa.DataType) -> bool:
+        """Whether a column of this type can stand as an input."""
+        return is_text(kind)
+
+    def read(self, task_input: str, array: pa.Array | pa.ChunkedArray, column: str) -> pa.Array:
+        """An input column as large_string, nulls kept."""
+        return as_strings(array, column)
+
+    def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+        """The tokenizer as this task uses it."""
+        return Tokenizer(
+            tokenizer,
+            self.card.max_length,
+            overflow=self.options.overflow,
+            overlap=self.options.overlap,
+            spans=self.spans,
+        )
+
+    def encode(self, tokenize: Tokenizer, inputs: Sequence[pa.Array]) -> Pieces:
+        """Texts, one array per input and none null, as pieces."""
+        return tokenize(inputs)
+
+    def prepare(self, annotator: Annotator) -> None:  # noqa: B027 - most tasks have nothing to prepare
+        """Called once when an annotator is built, last: to read further files of the bundle, or embed labels."""
 
     @abstractmethod
-    def decode(self, outputs: np.ndarray, scores: bool = False) -> pa.Array:
-        """Outputs float32 (B, C) -> annotations, an array of `output_type`, one per row, none null."""
+    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """The head: hidden states (T, D) of a packed batch -> one output per piece (P, C), or per token (T, C)."""
+
+    @abstractmethod
+    def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
+        """Outputs -> annotations, an array of `output_type` (or castable to it), one per row of `inputs`."""
+
+    # Training and evaluation.
+
+    def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
+        """The labels that stand in the truth columns of a table to train on; [] where the task has none.
+
+        Raises:
+            ColumnError: the column cannot be labels, or a model could not tell them apart.
+        """
+        return []
+
+    def read_truth(
+        self, truth: Sequence[pa.Array], inputs: Sequence[pa.Array]
+    ) -> tuple[Sequence[pa.Array], Sequence[pa.Array]]:
+        """Truth and input columns as the task's own types: what `faults`, `examples` and `metrics` take."""
+        return truth, [self.read(name, array, name) for name, array in zip(self.inputs, inputs, strict=True)]
+
+    def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
+        """What is wrong with single rows: reason -> bool (B,). Such rows are left out, and reported with the reason."""
+        return {}
 
     def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
         """A model to train: the base's encoder with a fresh head.
@@ -68,16 +213,65 @@ class Task(ABC):
             dropout: rate for hidden states; None keeps the base's.
             attention_dropout: rate for attention weights; None keeps the base's.
         """
-        raise BundleError(f"task {self.kind!r} has nothing to train; train a classification model")
+        raise BundleError(f"task {self.kind!r} has nothing to train")
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss of each row, (B,)."""
+    def examples(self, tokenize: Tokenizer, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Examples:
+        """Rows to learn from or to be judged by."""
+        pieces = self.encode(tokenize, inputs)
+        starts = None
+        if not self.piece_is_sample and len(pieces) != len(inputs[0]):
+            starts = pieces.starts
+        targets = self.targets(pieces, inputs, truth)
+        return Examples(pieces=pieces, targets=targets, starts=starts, inputs=inputs, truth=truth)
+
+    def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
+        """What the loss compares with, one entry or several per sample."""
+        raise BundleError(f"task {self.kind!r} has nothing to train")
+
+    def losses(
+        self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss of each sample (S,), a sum over what its weight counts; and the outputs, None if they cost extra."""
+        outputs = self.forward(model, hidden, batch).float()
+        return self.loss(outputs, targets, batch), outputs
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Loss of each sample, (S,)."""
         raise BundleError(f"task {self.kind!r} has no loss")
 
-    def targets(self, labels: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """A label column -> what `loss` and `metrics` take, one entry per row."""
-        raise BundleError(f"task {self.kind!r} has no labels")
-
-    def metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Name -> value over a whole validation set."""
+    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
+        """Name -> value over a whole table: annotations beside what is so."""
         raise BundleError(f"task {self.kind!r} has no metrics")
+
+    def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
+        """`metric` of the best constant answer, learned from the truth of `train`; None where there is none."""
+        return None
+
+    def validate(self, outputs: Outputs, examples: Examples) -> dict[str, float]:
+        """Name -> value over the validation rows."""
+        annotations = self.decode(outputs, examples.pieces, examples.inputs)
+        return self.metrics(annotations, examples.inputs, examples.truth)
+
+    def tune(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
+        """Options for the card that validation rows decide (a threshold); called before `validate`."""
+        return {}
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Check an option.
+
+    Raises:
+        JobError: `value` is none of `allowed`.
+    """
+    if value not in allowed:
+        raise JobError(f"options.{name} is {value!r}; give one of {', '.join(map(str, allowed))}")
+
+
+def set_dropout(config: PretrainedConfig, dropout: float | None, attention_dropout: float | None) -> None:
+    """Put dropout rates into a configuration; None leaves the rate that is there."""
+    names = ("dropout", "attention_dropout")
+    if config.model_type != "distilbert":
+        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    for name, rate in zip(names, (dropout, attention_dropout), strict=True):
+        if rate is not None:
+            setattr(config, name, rate)

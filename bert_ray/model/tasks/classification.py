@@ -6,6 +6,7 @@ scores: map<string, float32>, the probability of every label. A blank text has n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,13 +16,18 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.errors import ColumnError
-from bert_ray.model.tasks.base import Task
+from bert_ray.model.examples import Targets
+from bert_ray.model.tasks.base import Outputs, Task, set_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tokenization import Pieces
+
+# More distinct labels than this, and most rows with one of their own: the column is an id or a text, not a label.
+_MANY_LABELS = 50
 
 
 class Classification(Task):
@@ -31,10 +37,10 @@ class Classification(Task):
     metric: ClassVar[str] = "accuracy"
     blank_is_null: ClassVar[bool] = True
 
-    def output_type(self, scores: bool = False) -> pa.DataType:
+    def output_type(self) -> pa.DataType:
         """See the module's first lines."""
         fields = [pa.field("label", pa.string()), pa.field("score", pa.float32())]
-        if scores:
+        if self.options.scores:
             fields.append(pa.field("scores", pa.map_(pa.string(), pa.float32())))
         return pa.struct(fields)
 
@@ -56,12 +62,7 @@ class Classification(Task):
         )
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-        names = ("dropout", "attention_dropout")
-        if config.model_type != "distilbert":
-            names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        for name, rate in zip(names, (dropout, attention_dropout), strict=True):
-            if rate is not None:
-                setattr(config, name, rate)
+        set_dropout(config, dropout, attention_dropout)
         # A base fine-tuned for other labels lends its encoder; its head does not fit and is made anew.
         model, _ = read_model(self.auto_class(), base.directory, config=config, ignore_mismatched_sizes=True)
         return model
@@ -77,11 +78,34 @@ class Classification(Task):
             return model.classifier(model.dropout(F.relu(model.pre_classifier(first))))
         return model.classifier(first.unsqueeze(1))  # RoBERTa's head takes (B, L, D) and reads the first token.
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each row, (B,)."""
-        return F.cross_entropy(outputs.float(), targets, reduction="none")
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Cross-entropy of each row, (S,)."""
+        return F.cross_entropy(outputs, targets, reduction="none")
 
-    def targets(self, labels: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
+        """The distinct labels.
+
+        Raises:
+            ColumnError: one label alone, or so many that the column cannot be a label.
+        """
+        found = labels_of(truth[0])
+        if len(found) < 2:
+            raise ColumnError(
+                f"it has one label only ({found[0]!r}) in all {len(truth[0])} rows; a model needs rows of at least two "
+                "to tell apart"
+            )
+        if not self.card.labels and len(found) > _MANY_LABELS and 2 * len(found) > len(truth[0]):
+            raise ColumnError(
+                f"it has {len(found)} different values in {len(truth[0])} rows, which looks like no label; name "
+                "another column, or list the labels in `labels`"
+            )
+        return ["negative", "positive"] if self.name == "sentiment" and found == ["0", "1"] else found
+
+    def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
+        """Indices of the labels, int64 (S,)."""
+        return Targets(values=self.indices(truth[0]))
+
+    def indices(self, labels: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Labels -> their indices, int64. Integers (and booleans) are indices, or names where the labels are numbers.
 
         Raises:
@@ -101,30 +125,36 @@ class Classification(Task):
             raise ColumnError(f"unknown labels {strange}; the model's labels are {known}")
         return indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
-    def decode(self, outputs: np.ndarray, scores: bool = False) -> pa.Array:
-        """Logits float32 (B, C) -> structs."""
-        shifted = np.exp(outputs - outputs.max(axis=1, keepdims=True, initial=-np.inf))
+    def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
+        """Logits float32 (P, C) -> structs."""
+        logits = outputs.values
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
         names = pa.array(self.card.labels, pa.string())
         best = probabilities.argmax(axis=1)
         columns = [names.take(pa.array(best)), pa.array(probabilities[np.arange(len(best)), best])]
-        if scores:
+        if self.options.scores:
             rows, count = probabilities.shape
             keys = names.take(pa.array(np.tile(np.arange(count), rows)))
             offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * count)
             columns.append(pa.MapArray.from_arrays(offsets, keys, pa.array(probabilities.reshape(-1))))
-        return pa.StructArray.from_arrays(columns, fields=list(self.output_type(scores)))
+        return pa.StructArray.from_arrays(columns, fields=list(self.output_type()))
 
-    def metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
         """Accuracy and macro F1 (the unweighted mean over labels)."""
         from sklearn.metrics import accuracy_score, f1_score
 
-        best = outputs.argmax(axis=1)
+        said = self.indices(annotations.field("label"))
+        so = self.indices(truth[0])
         present = list(range(len(self.card.labels)))
         return {
-            "accuracy": float(accuracy_score(targets, best)),
-            "macro_f1": float(f1_score(targets, best, average="macro", labels=present, zero_division=0.0)),
+            "accuracy": float(accuracy_score(so, said)),
+            "macro_f1": float(f1_score(so, said, average="macro", labels=present, zero_division=0.0)),
         }
+
+    def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
+        """Accuracy of always saying the most frequent training label."""
+        return float((self.indices(truth[0]) == np.bincount(self.indices(train[0])).argmax()).mean())
 
 
 def label_texts(labels: pa.Array) -> pa.Array:

@@ -7,6 +7,7 @@ sentence-transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
@@ -14,13 +15,13 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.errors import BundleError
-from bert_ray.model.tasks.base import Task
+from bert_ray.model.tasks.base import Outputs, Task
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel
 
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tokenization import Pieces
 
 
 class Embedding(Task):
@@ -29,8 +30,8 @@ class Embedding(Task):
     kind: ClassVar[str] = "embedding"
     blank_is_null: ClassVar[bool] = False
 
-    def output_type(self, scores: bool = False) -> pa.DataType:
-        """fixed_size_list<float32>[D]; `scores` has no meaning here."""
+    def output_type(self) -> pa.DataType:
+        """fixed_size_list<float32>[D]."""
         if self.config is None:
             raise BundleError("the width of an embedding is known only with the model's configuration")
         return pa.list_(pa.float32(), self.config.hidden_size)
@@ -50,6 +51,6 @@ class Embedding(Task):
             pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths)
         return F.normalize(pooled, dim=1) if self.card.normalize else pooled
 
-    def decode(self, outputs: np.ndarray, scores: bool = False) -> pa.Array:
+    def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
         """Vectors float32 (B, D) -> fixed-size lists."""
-        return pa.FixedSizeListArray.from_arrays(pa.array(outputs.reshape(-1)), outputs.shape[1])
+        return pa.FixedSizeListArray.from_arrays(pa.array(outputs.values.reshape(-1)), outputs.values.shape[1])

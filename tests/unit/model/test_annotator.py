@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -121,17 +122,17 @@ def test_ten_megabytes_in_one_row_are_cut_like_a_short_text(tiny_bundle: Path) -
 def test_identical_texts_are_computed_once(tiny_bundle: Path) -> None:
     annotator = bert_ray.load(tiny_bundle)
     seen = []
-    compute = annotator.outputs_of_tokens
+    compute = annotator.outputs_of
 
-    def counting(ragged: object) -> np.ndarray:
-        seen.append(len(ragged))
-        return compute(ragged)
+    def counting(pieces: Any) -> Any:
+        seen.append(len(pieces))
+        return compute(pieces)
 
-    annotator.outputs_of_tokens = counting
+    annotator.outputs_of = counting
     try:
         annotator(pa.table({"text": ["one", "two", "one"] * 1000}))
     finally:
-        del annotator.outputs_of_tokens
+        del annotator.outputs_of
     assert sum(seen) == 2
 
 

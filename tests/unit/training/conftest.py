@@ -44,6 +44,7 @@ def job_for(reviews: Path, tiny_encoder: Path, tmp_path: Path) -> Callable[..., 
         data = settings.pop("data", None) or DataOptions(train=str(reviews), validation_fraction=0.2)
         defaults: dict[str, object] = {
             "model": str(tiny_encoder),
+            "name": "sentiment",
             "output": str(tmp_path / "model"),
             "engine": "local",
             "epochs": 2,

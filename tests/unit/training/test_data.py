@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import BertRayError, ColumnError, JobError
-from bert_ray.model.bundle import load_bundle
+from bert_ray.model.bundle import Card, load_bundle
+from bert_ray.model.tasks import get_task
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import prepare
 
 Jobs = Callable[..., TrainJob]
+CLASSIFICATION = get_task(Card(task="classification"))
 
 
 def write(path: Path, **columns: object) -> DataOptions:
@@ -41,9 +43,9 @@ def texts(rows: int) -> list[str]:
 def test_null_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "table.parquet"
     write(path, text=["a", None, "", "  \n", "b", "c"], label=[0, 1, 1, 0, None, 1])
-    table = read_labelled(str(path), "text", "label")
-    assert table.texts.to_pylist() == ["a", "c"]
-    assert table.labels.to_pylist() == [0, 1]
+    table = read_labelled(str(path), CLASSIFICATION)
+    assert table.inputs[0].to_pylist() == ["a", "c"]
+    assert table.truth[0].to_pylist() == [0, 1]
     assert "4 of 6 rows left out" in table.notes[0]
     assert "1 with no text" in table.notes[0]
     assert "2 with a blank text" in table.notes[0]
@@ -64,28 +66,28 @@ def test_null_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_labels_of_every_type(prepared: Callable[..., object], labels: object, names: list[str]) -> None:
     card, data, _ = prepared(text=texts(20), label=labels)
     assert card.labels == names
-    assert set(data.train.targets) | set(data.validation.targets) == set(range(len(names)))
+    assert set(data.train.targets.values) | set(data.validation.targets.values) == set(range(len(names)))
 
 
 def test_integer_labels_are_positions_in_the_jobs_labels(prepared: Callable[..., object]) -> None:
     card, data, _ = prepared({"labels": ["no", "yes", "perhaps"]}, text=texts(20), label=[0, 1] * 10)
     assert card.labels == ["no", "yes", "perhaps"]
-    assert set(data.train.targets) == {0, 1}
+    assert set(data.train.targets.values) == {0, 1}
 
 
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
         ({"text": ["a", "b"], "lable": [0, 1]}, ColumnError, "no column 'label'; did you mean 'lable'"),
-        ({"sentence": ["a", "b"], "label": [0, 1]}, ColumnError, r"no column 'text'.*data\.text"),
+        ({"sentence": ["a", "b"], "label": [0, 1]}, ColumnError, r"no column 'text'.*data\.columns\.text"),
         ({"text": [1, 2], "label": [0, 1]}, ColumnError, "not text"),
         ({"text": ["a", "b"], "label": [0.5, 1.0]}, ColumnError, "strings, integers or booleans"),
-        ({"text": ["a", "b"], "label": [1, 1]}, JobError, "one label only"),
+        ({"text": ["a", "b"], "label": [1, 1]}, ColumnError, "one label only"),
         ({"text": ["a", "b"], "label": pa.nulls(2)}, JobError, "null in all 2 rows"),
         ({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, JobError, "no rows"),
         ({"text": ["", None], "label": [0, 1]}, JobError, "none of its 2 rows"),
         ({"text": ["same", "same"], "label": [0, 1]}, JobError, "validation_fraction"),
-        ({"text": texts(100), "label": [f"id {row}" for row in range(100)]}, JobError, "looks like no label"),
+        ({"text": texts(100), "label": [f"id {row}" for row in range(100)]}, ColumnError, "looks like no label"),
     ],
 )
 def test_bad_tables_are_errors_that_say_what_to_do(
@@ -97,21 +99,21 @@ def test_bad_tables_are_errors_that_say_what_to_do(
 
 def test_files_that_are_missing_or_no_parquet(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="does not exist"):
-        read_labelled(str(tmp_path / "none.parquet"), "text", "label")
+        read_labelled(str(tmp_path / "none.parquet"), CLASSIFICATION)
     (tmp_path / "empty").mkdir()
     with pytest.raises(JobError, match="no Parquet file"):
-        read_labelled(str(tmp_path / "empty"), "text", "label")
+        read_labelled(str(tmp_path / "empty"), CLASSIFICATION)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(JobError, match=r"torn\.parquet cannot be read as Parquet"):
-        read_labelled(str(tmp_path / "torn.parquet"), "text", "label")
+        read_labelled(str(tmp_path / "torn.parquet"), CLASSIFICATION)
 
 
 def test_a_partitioned_directory_gives_the_label_from_its_paths(tmp_path: Path) -> None:
     for label in ("no", "yes"):
         (tmp_path / f"label={label}").mkdir()
         pq.write_table(pa.table({"text": [f"a {label}", f"b {label}"]}), tmp_path / f"label={label}" / "part.parquet")
-    table = read_labelled(str(tmp_path), "text", "label")
-    assert sorted(table.labels.to_pylist()) == ["no", "no", "yes", "yes"]
+    table = read_labelled(str(tmp_path), CLASSIFICATION)
+    assert sorted(table.truth[0].to_pylist()) == ["no", "no", "yes", "yes"]
 
 
 def test_texts_in_both_training_and_validation_are_told(job_for: Jobs, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_texts_in_both_training_and_validation_are_told(job_for: Jobs, tmp_path:
     data = DataOptions(train=str(tmp_path / "train.parquet"), validation=str(tmp_path / "validation.parquet"))
     job = job_for(data=data)
     _, prepared_data, notes = prepare(job, load_bundle(job.model))
-    assert any("2 of the 3 texts" in note for note in notes)
+    assert any("2 of the 3 rows" in note for note in notes)
     assert len(prepared_data.train) == 6
     assert prepared_data.baseline == pytest.approx(2 / 3)
 
@@ -132,6 +134,15 @@ def test_a_validation_label_unknown_to_training_names_the_file(job_for: Jobs, tm
     job = job_for(data=data)
     with pytest.raises(ColumnError, match=r"validation\.parquet.*'c'"):
         prepare(job, load_bundle(job.model))
+
+
+def test_a_column_cannot_be_learned_from_itself(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    write(path, text=texts(6))
+    with pytest.raises(JobError, match="from itself"):
+        read_labelled(str(path), CLASSIFICATION, {"label": "text"})
+    with pytest.raises(ColumnError, match="names 'txt'; task classification learns from text, label"):
+        read_labelled(str(path), CLASSIFICATION, {"txt": "text"})
 
 
 def test_max_length_beyond_the_models_positions_is_refused(job_for: Jobs) -> None:

@@ -75,9 +75,9 @@ def test_a_tiny_model_learns_and_its_bundle_says_how(job_for: Jobs) -> None:
 def test_the_bundle_is_the_best_epochs_model(job_for: Jobs) -> None:
     job = job_for(epochs=4)
     result = quiet(job)
-    table = read_labelled(job.data.train, "text", "label")
-    out = pa.array(held_out(table.texts.to_pylist(), job.data.validation_fraction))
-    texts, labels = table.texts.filter(out), table.labels.filter(out).to_pylist()
+    table = read_labelled(job.data.train, load_bundle(result.bundle).task)
+    out = held_out(table.inputs[0].to_pylist(), job.data.validation_fraction)
+    texts, labels = table.filter(out).inputs[0], table.filter(out).truth[0].to_pylist()
     annotated = AnnotatorSpec(model=str(result.bundle)).build()(pa.table({"text": texts}))
     said = [["negative", "positive"].index(item["label"]) for item in annotated["sentiment"].to_pylist()]
     accuracy = sum(one == other for one, other in zip(said, labels, strict=True)) / len(labels)
@@ -216,7 +216,7 @@ def test_validation_rows_given_apart(job_for: Jobs, reviews: Path, tmp_path: Pat
     events: list[dict[str, object]] = []
     result = train(job_for(data=DataOptions(train=str(reviews), validation=str(path)), epochs=1), tell=events.append)
     assert result.validation_rows == 30
-    assert "30 of the 30 texts" in events[0]["text"]
+    assert "30 of the 30 rows" in events[0]["text"]
 
 
 def test_the_run_directory_says_what_was_asked(job_for: Jobs) -> None:
