@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bert_ray.model.attention import packed_attention
 from bert_ray.model.bundle import positions_follow_padding
 from bert_ray.model.dropout import dropout
+from bert_ray.model.lookup import lookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +121,8 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool) -> torch.T
     """As `encode`, with the encoder already found: a loop over many batches finds it once."""
     drop = encoder.dropout if training else 0.0
     drop_attention = encoder.attention_dropout if training else 0.0
-    hidden = encoder.words(batch.input_ids) + encoder.positions(batch.position_ids + encoder.first_position)
+    words = lookup(encoder.words.weight, batch.input_ids)
+    hidden = words + encoder.positions(batch.position_ids + encoder.first_position)
     if encoder.types is not None:
         # Without a second text every token is of type 0: one row, added to all.
         types = batch.token_type_ids

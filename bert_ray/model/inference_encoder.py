@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bert_ray.model.encoder import Layer, encode_with, encoder_of
+from bert_ray.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +59,7 @@ class InferenceEncoder:
         self._tiled = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.batch_tokens = TILE_TOKENS if self._tiled else GPU_BATCH_TOKENS
         if self._tiled:
+            keep_freed_memory()
             with torch.inference_mode():
                 self._layers = [_Folded.of(layer, self._encoder.heads) for layer in self._encoder.layers]
             self._scores = torch.empty(0)

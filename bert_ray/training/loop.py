@@ -19,10 +19,10 @@ import torch
 
 from bert_ray.model.bundle import save_bundle
 from bert_ray.model.examples import ranges
+from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import pack_rows, plan
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import Checkpoints
-from bert_ray.training.memory import keep_freed_memory
 from bert_ray.training.optim import PRECISIONS, TaskModel, load_weights
 from bert_ray.training.order import epoch_order, noise_seed, shares
 from bert_ray.training.schedule import learning_rate

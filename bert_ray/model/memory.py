@@ -1,7 +1,8 @@
-"""Memory that a step gives back is kept for the next one.
+"""Memory that a batch or a training step gives back is kept for the next one.
 
-By default glibc returns large blocks to the system at once, so that every step faults in its activations and the
-gradient of the word embeddings (47 MB for MiniLM) page by page: a quarter of a small step's time on a CPU.
+By default glibc returns large blocks to the system at once, so that every batch faults in its activations page by page:
+a few per cent of a forward pass on a CPU, a quarter of a small training step. The price: the process holds on to the
+most it ever used.
 """
 
 from __future__ import annotations
