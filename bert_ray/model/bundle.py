@@ -291,10 +291,14 @@ def _fingerprint(files: dict[str, str], card: Card | None) -> str:
 def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) -> Card:
     """A card for a directory that was made elsewhere: transformers' or sentence-transformers' layout."""
     max_length = max_positions(config)
+    from bert_ray.model.tasks import TASKS
+
     architecture = (raw.get("architectures") or [""])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        labels = [config.id2label[index] for index in range(config.num_labels)]
-        return Card(task="classification", labels=labels, max_length=max_length)
+    for task in TASKS.values():
+        if task.architecture is not None and architecture.endswith(task.architecture) and task.fits(config):
+            found = Card(task=task.kind, inputs=list(task.inputs), max_length=max_length)
+            found.labels = task.labels_of(config)
+            return found
     pooling, normalize = "mean", False
     if (directory / "modules.json").exists():
         for module in json.loads((directory / "modules.json").read_text("utf-8")):

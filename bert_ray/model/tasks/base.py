@@ -95,6 +95,8 @@ class Task(ABC):
         piece_is_sample: whether training takes each piece as a sample of its own; else all pieces of a row are one.
         split_by: the input whose hash decides about validation; rows that share it stay on one side.
         options_type: the dataclass of its options.
+        architecture: how transformers' architectures with this task's head end ("ForTokenClassification"): a directory
+            without a card that names one is taken for this task, if it `fits`; None: never.
 
     Attributes:
         card: of the bundle.
@@ -114,6 +116,7 @@ class Task(ABC):
     piece_is_sample: ClassVar[bool] = False
     split_by: ClassVar[str] = "text"
     options_type: ClassVar[type[Options]] = Options
+    architecture: ClassVar[str | None] = None
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
@@ -141,6 +144,16 @@ class Task(ABC):
     def name(self) -> str:
         """What the annotation is called unless the job says otherwise."""
         return self.card.name or self.kind
+
+    @classmethod
+    def fits(cls, config: PretrainedConfig) -> bool:
+        """Whether a plain transformers model of `architecture` is one for this task."""
+        return True
+
+    @classmethod
+    def labels_of(cls, config: PretrainedConfig) -> list[str]:
+        """The card's labels for a plain transformers model."""
+        return []
 
     # A row's way.
 

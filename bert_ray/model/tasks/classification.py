@@ -20,7 +20,7 @@ from bert_ray.model.examples import Targets
 from bert_ray.model.tasks.base import Outputs, Task, set_dropout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
@@ -36,6 +36,12 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     blank_is_null: ClassVar[bool] = True
+    architecture: ClassVar[str | None] = "ForSequenceClassification"
+
+    @classmethod
+    def labels_of(cls, config: PretrainedConfig) -> list[str]:
+        """The names in the configuration, in the order of the logits."""
+        return [config.id2label[index] for index in range(config.num_labels)]
 
     def output_type(self) -> pa.DataType:
         """See the module's first lines."""
