@@ -1,0 +1,262 @@
+"""The data sets of `quality.py`: which rows are trained on, which are tested on, and with what settings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import common
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+Split = tuple[pa.Table, pa.Table]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        title: the data, to read.
+        task: what is trained.
+        measure: the metric compared, as the task names it.
+        split: gives the rows to train on and those to test on.
+        columns: table columns by the task's inputs and truths.
+        settings: of the training, ours and the reference's alike.
+        options: of the task.
+        least: the aim; None: no more than the reference's.
+        reference: a function of quality_references, or None.
+        given: a reference figure that was measured before, with how; it stands in where no reference runs.
+        tfidf: whether TF-IDF with logistic regression can do the task.
+        minutes: about how long ours takes on two cores, one seed.
+    """
+
+    title: str
+    task: str
+    measure: str
+    split: Callable[[], Split]
+    columns: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    least: float | None = None
+    reference: str | None = None
+    given: tuple[float, str] | None = None
+    tfidf: bool = False
+    minutes: float = 5.0
+
+
+def read(*path: str) -> pa.Table:
+    """A table of the full data sets."""
+    return pq.read_table(common.SHARED.joinpath(*path))
+
+
+def files(folder: str, train: str = "train", test: str = "test") -> Split:
+    """A data set that is split already."""
+    return read(folder, f"{train}.parquet"), read(folder, f"{test}.parquet")
+
+
+def by_hash(table: pa.Table, column: str, share: float = 0.2) -> Split:
+    """Rows whose value in `column` hashes below `share` are tested on: equal values fall on one side."""
+    values = table[column].to_pylist()
+    hashes = [int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest(), "big") for value in values]
+    tested = np.array(hashes, np.float64) < share * 2**64
+    return table.filter(pa.array(~tested)), table.filter(pa.array(tested))
+
+
+def demo() -> Split:
+    """1,000 bundled sentences, and the 2,001 others of the demo's lake."""
+    lake = pads.dataset(common.ROOT / "jobs" / "demo" / "lake", format="parquet", partitioning="hive")
+    return pq.read_table(common.ROOT / "jobs" / "demo" / "train.parquet"), lake.to_table(columns=["text", "label"])
+
+
+def stsb(lang: str) -> Split:
+    """STS benchmark in one language."""
+    train, test = files("stsb")
+    return tuple(table.filter(pc.equal(table["lang"], lang)).drop_columns(["lang"]) for table in (train, test))  # type: ignore[return-value]
+
+
+def wnut_types() -> Split:
+    """WNUT-17 sentences and the entity types that stand in each."""
+
+    def one(table: pa.Table) -> pa.Table:
+        texts = [" ".join(tokens) for tokens in table["tokens"].to_pylist()]
+        labels = [sorted({tag[2:] for tag in tags if tag != "O"}) for tags in table["tags"].to_pylist()]
+        return pa.table({"text": texts, "label": pa.array(labels, pa.list_(pa.string()))})
+
+    train, test = files("wnut17")
+    return one(train), one(test)
+
+
+def translation(source: str, target: str) -> Split:
+    """Tatoeba pairs in one direction."""
+    train, test = files("tatoeba_zh_en")
+    return tuple(  # type: ignore[return-value]
+        pa.table({"text": table[source], "translation": table[target]}) for table in (train, test)
+    )
+
+
+CASES: dict[str, Case] = {
+    "uci": Case(
+        title="UCI sentences, 1,000 -> 2,001 others",
+        task="classification",
+        measure="accuracy",
+        split=demo,
+        settings={"epochs": 3, "learning_rate": 1e-4},
+        least=0.90,
+        given=(0.9145, "Trainer, 3 epochs at 1e-4"),
+        reference="sequences",
+        tfidf=True,
+        minutes=1,
+    ),
+    "sst2": Case(
+        title="SST-2, whole train -> test",
+        task="classification",
+        measure="accuracy",
+        split=lambda: files("sst2"),
+        columns={"text": "sentence"},
+        settings={"epochs": 2, "learning_rate": 1e-4},
+        least=0.89,
+        given=(0.8796, "Trainer, 1 epoch at 5e-5"),
+        reference="sequences",
+        tfidf=True,
+        minutes=17,
+    ),
+    "ag_news": Case(
+        title="AG News, 10,001 -> test",
+        task="classification",
+        measure="accuracy",
+        split=lambda: files("ag_news"),
+        settings={"epochs": 2, "learning_rate": 1e-4},
+        least=0.90,
+        given=(0.9009, "Trainer, 2 epochs at 5e-5"),
+        reference="sequences",
+        tfidf=True,
+        minutes=12,
+    ),
+    "imdb": Case(
+        title="IMDB, 20,000 -> test, texts to 512 tokens",
+        task="classification",
+        measure="accuracy",
+        split=lambda: files("imdb"),
+        settings={"epochs": 2, "learning_rate": 1e-4, "max_length": 512, "batch_size": 16},
+        options={"overflow": "head_tail"},
+        least=0.91,
+        reference="sequences",
+        tfidf=True,
+        minutes=130,
+    ),
+    "sms_spam": Case(
+        title="SMS spam, split by hash 80/20",
+        task="classification",
+        measure="f1",
+        split=lambda: by_hash(read("sms_spam", "all.parquet"), "text"),
+        settings={"epochs": 3, "learning_rate": 1e-4},
+        least=0.97,
+        reference="sequences",
+        tfidf=True,
+        minutes=4,
+    ),
+    "waimai_10k": Case(
+        title="Waimai (Chinese), split by hash 80/20",
+        task="classification",
+        measure="accuracy",
+        split=lambda: by_hash(read("waimai_10k", "all.parquet"), "text"),
+        settings={"epochs": 3, "learning_rate": 1e-4},
+        reference="sequences",
+        tfidf=True,
+        minutes=8,
+    ),
+    "tnews": Case(
+        title="TNEWS (Chinese), 15 topics",
+        task="classification",
+        measure="accuracy",
+        split=lambda: files("tnews"),
+        settings={"epochs": 2, "learning_rate": 1e-4},
+        reference="sequences",
+        tfidf=True,
+        minutes=20,
+    ),
+    "lcqmc": Case(
+        title="LCQMC (Chinese), pairs",
+        task="classification",
+        measure="accuracy",
+        split=lambda: files("lcqmc"),
+        columns={"text_pair": "text_pair"},
+        settings={"epochs": 3, "learning_rate": 1e-4},
+        reference="sequences",
+        minutes=8,
+    ),
+    "stsb_en": Case(
+        title="STS benchmark, English, regression head",
+        task="regression",
+        measure="spearman",
+        split=lambda: stsb("en"),
+        columns={"label": "score", "text_pair": "text_pair"},
+        settings={"epochs": 4, "learning_rate": 1e-4},
+        reference="sequences",
+        minutes=8,
+    ),
+    "stsb_zh": Case(
+        title="STS benchmark, Chinese, regression head",
+        task="regression",
+        measure="spearman",
+        split=lambda: stsb("zh"),
+        columns={"label": "score", "text_pair": "text_pair"},
+        settings={"epochs": 4, "learning_rate": 1e-4},
+        reference="sequences",
+        minutes=8,
+    ),
+    "wnut17": Case(
+        title="WNUT-17 train -> test",
+        task="entities",
+        measure="f1",
+        split=lambda: files("wnut17"),
+        columns={"text": "tokens", "label": "tags"},
+        settings={"epochs": 4, "learning_rate": 1e-4, "batch_size": 16},
+        least=0.42,
+        given=(0.4242, "Trainer, 4 epochs at 1e-4"),
+        reference="tokens",
+        minutes=5,
+    ),
+    "wnut17_types": Case(
+        title="which entity types a WNUT-17 sentence holds",
+        task="multi-label",
+        measure="micro_f1",
+        split=wnut_types,
+        settings={"epochs": 6, "learning_rate": 2e-4},
+        tfidf=True,
+        minutes=5,
+    ),
+    "xquad_en": Case(
+        title="XQuAD English, split by context",
+        task="answer",
+        measure="f1",
+        split=lambda: by_hash(read("xquad", "en.parquet"), "context"),
+        settings={"epochs": 4, "learning_rate": 1e-4, "batch_size": 16, "max_length": 384},
+        reference="questions",
+        minutes=12,
+    ),
+    "en_zh": Case(
+        title="Tatoeba, English to Chinese",
+        task="translation",
+        measure="bleu",
+        split=lambda: translation("en", "zh"),
+        settings={"epochs": 12, "learning_rate": 5e-4, "batch_size": 64},
+        least=10.0,
+        minutes=60,
+    ),
+    "zh_en": Case(
+        title="Tatoeba, Chinese to English",
+        task="translation",
+        measure="bleu",
+        split=lambda: translation("zh", "en"),
+        settings={"epochs": 12, "learning_rate": 5e-4, "batch_size": 64},
+        least=10.0,
+        minutes=60,
+    ),
+}

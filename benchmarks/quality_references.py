@@ -1,0 +1,215 @@
+"""Reference implementations for `quality.py`: the recipes of transformers' own examples, by transformers.Trainer.
+
+Each takes the rows to train on and to test on with the case's settings and a seed, and returns the case's measure.
+Padded batches in random order; like ours: linear decay with a tenth of warm-up, weight decay 0.01, clipping at 1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import common
+import numpy as np
+import pyarrow as pa
+from quality_cases import Case
+
+Reference = Callable[[Case, pa.Table, pa.Table, int], float]
+
+
+def _source() -> str:
+    from bert_ray.model.references import resolve
+
+    return str(resolve(common.MODEL))
+
+
+def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, seed: int) -> Any:
+    """A trained Trainer."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="bert_ray-reference-"),
+        num_train_epochs=case.settings["epochs"],
+        per_device_train_batch_size=case.settings.get("batch_size", 32),
+        per_device_eval_batch_size=16,
+        learning_rate=case.settings["learning_rate"],
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to=[],
+        logging_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer.train()
+    return trainer
+
+
+def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """Classification and regression of one text or two, as run_classification.py and run_glue.py do."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import accuracy_score, f1_score
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+
+    set_seed(seed)
+    names = {key: case.columns.get(key, key) for key in ("text", "label")}
+    inputs = [names["text"]] + ([case.columns["text_pair"]] if "text_pair" in case.columns else [])
+    regression = case.task == "regression"
+    known = [] if regression else sorted(set(train[names["label"]].to_pylist()), key=str)
+    model = AutoModelForSequenceClassification.from_pretrained(_source(), num_labels=1 if regression else len(known))
+    tokenizer = AutoTokenizer.from_pretrained(_source())
+
+    def encoded(table: pa.Table) -> tuple[list[dict[str, Any]], np.ndarray]:
+        found = tokenizer(
+            *(table[name].to_pylist() for name in inputs),
+            truncation=True,
+            max_length=case.settings.get("max_length", 256),
+        )
+        labels = table[names["label"]].to_pylist()
+        labels = [float(value) if regression else known.index(value) for value in labels]
+        rows = [{key: found[key][row] for key in found} | {"labels": labels[row]} for row in range(len(labels))]
+        return rows, np.array(labels)
+
+    rows, _ = encoded(train)
+    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed)
+    tested, so = encoded(test)
+    outputs = trainer.predict(tested).predictions
+    if regression:
+        return float(spearmanr(outputs[:, 0], so).statistic)
+    said = outputs.argmax(axis=1)
+    return float(f1_score(so, said)) if case.measure == "f1" else float(accuracy_score(so, said))
+
+
+def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """Entities, as run_ner.py does: the first piece of a word carries its tag; F1 by seqeval."""
+    from seqeval.metrics import f1_score
+    from transformers import (
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        DataCollatorForTokenClassification,
+        set_seed,
+    )
+
+    set_seed(seed)
+    names = sorted({tag for tags in train["tags"].to_pylist() for tag in tags})
+    model = AutoModelForTokenClassification.from_pretrained(_source(), num_labels=len(names))
+    tokenizer = AutoTokenizer.from_pretrained(_source())
+
+    def encoded(table: pa.Table) -> list[dict[str, Any]]:
+        found = tokenizer(table["tokens"].to_pylist(), truncation=True, max_length=256, is_split_into_words=True)
+        rows = []
+        for row, tags in enumerate(table["tags"].to_pylist()):
+            words, labels = found.word_ids(row), []
+            for place, word in enumerate(words):
+                first = word is not None and (place == 0 or words[place - 1] != word)
+                labels.append(names.index(tags[word]) if first and tags[word] in names else -100)
+            rows.append({"input_ids": found["input_ids"][row], "labels": labels})
+        return rows
+
+    trainer = _train(model, encoded(train), DataCollatorForTokenClassification(tokenizer), case, seed)
+    rows = encoded(test)
+    outputs = trainer.predict(rows)
+    said, so = [], []
+    for scores, labels in zip(outputs.predictions.argmax(axis=2), outputs.label_ids, strict=True):
+        kept = labels != -100
+        said.append([names[index] for index in scores[kept]])
+        so.append([names[index] for index in labels[kept]])
+    return float(f1_score(so, said))
+
+
+def questions(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """Answers, as run_qa.py does: windows of 384 tokens with 128 shared, [CLS] where a window has no answer.
+
+    The answers of the test rows come from transformers' question-answering pipeline; F1 as in SQuAD's own script.
+    """
+    from transformers import (
+        AutoModelForQuestionAnswering,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        pipeline,
+        set_seed,
+    )
+
+    from bert_ray.model.tasks import get_task
+
+    set_seed(seed)
+    model = AutoModelForQuestionAnswering.from_pretrained(_source())
+    tokenizer = AutoTokenizer.from_pretrained(_source())
+    table = train.to_pydict()
+    found = tokenizer(
+        table["question"],
+        table["context"],
+        truncation="only_second",
+        max_length=case.settings["max_length"],
+        stride=128,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    rows = []
+    for window, row in enumerate(found["overflow_to_sample_mapping"]):
+        begin = table["answer_start"][row]
+        end = begin + len(table["answer_text"][row])
+        inside = [
+            place
+            for place, (source, span) in enumerate(
+                zip(found.sequence_ids(window), found["offset_mapping"][window], strict=True)
+            )
+            if source == 1 and span[0] < end and span[1] > begin
+        ]
+        whole = (
+            inside
+            and found["offset_mapping"][window][inside[0]][0] <= begin
+            and found["offset_mapping"][window][inside[-1]][1] >= end
+        )
+        first, last = (inside[0], inside[-1]) if whole else (0, 0)
+        rows.append(
+            {key: found[key][window] for key in ("input_ids", "token_type_ids", "attention_mask")}
+            | {"start_positions": first, "end_positions": last}
+        )
+    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed)
+    pipe = pipeline("question-answering", model=trainer.model, tokenizer=tokenizer, device="cpu")
+    said = pipe(
+        [{"question": row["question"], "context": row["context"]} for row in test.to_pylist()],
+        max_seq_len=case.settings["max_length"],
+        doc_stride=128,
+    )
+    # One way to compare answers: the task's own metric, which is SQuAD's.
+    from bert_ray.model.bundle import Card
+
+    task = get_task(Card(task="answer", inputs=["question", "context"]))
+    answers = pa.array(
+        [{"text": item["answer"], "start": item["start"], "end": item["end"], "score": item["score"]} for item in said],
+        task.output_type(),
+    )
+    inputs = [test[name].combine_chunks() for name in task.inputs]
+    truth = [test[name].combine_chunks() for name in task.truths]
+    return task.metrics(answers, inputs, truth)[case.measure]
+
+
+def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """TF-IDF with logistic regression."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    from bert_ray.planning.tfidf import fit_tfidf
+
+    text, label = case.columns.get("text", "text"), case.columns.get("label", "label")
+    if case.task == "multi-label":
+        names = sorted({name for labels in train[label].to_pylist() for name in labels})
+        said, so = [], []
+        for name in names:
+            has = [name in labels for labels in train[label].to_pylist()]
+            said.append(fit_tfidf(train[text].to_pylist(), has, seed).predict(test[text].to_pylist()))
+            so.append([name in labels for labels in test[label].to_pylist()])
+        return float(f1_score(np.array(so).T, np.array(said).T, average="micro"))
+    model = fit_tfidf(train[text].to_pylist(), [str(value) for value in train[label].to_pylist()], seed)
+    said = model.predict(test[text].to_pylist())
+    so = [str(value) for value in test[label].to_pylist()]
+    if case.measure == "f1":
+        return float(f1_score(so, said, pos_label=sorted(set(so))[1]))
+    return float(accuracy_score(so, said))
+
+
+REFERENCES: dict[str, Reference] = {"sequences": sequences, "tokens": tokens, "questions": questions}

@@ -1,0 +1,147 @@
+"""Each task beside the Hugging Face pipeline, rows per second, in one run:
+
+    python benchmarks/tasks.py
+    python benchmarks/tasks.py --rounds 2 --rows 60        a quick look
+
+The same weights on both sides: MiniLM's encoder with a fresh head; speed does not depend on what a head has learned.
+Texts of mixed lengths (sentences, news, film reviews; questions with their paragraphs), shuffled. The pipeline
+runs as it comes (one row at a time) and in batches of 16. Results: benchmarks/results/tasks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BATCH = 16
+MAX_LENGTH = 512
+
+
+def texts(rows: int) -> list[str]:
+    """Sentences, news and reviews in equal parts, shuffled."""
+    found: list[str] = []
+    for folder, column in (("sst2", "sentence"), ("ag_news", "text"), ("imdb", "text")):
+        path = common.SHARED / folder / "test.parquet"
+        part = pq.read_table(path, columns=[column])[column] if path.exists() else common.reviews(rows)[0]
+        found += part.slice(0, -(-rows // 3)).to_pylist()
+    return [found[index] for index in np.random.default_rng(0).permutation(len(found))][:rows]
+
+
+def questions(rows: int) -> list[dict[str, str]]:
+    """Questions with their paragraphs."""
+    path = common.SHARED / "xquad" / "en.parquet"
+    if not path.exists():
+        return [{"question": text[:60], "context": text} for text in texts(rows)]
+    return pq.read_table(path, columns=["question", "context"]).slice(0, rows).to_pylist()
+
+
+def save(auto: Any, directory: Path, **settings: Any) -> str:
+    """MiniLM with a fresh head of this kind, as a plain transformers directory."""
+    from transformers import AutoTokenizer
+
+    from bert_ray.model.references import resolve
+
+    source = resolve(common.MODEL)
+    auto.from_pretrained(source, **settings).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    return str(directory)
+
+
+def contestants(task: str, rows: int, scratch: Path) -> tuple[dict[str, Callable[[], Any]], int]:
+    """What runs for a task, and how many rows it annotates."""
+    import transformers
+
+    from bert_ray.model.annotator import AnnotatorSpec
+
+    if task == "classification":
+        model = save(transformers.AutoModelForSequenceClassification, scratch / task, num_labels=4)
+        data: list[Any] = texts(rows)
+        columns = {"text": data}
+        call: dict[str, Any] = {"truncation": True, "max_length": MAX_LENGTH}
+        name = "text-classification"
+    elif task == "entities":
+        names = ["O", "B-person", "I-person", "B-location", "I-location"]
+        model = save(
+            transformers.AutoModelForTokenClassification,
+            scratch / task,
+            id2label=dict(enumerate(names)),
+            label2id={label: index for index, label in enumerate(names)},
+        )
+        data = texts(rows)
+        columns = {"text": data}
+        call, name = {}, "token-classification"
+    else:
+        model = save(transformers.AutoModelForQuestionAnswering, scratch / task)
+        data = questions(rows)
+        columns = {key: [row[key] for row in data] for key in ("question", "context")}
+        call, name = {}, "question-answering"
+    annotator = AnnotatorSpec(model=model).build()
+    table = pa.table(columns)
+    more = {"aggregation_strategy": "first", "stride": 64} if task == "entities" else {}
+    pipe = transformers.pipeline(name, model=model, device="cpu", **more)
+
+    def piped(batch: int) -> Callable[[], Any]:
+        return lambda: list(pipe(list(data), batch_size=batch, **call))
+
+    return {
+        "bert_ray": lambda: annotator(table),
+        "pipeline, one by one": piped(1),
+        f"pipeline, batches of {BATCH}": piped(BATCH),
+    }, len(data)
+
+
+def main() -> None:
+    """Measure every task."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--task", choices=("classification", "entities", "answer"), help="default: all")
+    options = parser.parse_args()
+    common.set_threads(options.threads)
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    figures: dict[str, Any] = {}
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="bert_ray-bench-") as scratch:
+        for task in (options.task,) if options.task else ("classification", "entities", "answer"):
+            runs, rows = contestants(task, options.rows, Path(scratch))
+            for run in runs.values():
+                run()  # Warm-up.
+            measured = common.interleaved(runs, options.rounds)
+            speeds = {name: [rows / seconds for seconds, _ in found] for name, found in measured.items()}
+            best = max((name for name in speeds if name != "bert_ray"), key=lambda name: common.median(speeds[name]))
+            ratios = [one / other for one, other in zip(speeds["bert_ray"], speeds[best], strict=True)]
+            figures[task] = {"rows": rows, "best_peer": best, "ratio": common.median(ratios)} | {
+                name: {"rows_per_second": common.median(found)} for name, found in speeds.items()
+            }
+            lines += [
+                (
+                    task,
+                    name,
+                    f"{common.median(found):.1f}",
+                    f"{common.median(ratios):.2f}" if name == "bert_ray" else "",
+                )
+                for name, found in speeds.items()
+            ]
+    common.keep("tasks", {"rounds": options.rounds, "tasks": figures})
+    common.table(
+        f"Tasks beside the Hugging Face pipeline, MiniLM, {options.threads} threads",
+        ("task", "contestant", "rows/s", "beside its best"),
+        lines,
+    )
+
+
+if __name__ == "__main__":
+    main()
