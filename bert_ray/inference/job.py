@@ -6,21 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bert_ray.errors import JobError
+from bert_ray.options import RayOptions
 
 Engine = Literal["local", "ray", "spark"]
 OnError = Literal["continue", "fail"]
-
-
-@dataclass(kw_only=True, slots=True)
-class RayOptions:
-    """Where Ray runs.
-
-    Attributes:
-        address: of a running cluster ("auto", "ray://host:10001", "host:6379"). None: the cluster the process is a job
-            of, else a Ray of its own on this machine, for as long as the run lasts.
-    """
-
-    address: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

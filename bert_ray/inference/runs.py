@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from bert_ray.errors import JobError
 from bert_ray.inference.bulk import run
-from bert_ray.inference.job import AnnotateJob, RayOptions, SparkOptions
+from bert_ray.inference.job import AnnotateJob, SparkOptions
 from bert_ray.lake.journal import Journal
 from bert_ray.lake.tables import local_target
+from bert_ray.options import RayOptions
 
 
 class Report(NamedTuple):

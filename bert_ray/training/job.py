@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bert_ray.errors import JobError
+from bert_ray.options import RayOptions
 
 # Keys that may change between the start of a run and its resumption: they say where and how fast the work is done,
 # not what comes out of it.
@@ -55,18 +56,6 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}; give 0 or more")
         _check(self.keep >= 1, f"checkpoint.keep is {self.keep}; keep at least 1, or the run cannot be resumed")
-
-
-@dataclass(kw_only=True, slots=True)
-class RayOptions:
-    """Where Ray is.
-
-    Attributes:
-        address: a Ray cluster (`auto`, `ray://host:10001`, `host:6379`); None: the cluster that RAY_ADDRESS names,
-            else a Ray of this process's own, on this machine.
-    """
-
-    address: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from bert_ray.errors import JobError
-from bert_ray.training.job import CheckpointOptions, DataOptions, RayOptions, TrainJob
+from bert_ray.options import RayOptions
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 
 
 def job(**settings: object) -> TrainJob:
