@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -37,7 +37,7 @@ CARD_FORMAT = 1
 ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 # What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
-_FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
+_FINGERPRINTED = (".safetensors", ".json", ".txt", ".model", ".parquet")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,7 +169,11 @@ def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
 
 
 def save_bundle(
-    directory: str | os.PathLike[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: Card
+    directory: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    card: Card,
+    add: Callable[[Path], None] | None = None,
 ) -> Bundle:
     """Write a bundle so that it becomes visible whole: to a neighbour first, then renamed over what was there.
 
@@ -178,6 +182,7 @@ def save_bundle(
         model: a transformers model with the task's head.
         tokenizer: its fast tokenizer.
         card: `files` and `fingerprint` are filled in here.
+        add: writes further files of the bundle into the directory that it is given.
 
     Raises:
         BundleError: `directory` holds something that is not a bundle.
@@ -192,6 +197,8 @@ def save_bundle(
         with _quiet_transformers():
             model.save_pretrained(fresh, safe_serialization=True)
         tokenizer.save_pretrained(fresh)
+        if add is not None:
+            add(fresh)
         card.files = _hash_files(fresh)
         card.fingerprint = _fingerprint(card.files, card)
         (fresh / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -20,7 +20,7 @@ from pathlib import Path
 from bert_ray.errors import BundleError
 
 # What a model directory may hold of use; pickles, ONNX exports and pictures of a hub repository are not fetched.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

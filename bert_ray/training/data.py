@@ -22,7 +22,7 @@ from bert_ray.model.tokenization import is_blank, to_python_strings
 from bert_ray.training.order import held_out
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from bert_ray.model.examples import Examples
     from bert_ray.model.tasks import Task
@@ -101,7 +101,7 @@ def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = Non
                     f"data.columns: {truth_name} and {task_input} both name the column {names[truth_name]!r}; a model "
                     "cannot learn a column from itself"
                 )
-    table = _read(path, names)
+    table = read_columns(path, names)
     if table.num_rows == 0:
         raise JobError(f"{path} has no rows: there is nothing to learn from")
     try:
@@ -215,7 +215,7 @@ def training_data(
     data = TrainingData(
         train_rows=len(train.inputs[0]),
         validation_rows=len(validation.inputs[0]),
-        train=_examples(task, tokenize, train),
+        train=task.for_training(_examples(task, tokenize, train)),
         validation=_examples(task, tokenize, validation),
         baseline=task.baseline(train.truth, validation.truth) if len(validation.inputs[0]) else None,
     )
@@ -231,7 +231,18 @@ def _examples(task: Task, tokenize: Tokenizer, table: LabelledTable) -> Examples
         raise ColumnError(f"{table.path}: {error}") from error
 
 
-def _read(path: str, names: Mapping[str, str]) -> pa.Table:
+def read_columns(path: str, names: Mapping[str, str], optional: Collection[str] = ()) -> pa.Table:
+    """Read columns of a Parquet file or directory.
+
+    Args:
+        path: the table.
+        names: what a task calls a column -> the table's column.
+        optional: keys of `names` that the table may lack.
+
+    Raises:
+        JobError: nothing there, not Parquet.
+        ColumnError: a column is missing.
+    """
     place = Path(path)
     if not place.exists():
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
@@ -242,6 +253,7 @@ def _read(path: str, names: Mapping[str, str]) -> pa.Table:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
     if place.is_dir() and not dataset.files:
         raise JobError(f"{path} holds no Parquet file")
+    names = {key: column for key, column in names.items() if column in known or key not in optional}
     for key, column in names.items():
         if column not in known:
             near = difflib.get_close_matches(column, known, 3, 0.5)

@@ -26,6 +26,7 @@ from bert_ray.training.progress import duration, show
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.tasks import Task
     from bert_ray.training.data import TrainingData
     from bert_ray.training.loop import Callback, Position
 
@@ -42,7 +43,7 @@ class TrainResult:
         bundle: the trained bundle's directory.
         metrics: of the best epoch on the validation rows; empty without any.
         history: one entry per epoch: epoch, step, train_loss, validation_loss, metrics, tokens_per_second,
-            learning_rate (of the epoch's last step).
+            learning_rate (of the epoch's last step); empty where the bundle was made without training.
         baseline: the metric of the best constant answer (the most frequent label); None without such a thing.
         best_epoch: the epoch whose model was kept, from 1.
         train_rows, validation_rows: rows used.
@@ -65,6 +66,8 @@ class TrainResult:
     def summary(self) -> str:
         """A few lines to read."""
         lines = [f"bundle: {self.bundle}" + ("" if self.trained else " (trained before with these settings)")]
+        if not self.history:
+            return "\n".join([*lines, f"made from {self.train_rows:,} rows, {duration(self.seconds)}"])
         lines.append(
             f"trained on {self.train_rows:,} rows, best epoch {self.best_epoch} of {len(self.history)}, "
             f"{duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s"
@@ -99,6 +102,10 @@ def train(
     job = _absolute(job)
     output, directory = Path(job.output), Path(f"{job.output}.run")
     base = load_bundle(job.model)
+    if new_task(job, base).builds:
+        from bert_ray.training.build import build
+
+        return build(job, base, tell)
     card, data, notes = prepare(job, base)
     identity = job.identity() | {"base": base.fingerprint, "rows": data.digest()}
     if output.exists() and any(output.iterdir()):
@@ -137,9 +144,19 @@ def train(
 
 def prepare(job: TrainJob, base: Bundle) -> tuple[Card, TrainingData, list[str]]:
     """The card of the bundle to come, the tokenised rows, and notes for the user."""
+    from bert_ray.training.data import labels_for, read_labelled, training_data
+
+    task = new_task(job, base)
+    table = read_labelled(job.data.train, task, job.data.columns)
+    task.card.labels = labels_for(job, task, table)
+    data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))
+    return task.card, data, notes
+
+
+def new_task(job: TrainJob, base: Bundle) -> Task:
+    """The task of a job, bound to the card of the bundle to come."""
     from bert_ray.model.bundle import Card, max_positions
     from bert_ray.model.tasks import get_task
-    from bert_ray.training.data import labels_for, read_labelled, training_data
 
     limit = max_positions(base.config)
     if job.max_length is not None and job.max_length > limit:
@@ -155,10 +172,7 @@ def prepare(job: TrainJob, base: Bundle) -> tuple[Card, TrainingData, list[str]]
     )
     task = get_task(card, base.config)
     card.inputs = list(task.inputs)
-    table = read_labelled(job.data.train, task, job.data.columns)
-    card.labels = labels_for(job, task, table)
-    data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))
-    return card, data, notes
+    return task
 
 
 def provenance(job: TrainJob, base: Bundle, data: TrainingData, identity: dict[str, Any]) -> dict[str, Any]:
@@ -174,9 +188,14 @@ def provenance(job: TrainJob, base: Bundle, data: TrainingData, identity: dict[s
         "job": identity,
         "seed": job.seed,
         "majority_baseline": data.baseline,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that decide what comes out."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def _run_local(
@@ -260,16 +279,7 @@ def _enter(directory: Path, identity: dict[str, Any]) -> None:
 
 def _finished(output: Path, identity: dict[str, Any], data: TrainingData, seconds: float) -> TrainResult:
     """The result of a run that ended before."""
-    from bert_ray.model.bundle import load_bundle
-
-    try:
-        card = load_bundle(output).card
-    except BundleError as error:
-        raise JobError(f"output {output} exists and holds no bundle: choose another ({error})") from error
-    begun = card.provenance.get("job", {})
-    if begun != identity:
-        what = _difference(begun, identity) if begun else "it was not trained here"
-        raise JobError(f"output {output} holds another bundle ({what}): choose another output, or delete it first")
+    card = ended(output, identity)
     return TrainResult(
         bundle=output,
         metrics=card.metrics,
@@ -282,6 +292,25 @@ def _finished(output: Path, identity: dict[str, Any], data: TrainingData, second
         tokens_per_second=card.provenance["tokens_per_second"],
         trained=False,
     )
+
+
+def ended(output: Path, identity: dict[str, Any]) -> Card:
+    """The card of the bundle that an equal run has left in `output`.
+
+    Raises:
+        JobError: something else is there.
+    """
+    from bert_ray.model.bundle import load_bundle
+
+    try:
+        card = load_bundle(output).card
+    except BundleError as error:
+        raise JobError(f"output {output} exists and holds no bundle: choose another ({error})") from error
+    begun = card.provenance.get("job", {})
+    if begun != identity:
+        what = _difference(begun, identity) if begun else "it was not trained here"
+        raise JobError(f"output {output} holds another bundle ({what}): choose another output, or delete it first")
+    return card
 
 
 def _difference(begun: dict[str, Any], now: dict[str, Any]) -> str:

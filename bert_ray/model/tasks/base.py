@@ -24,6 +24,8 @@ from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -93,6 +95,7 @@ class Task(ABC):
         level: whether `forward` gives one output a piece ("row") or one a token ("token").
         spans: whether decoding needs to know which code points a token stems from.
         piece_is_sample: whether training takes each piece as a sample of its own; else all pieces of a row are one.
+        builds: the table columns that `build` reads, where a bundle is made from a table without training; else none.
         split_by: the input whose hash decides about validation; rows that share it stay on one side.
         options_type: the dataclass of its options.
         architecture: how transformers' architectures with this task's head end ("ForTokenClassification"): a directory
@@ -114,6 +117,7 @@ class Task(ABC):
     level: ClassVar[Literal["row", "token"]] = "row"
     spans: ClassVar[bool] = False
     piece_is_sample: ClassVar[bool] = False
+    builds: ClassVar[tuple[str, ...]] = ()
     split_by: ClassVar[str] = "text"
     options_type: ClassVar[type[Options]] = Options
     architecture: ClassVar[str | None] = None
@@ -198,6 +202,22 @@ class Task(ABC):
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
         """Outputs -> annotations, an array of `output_type` (or castable to it), one per row of `inputs`."""
 
+    def build(
+        self, base: Bundle, columns: Mapping[str, pa.Array], output: Path, provenance: Mapping[str, Any]
+    ) -> tuple[int, list[str]]:
+        """Make a bundle from a table without training; for tasks with `builds`.
+
+        Args:
+            base: any bundle with a supported encoder.
+            columns: what the table has of `builds`, by these names.
+            output: the bundle's directory.
+            provenance: for its card.
+
+        Returns:
+            rows used, and notes for the user.
+        """
+        raise BundleError(f"task {self.kind!r} has nothing to build")
+
     # Training and evaluation.
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
@@ -236,6 +256,10 @@ class Task(ABC):
             starts = pieces.starts
         targets = self.targets(pieces, inputs, truth)
         return Examples(pieces=pieces, targets=targets, starts=starts, inputs=inputs, truth=truth)
+
+    def for_training(self, examples: Examples) -> Examples:
+        """What of `examples` a run trains on; validation sees all."""
+        return examples
 
     def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
         """What the loss compares with, one entry or several per sample."""
