@@ -1,0 +1,100 @@
+"""What holds for every task: declared types, rows and nulls, and that the engines agree (promises 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from bert_ray.inference import local
+from bert_ray.model.tasks import TASKS
+from tests.lakes import assert_same_table
+from tests.tiny_tasks import MAKERS, Tiny
+
+Make = Callable[[str], Tiny]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Make:
+    """Makes each task's bundle once."""
+    root, made = tmp_path_factory.mktemp("tasks"), {}
+
+    def make(kind: str) -> Tiny:
+        if kind not in made:
+            (root / kind).mkdir()
+            made[kind] = MAKERS[kind](root / kind, str(tiny_encoder))
+        return made[kind]
+
+    return make
+
+
+def here(it: Tiny, table: pa.Table | None = None) -> pa.Table:
+    return local.annotate(
+        it.table if table is None else table, it.model, task=it.task, options=it.options, name="annotation"
+    )
+
+
+def test_every_task_has_its_tiny_bundle() -> None:
+    assert sorted(MAKERS) == sorted(TASKS)
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_type_rows_and_nulls(kind: str, tiny: Make) -> None:
+    it = tiny(kind)
+    found = here(it)
+    assert found.schema.field("annotation").type == it.type
+    assert found.drop_columns(["annotation"]).equals(it.table)
+    annotations = found["annotation"].to_pylist()
+    for row, values in enumerate(zip(*(array.to_pylist() for array in it.columns.values()), strict=True)):
+        if None in values:
+            assert annotations[row] is None, f"row {row}: null in, null out"
+    assert any(item is not None for item in annotations)
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_neighbours_make_no_difference(kind: str, tiny: Make) -> None:
+    """A row alone, and all rows in another order, get the annotations that they get together."""
+    it = tiny(kind)
+    together = here(it)
+    order = list(reversed(range(len(together))))
+    assert_same_table(together, here(it, it.table.take(order)).sort_by("id"), "annotation")
+    for row in (0, 4):
+        assert_same_table(together.slice(row, 1), here(it, it.table.slice(row, 1)), "annotation")
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_no_rows(kind: str, tiny: Make) -> None:
+    it = tiny(kind)
+    found = here(it, it.table.slice(0, 0))
+    assert found.num_rows == 0
+    assert found.schema.field("annotation").type == it.type
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_ray_agrees(kind: str, tiny: Make, ray_session: None) -> None:
+    import ray
+    import ray.data
+
+    from bert_ray.inference import ray_data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    it = tiny(kind)
+    dataset = ray_data.annotate(
+        ray.data.from_arrow(it.table), it.model, task=it.task, options=it.options, name="annotation", batch_rows=3
+    )
+    tables = [ray.get(reference) for reference in dataset.to_arrow_refs()]
+    assert_same_table(here(it), pa.concat_tables(tables).sort_by("id"), "annotation")
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_spark_agrees(kind: str, tiny: Make, spark: Any) -> None:
+    from bert_ray.inference import spark as on_spark
+
+    it = tiny(kind)
+    frame = on_spark.annotate(
+        spark.createDataFrame(it.table), it.model, task=it.task, options=it.options, name="annotation"
+    )
+    assert_same_table(here(it), frame.toArrow().sort_by("id"), "annotation")
