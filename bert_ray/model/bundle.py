@@ -199,9 +199,7 @@ def save_bundle(
         tokenizer.save_pretrained(fresh)
         if add is not None:
             add(fresh)
-        card.files = _hash_files(fresh)
-        card.fingerprint = _fingerprint(card.files, card)
-        (fresh / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        save_card(fresh, card)
         old = target.parent / f".{target.name}.{os.getpid()}.old"
         if target.exists():
             os.replace(target, old)
@@ -210,6 +208,13 @@ def save_bundle(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_bundle(target)
+
+
+def save_card(directory: Path, card: Card) -> None:
+    """Write the card of a bundle that is not in its place yet; its `files` and `fingerprint` are filled in here."""
+    card.files = _hash_files(directory)
+    card.fingerprint = _fingerprint(card.files, card)
+    (directory / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def max_positions(config: PretrainedConfig) -> int:

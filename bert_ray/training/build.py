@@ -1,35 +1,79 @@
-"""Make a bundle from a table where nothing is trained: for tasks that say so (`Task.builds`)."""
+"""Make a bundle from a table where nothing is trained by gradient steps: for tasks that say so (`Task.builds`)."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
-from bert_ray.training.data import read_columns
+from bert_ray.training.data import LabelledTable, read_columns, read_labelled
 from bert_ray.training.launch import TrainResult, ended, new_task, versions
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle
+    from bert_ray.model.tasks import Task
     from bert_ray.training.job import TrainJob
+
+Columns = dict[str, pa.ChunkedArray]
 
 
 def build(job: TrainJob, base: Bundle, tell: Callable[[dict[str, Any]], None]) -> TrainResult:
     """Run a job whose task builds its bundle, in this process; one that has ended is not repeated.
+
+    All rows of `data.train` go into the bundle (`data.validation_fraction` holds none of them out); where
+    `data.validation` names a table, the bundle is measured on it before it appears.
 
     Raises:
         JobError: settings or data are at fault, or the output is taken.
         ColumnError: a column is missing or of the wrong type.
         BundleError: the base cannot be used.
     """
+    import torch
+
     started = time.perf_counter()
-    task, output, named = new_task(job, base), Path(job.output), job.data.columns or {}
+    task, output = new_task(job, base), Path(job.output)
+    columns = _read(job, task)
+    identity = job.identity() | {"base": base.fingerprint, "rows": _digest(columns)}
+    validation = None
+    if job.data.validation is not None:
+        validation = _validation(job, task)
+        read = {name: pa.chunked_array([array]) for name, array in zip(task.inputs, validation.inputs, strict=True)}
+        identity["validation_rows"] = _digest(read)
+    done = output.exists() and any(output.iterdir())
+    if not done:
+        before = torch.get_num_threads()
+        torch.set_num_threads(job.threads or os.cpu_count() or 1)
+        try:
+            _make(job, base, task, columns, validation, identity, tell)
+        finally:
+            torch.set_num_threads(before)
+    card = ended(output, identity)
+    return TrainResult(
+        bundle=output,
+        metrics=card.metrics,
+        history=[],
+        baseline=card.provenance.get("majority_baseline"),
+        best_epoch=0,
+        train_rows=card.provenance["data"]["train_rows"],
+        validation_rows=card.provenance["data"]["validation_rows"],
+        seconds=time.perf_counter() - started,
+        tokens_per_second=0.0,
+        trained=not done,
+    )
+
+
+def _read(job: TrainJob, task: Task) -> Columns:
+    """What the table has of `Task.builds`, by these names."""
+    named = job.data.columns or {}
     if strange := sorted(set(named) - set(task.builds)):
         raise ColumnError(f"data.columns names {strange[0]!r}; task {task.kind} reads {', '.join(task.builds)}")
     names = {name: named.get(name, name) for name in task.builds}
@@ -39,41 +83,87 @@ def build(job: TrainJob, base: Bundle, tell: Callable[[dict[str, Any]], None]) -
         raise JobError(f"{job.data.train} has no rows: there is nothing to make a bundle from")
     columns = {name: table.column(column) for name, column in names.items() if column in table.column_names}
     for name, column in columns.items():
-        if pa.types.is_nested(column.type):
+        if pa.types.is_dictionary(column.type):
+            columns[name] = column.cast(column.type.value_type)
+        elif pa.types.is_nested(column.type):
             raise ColumnError(f"{job.data.train}: column {names[name]!r} is {column.type}, not text: cast it to string")
-    identity = job.identity() | {"base": base.fingerprint, "rows": _digest(columns)}
-    rows, done = table.num_rows, output.exists() and any(output.iterdir())
-    if done:
-        rows = ended(output, identity).provenance["data"]["train_rows"]
-    else:
-        provenance = {
-            "base": {"reference": job.model, "fingerprint": base.fingerprint},
-            "data": {"train": job.data.train, "train_rows": rows, "validation_rows": 0},
-            "job": identity,
-            "versions": versions(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+    return columns
+
+
+def _validation(job: TrainJob, task: Task) -> LabelledTable:
+    """The rows to measure the bundle on."""
+    known = (*task.inputs, *task.truths)
+    named = {name: column for name, column in (job.data.columns or {}).items() if name in known}
+    return read_labelled(str(job.data.validation), task, named)
+
+
+def _make(
+    job: TrainJob,
+    base: Bundle,
+    task: Task,
+    columns: Columns,
+    validation: LabelledTable | None,
+    identity: dict[str, Any],
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
+    """Have the task write the bundle beside its place, measure it, and move it there whole."""
+    from bert_ray.model.bundle import load_bundle, save_card
+
+    output = Path(job.output)
+    data = {"train": job.data.train, "validation": job.data.validation, "validation_rows": 0}
+    provenance = {
+        "base": {"reference": job.model, "fingerprint": base.fingerprint},
+        "data": data,
+        "job": identity,
+        "seed": job.seed,
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    made = output.parent / f".{output.name}.{os.getpid()}.made"
+    shutil.rmtree(made, ignore_errors=True)
+    try:
         try:
-            rows, notes = task.build(base, columns, output, provenance)
+            rows, notes = task.build(base, columns, made, provenance)
         except ColumnError as error:
             raise ColumnError(f"{job.data.train}: {error}") from error
         for text in notes:
             tell({"what": "note", "text": f"{job.data.train}: {text}"})
-    return TrainResult(
-        bundle=output,
-        metrics={},
-        history=[],
-        baseline=None,
-        best_epoch=0,
-        train_rows=rows,
-        validation_rows=0,
-        seconds=time.perf_counter() - started,
-        tokens_per_second=0.0,
-        trained=not done,
-    )
+        card = load_bundle(made).card
+        data["train_rows"] = rows
+        if validation is not None:
+            for text in validation.notes:
+                tell({"what": "note", "text": text})
+            if shared := _shared(task, columns, validation):
+                what = f"{shared} of its rows also stand in {job.data.train}: the metrics will flatter the bundle"
+                tell({"what": "note", "text": f"{validation.path}: {what}"})
+            card.metrics = _measure(made, validation)
+            data["validation_rows"] = len(validation.inputs[0])
+            truth = [columns[name].drop_null().combine_chunks() for name in task.truths if name in columns]
+            card.provenance["majority_baseline"] = task.baseline(truth, validation.truth)
+        card.provenance["data"] = data
+        save_card(made, card)
+        os.replace(made, output)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
-def _digest(columns: dict[str, pa.ChunkedArray]) -> str:
+def _measure(bundle: Path, validation: LabelledTable) -> dict[str, float]:
+    """The task's metrics of what the bundle says of the validation rows."""
+    from bert_ray.model.annotator import Annotator
+    from bert_ray.model.bundle import load_bundle
+
+    annotator = Annotator(load_bundle(bundle))
+    return annotator.task.metrics(annotator.annotate(validation.inputs), validation.inputs, validation.truth)
+
+
+def _shared(task: Task, columns: Columns, validation: LabelledTable) -> int:
+    """How many validation rows stand in the table that the bundle is made of."""
+    name = task.inputs[0]
+    known = task.read(name, columns[name], name)
+    return int(pc.sum(pc.is_in(validation.inputs[0], known)).as_py() or 0)
+
+
+def _digest(columns: Columns) -> str:
     """Tells these columns from others, however they are chunked."""
     found = hashlib.sha256()
     for name, column in columns.items():

@@ -41,7 +41,8 @@ class TrainResult:
 
     Attributes:
         bundle: the trained bundle's directory.
-        metrics: of the best epoch on the validation rows; empty without any.
+        metrics: of the best epoch on the validation rows, or by cross-validation of a bundle that was made without
+            training; empty without any.
         history: one entry per epoch: epoch, step, train_loss, validation_loss, metrics, tokens_per_second,
             learning_rate (of the epoch's last step); empty where the bundle was made without training.
         baseline: the metric of the best constant answer (the most frequent label); None without such a thing.
@@ -67,16 +68,17 @@ class TrainResult:
         """A few lines to read."""
         lines = [f"bundle: {self.bundle}" + ("" if self.trained else " (trained before with these settings)")]
         if not self.history:
-            return "\n".join([*lines, f"made from {self.train_rows:,} rows, {duration(self.seconds)}"])
-        lines.append(
-            f"trained on {self.train_rows:,} rows, best epoch {self.best_epoch} of {len(self.history)}, "
-            f"{duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s"
-        )
+            lines.append(f"made from {self.train_rows:,} rows, {duration(self.seconds)}")
+        else:
+            lines.append(
+                f"trained on {self.train_rows:,} rows, best epoch {self.best_epoch} of {len(self.history)}, "
+                f"{duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s"
+            )
         if self.metrics:
             found = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+            where = f"{self.validation_rows:,} validation rows" if self.validation_rows else "rows held out in turn"
             lines.append(
-                f"on {self.validation_rows:,} validation rows: {found}"
-                + ("" if self.baseline is None else f" (majority baseline {self.baseline:.4f})")
+                f"on {where}: {found}" + ("" if self.baseline is None else f" (majority baseline {self.baseline:.4f})")
             )
         return "\n".join(lines)
 

@@ -205,16 +205,24 @@ class Task(ABC):
     def build(
         self, base: Bundle, columns: Mapping[str, pa.Array], output: Path, provenance: Mapping[str, Any]
     ) -> tuple[int, list[str]]:
-        """Make a bundle from a table without training; for tasks with `builds`.
+        """Make a bundle from a table without gradient steps; for tasks with `builds`.
+
+        `self.card` is that of the bundle to come, as the job says it: labels (if the job lists them), name, options.
+        What calls this puts the bundle in its place, whole, after it was measured on validation rows (if there are
+        any), whose `metrics` then replace those that the task leaves on the card.
 
         Args:
             base: any bundle with a supported encoder.
-            columns: what the table has of `builds`, by these names.
-            output: the bundle's directory.
-            provenance: for its card.
+            columns: what the table has of `builds`, by these names; nulls and blanks are in there still.
+            output: the bundle's directory, to be written with `save_bundle`.
+            provenance: for its card; `provenance["seed"]` is the job's.
 
         Returns:
             rows used, and notes for the user.
+
+        Raises:
+            ColumnError: a column is missing or cannot be used; the caller puts the table's path before the message.
+            JobError: no row can be used.
         """
         raise BundleError(f"task {self.kind!r} has nothing to build")
 
