@@ -8,7 +8,8 @@ walks through all layers while its activations stay in cache, and four things ar
   every score of a query, which softmax ignores; a bias of the values is averaged with weights that sum to 1, so it is
   a bias of the next linear layer; the bias of a feed-forward layer's second half goes into the shift of the layer
   norm before it (and out of its first half's bias again);
-- weights are packed for MKL's packed GEMM where torch was built with it (x86), for tiles of TILE_TOKENS rows;
+- weights are packed for the library that multiplies fastest on this machine: oneDNN (which applies GELU on the way) or
+  MKL, whose packed product serves tiles of TILE_TOKENS rows alone;
 - the attention scores have a buffer of their own, small enough for the cache.
 
 Shapes: T tokens of a packed batch, L length of a row, D hidden size, F width of the feed-forward layer, H heads,
@@ -17,7 +18,10 @@ d_k width of a head.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -44,6 +48,8 @@ _SCORES = 2**18
 # Rows shorter than this are computed together with those of their length beside them; the copies that costs are less
 # than the calls it saves. Longer rows are computed in place, each by itself.
 _LONG_ROW = 64
+# Products by which two libraries are compared when a model loads.
+_TRIES = 5
 
 
 class InferenceEncoder:
@@ -70,8 +76,8 @@ class InferenceEncoder:
             return encode_with(self._encoder, batch, training=False)
         tokens = len(batch.input_ids)
         hidden = self._embed(batch)
-        # Packed weights serve tiles of one size alone; filling up the last few rows is cheaper than the other way.
-        if TILE_TOKENS * 3 // 4 < tokens < TILE_TOKENS:
+        # MKL's packed weights serve tiles of one size; filling up the last few rows is cheaper than the other way.
+        if self._layers[0].up.library == "mkl" and TILE_TOKENS * 3 // 4 < tokens < TILE_TOKENS:
             hidden = torch.cat((hidden, hidden.new_zeros(TILE_TOKENS - tokens, hidden.shape[1])))
         mixed = torch.zeros_like(hidden)
         for layer in self._layers:
@@ -95,8 +101,7 @@ class InferenceEncoder:
         total = layer.mix(mixed)
         total += hidden
         hidden = F.layer_norm(total, (width,), layer.mix_norm.weight, layer.mix_shift, layer.mix_norm.eps)
-        wide = layer.up(hidden)
-        wide = torch.ops.aten.gelu_(wide) if self._encoder.is_gelu else self._encoder.activation(wide)
+        wide = layer.up.gelu(hidden) if self._encoder.is_gelu else self._encoder.activation(layer.up(hidden))
         total = layer.down(wide)
         total += hidden  # The shift of `hidden` holds the bias of `down`.
         return layer.down_norm(total)
@@ -141,20 +146,65 @@ class InferenceEncoder:
 
 
 class _Linear:
-    """y = x Wᵀ + b, with W packed for tiles of TILE_TOKENS rows where MKL is there."""
+    """y = x Wᵀ + b, with W (N, K) packed for the library that is fastest at it.
+
+    Packing and the packed products are private operators of torch (they serve its own compiler), so their absence is no
+    error.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight = weight.detach().contiguous()
         self.bias = bias
-        # Private operators of torch (they serve its own compiler), so their absence is no error.
-        self.packed = None
-        if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, TILE_TOKENS)
+        self.library = _fastest(*self.weight.shape)
+        self._packed = _PACK[self.library](self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None and x.shape[0] == TILE_TOKENS:
-            return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, TILE_TOKENS)
+        if self.library == "onednn":
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        if self.library == "mkl" and x.shape[0] == TILE_TOKENS:
+            return torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, TILE_TOKENS)
         return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU(x Wᵀ + b), the exact form."""
+        if self.library == "onednn":
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "none")
+        return torch.ops.aten.gelu_(self(x))
+
+
+_PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "onednn": lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, TILE_TOKENS),
+    "mkl": lambda weight: torch.ops.mkl._mkl_reorder_linear_weight(weight, TILE_TOKENS),
+    "torch": lambda weight: weight,
+}
+
+
+@lru_cache
+def _fastest(rows: int, columns: int) -> str:
+    """Which library multiplies a tile by a matrix of this shape fastest here, tried out: some ten milliseconds.
+
+    MKL is the faster one on Intel's processors, oneDNN on AMD's (by up to a fifth, benchmarks/LOG.md).
+    """
+    known = ["torch"]
+    if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
+        known.append("mkl")
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        known.append("onednn")
+    if len(known) == 1:
+        return known[0]
+    x, weight = torch.ones(TILE_TOKENS, columns), torch.ones(rows, columns)
+    packed = {name: _PACK[name](weight) for name in known[1:]}
+    products = {
+        "mkl": lambda: torch.ops.mkl._mkl_linear(x, packed["mkl"], weight, None, TILE_TOKENS),
+        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, packed["onednn"], None, "none", [], ""),
+    }
+    seconds = {name: float("inf") for name in packed}
+    for _ in range(_TRIES):  # In turn, and the best of each: a neighbour on the machine disturbs both alike.
+        for name in packed:
+            start = time.perf_counter()
+            products[name]()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=seconds.__getitem__)
 
 
 @dataclass(kw_only=True, slots=True)
