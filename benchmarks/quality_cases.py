@@ -27,8 +27,9 @@ class Case:
         measure: the metric compared, as the task names it.
         split: gives the rows to train on and those to test on.
         columns: table columns by the task's inputs and truths.
-        settings: of the training, ours and the reference's alike.
+        settings: of the training, ours and the reference's alike; None: nothing is trained, the base model is asked.
         options: of the task.
+        test_task: another task that the trained bundle is tested by.
         least: the aim; None: no more than the reference's.
         reference: a function of quality_references, or None.
         given: a reference figure that was measured before, with how; it stands in where no reference runs.
@@ -41,9 +42,10 @@ class Case:
     measure: str
     split: Callable[[], Split]
     columns: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] | None = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     least: float | None = None
+    test_task: str | None = None
     reference: str | None = None
     given: tuple[float, str] | None = None
     tfidf: bool = False
@@ -98,6 +100,22 @@ def translation(source: str, target: str) -> Split:
     return tuple(  # type: ignore[return-value]
         pa.table({"text": table[source], "translation": table[target]}) for table in (train, test)
     )
+
+
+def few(folder: str, examples: int) -> Split:
+    """So many rows of each label to learn from, drawn with a fixed seed."""
+    train, test = files(folder)
+    draw, labels = np.random.default_rng(0), np.array(train["label"].to_pylist())
+    rows = [draw.choice(np.flatnonzero(labels == label), examples, replace=False) for label in sorted(set(labels))]
+    return train.take(pa.array(np.concatenate(rows))), test
+
+
+def faq() -> Split:
+    """English question/answer pairs; the same questions are asked, and their own answers are right."""
+    table = read("covid_faq", "all.parquet")
+    table = table.filter(pc.equal(table["lang"], "en")) if "en" in table["lang"].to_pylist() else table
+    table = table.append_column("id", pa.array([str(row) for row in range(len(table))]))
+    return table.select(["id", "question", "answer"]), table.select(["question", "id"])
 
 
 CASES: dict[str, Case] = {
@@ -240,6 +258,62 @@ CASES: dict[str, Case] = {
         settings={"epochs": 4, "learning_rate": 1e-4, "batch_size": 16, "max_length": 384},
         reference="questions",
         minutes=12,
+    ),
+    "stsb_cosine": Case(
+        title="STS benchmark, English, cosine of the embeddings as they come",
+        task="similarity",
+        measure="spearman",
+        split=lambda: stsb("en"),
+        columns={"label": "score"},
+        settings=None,
+        reference="cosines",
+        minutes=1,
+    ),
+    "stsb_cosine_tuned": Case(
+        title="STS benchmark, English, cosine of the embeddings, fine-tuned on the scores",
+        task="embedding",
+        measure="spearman",
+        split=lambda: stsb("en"),
+        columns={"label": "score"},
+        options={"loss": "cosine"},
+        settings={"epochs": 4, "learning_rate": 5e-5},
+        test_task="similarity",
+        reference="cosines_tuned",
+        minutes=8,
+    ),
+    "ag_news_zero_shot": Case(
+        title="AG News, zero-shot",
+        task="zero-shot",
+        measure="accuracy",
+        split=lambda: files("ag_news"),
+        options={
+            "labels": {
+                "World": "world politics and international news",
+                "Sports": "sports",
+                "Business": "business and the economy",
+                "Sci/Tech": "science and technology",
+            }
+        },
+        settings=None,
+        least=0.65,
+        minutes=4,
+    ),
+    "ag_news_few_shot": Case(
+        title="AG News, a head on frozen embeddings, 64 examples a label",
+        task="few-shot",
+        measure="accuracy",
+        split=lambda: few("ag_news", 64),
+        least=0.84,
+        minutes=5,
+    ),
+    "covid_faq": Case(
+        title="COVID FAQ: the right answer to each question",
+        task="faq",
+        measure="recall@1",
+        split=faq,
+        options={"match": "answer"},
+        reference="retrieval",
+        minutes=1,
     ),
     "en_zh": Case(
         title="Tatoeba, English to Chinese",

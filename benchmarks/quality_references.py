@@ -212,4 +212,67 @@ def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     return float(accuracy_score(so, said))
 
 
-REFERENCES: dict[str, Reference] = {"sequences": sequences, "tokens": tokens, "questions": questions}
+def _sentence_model() -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(_source(), device="cpu")
+
+
+def _cosines(model: Any, test: pa.Table) -> float:
+    from scipy.stats import spearmanr
+
+    one, other = (model.encode(test[name].to_pylist(), normalize_embeddings=True) for name in ("text", "text_pair"))
+    return float(spearmanr((one * other).sum(axis=1), test["score"].to_numpy()).statistic)
+
+
+def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """Cosines of sentence-transformers' embeddings."""
+    return _cosines(_sentence_model(), test)
+
+
+def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """The same after sentence-transformers' training with CosineSimilarityLoss, as its STS example does."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
+
+    assert case.settings is not None
+    model = _sentence_model()
+    rows = {"sentence1": train["text"].to_pylist(), "sentence2": train["text_pair"].to_pylist()}
+    rows["score"] = [value / 5.0 for value in train["score"].to_pylist()]
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="bert_ray-reference-"),
+        num_train_epochs=case.settings["epochs"],
+        per_device_train_batch_size=32,
+        learning_rate=case.settings["learning_rate"],
+        warmup_ratio=0.1,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+    )
+    SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), loss=losses.CosineSimilarityLoss(model)
+    ).train()
+    return _cosines(model, test)
+
+
+def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+    """The right answer first, by sentence-transformers' semantic_search."""
+    from sentence_transformers.util import semantic_search
+
+    model = _sentence_model()
+    answers = model.encode(train["answer"].to_pylist(), convert_to_tensor=True)
+    asked = model.encode(test["question"].to_pylist(), convert_to_tensor=True)
+    found = semantic_search(asked, answers, top_k=1)
+    said = [train["id"][hits[0]["corpus_id"]].as_py() for hits in found]
+    return float(np.mean([one == other for one, other in zip(said, test["id"].to_pylist(), strict=True)]))
+
+
+REFERENCES: dict[str, Reference] = {
+    "sequences": sequences,
+    "tokens": tokens,
+    "questions": questions,
+    "cosines": cosines,
+    "cosines_tuned": cosines_tuned,
+    "retrieval": retrieval,
+}
