@@ -170,9 +170,9 @@ class Answer(Task):
             text = known[row][starts[row] : ends[row]]
             # Tokens of some tokenizers (SentencePiece) begin with the blank before the word.
             starts[row] += len(text) - len(text.lstrip())
-            texts[row] = text.strip()
-            ends[row] = starts[row] + len(texts[row])
-            said[row] = bool(texts[row])
+            texts[row] = text = text.strip()
+            ends[row] = starts[row] + len(text)
+            said[row] = bool(text)
         columns = [
             pa.array(texts, pa.string()),
             pa.array(starts, pa.int32()),
@@ -245,6 +245,10 @@ class Answer(Task):
         """Mean of the cross-entropies of first and last token over each window's own tokens, (P,)."""
         logits = pad_sequence(outputs.split(batch.lengths), batch_first=True, padding_value=-torch.inf)  # (P, L, 2)
         chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+        if smoothing := self.learning.label_smoothing:
+            lengths = torch.tensor(batch.lengths, device=outputs.device)
+            even = logits.masked_fill(logits.isneginf(), 0.0).sum(dim=1) / lengths.unsqueeze(1)
+            chosen = (1 - smoothing) * chosen + smoothing * even
         return (logits.logsumexp(dim=1) - chosen).mean(dim=1)
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
