@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError
+from bert_ray.model.tasks.answer import Answer
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.classification import Classification
 from bert_ray.model.tasks.embedding import Embedding
+from bert_ray.model.tasks.faq import Faq
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from bert_ray.model.bundle import Card
 
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Embedding)}
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Answer, Classification, Embedding, Faq)}
 
-__all__ = ["TASKS", "Classification", "Embedding", "Task", "get_task"]
+__all__ = ["TASKS", "Answer", "Classification", "Embedding", "Faq", "Task", "get_task"]
 
 
 def get_task(
