@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, JobError
+from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, to_python_strings
 from bert_ray.training.order import held_out
 
@@ -66,6 +67,7 @@ class TrainingData:
         validation: samples to judge by; may be empty.
         baseline: the task's metric of the best constant answer on the validation rows; None where there is none.
         train_rows, validation_rows: rows of the tables that these samples stem from.
+        learning: what the loss goes by.
     """
 
     train: Examples
@@ -73,6 +75,7 @@ class TrainingData:
     baseline: float | None
     train_rows: int
     validation_rows: int
+    learning: Learning = field(default_factory=Learning)
 
     def digest(self) -> str:
         """Tells these data from others."""
@@ -218,6 +221,7 @@ def training_data(
         train=task.for_training(_examples(task, tokenize, train)),
         validation=_examples(task, tokenize, validation),
         baseline=task.baseline(train.truth, validation.truth) if len(validation.inputs[0]) else None,
+        learning=task.learning_for(job.label_smoothing, job.class_weights, train.truth),
     )
     # Only validation's own columns are compared with annotations; the others need not travel to the workers.
     data.train.inputs, data.train.truth = (), ()

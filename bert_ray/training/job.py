@@ -83,6 +83,11 @@ class TrainJob:
         weight_decay: decoupled (AdamW; Loshchilov and Hutter, arXiv 1711.05101), on matrices, not on biases and
             layer norms.
         l1: weight of the L1 penalty on the same matrices, added to the loss; 0: none.
+        label_smoothing: share of a label's probability that is spread over all labels, so that a model is not driven
+            to be surer than it should.
+        class_weights: how much each label's rows count in the loss: `none`: all alike; `balanced`: rare labels more,
+            by rows / (labels * rows of the label), as scikit-learn has it; or a weight by label, `{spam: 5}`, the
+            others having 1.
         dropout: rate for hidden states; None: the base model's.
         attention_dropout: rate for attention weights; None: the base model's. 0 keeps attention on its fast kernels.
         warmup: share of all steps in which the learning rate rises from 0.
@@ -115,6 +120,8 @@ class TrainJob:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     l1: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     dropout: float | None = None
     attention_dropout: float | None = 0.0
     warmup: float = 0.1
@@ -144,6 +151,17 @@ class TrainJob:
         for name in ("dropout", "attention_dropout"):
             rate = getattr(self, name)
             _check(rate is None or 0.0 <= rate < 1.0, f"{name} is {rate}; give a rate from 0 to below 1")
+        _check(
+            0.0 <= self.label_smoothing < 1.0,
+            f"label_smoothing is {self.label_smoothing}; give a share from 0 to below 1, such as 0.1",
+        )
+        if isinstance(self.class_weights, dict):
+            for label, weight in self.class_weights.items():
+                good = isinstance(weight, int | float) and 0 < weight < float("inf")
+                _check(good, f"class_weights.{label} is {weight!r}; give a number above 0")
+        else:
+            good = self.class_weights in ("none", "balanced")
+            _check(good, f"class_weights is {self.class_weights!r}; give none, balanced, or a weight by label")
         _check(self.threads is None or self.threads >= 1, f"threads is {self.threads}; give 1 or more")
         _check(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; give a number above 0, such as 1e-4")
         _check(0.0 <= self.warmup < 1.0, f"warmup is {self.warmup}; give a share of the steps, from 0 to below 1")

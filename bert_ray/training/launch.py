@@ -167,12 +167,14 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
         task=job.task,
         name=job.name,
         labels=job.labels or [],
+        inputs=[],
         max_length=job.max_length or base.card.max_length,
         pooling=base.card.pooling,
         normalize=base.card.normalize,
         options=dict(job.options),
     )
     task = get_task(card, base.config)
+    task.choose_inputs(job.data.columns or ())
     card.inputs = list(task.inputs)
     return task
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.examples import Examples
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.base import Learning
     from bert_ray.training.data import TrainingData
     from bert_ray.training.job import TrainJob
     from bert_ray.training.optim import Stepper
@@ -102,13 +103,19 @@ class Position:
 
 
 def new_module(
-    job: TrainJob, base: Bundle, card: Card, device: torch.device, state: dict[str, torch.Tensor] | None
+    job: TrainJob,
+    base: Bundle,
+    card: Card,
+    device: torch.device,
+    state: dict[str, torch.Tensor] | None,
+    learning: Learning | None = None,
 ) -> TaskModel:
     """The model to train: the base's encoder with a fresh head, or the weights of a checkpoint."""
     from bert_ray.model.tasks import get_task
 
     torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE, 0))
     task = get_task(card, base.config)
+    task.learning = learning or task.learning
     model = task.new_model(base, job.dropout, job.attention_dropout)
     if state is not None:
         load_weights(model, state)
@@ -165,7 +172,7 @@ class Loop:
         found = self.checkpoints.latest()
         self.position = Position(**found.position) if found else Position()
         state = found.state() if found else None
-        self.stepper = make_stepper(new_module(job, base, card, device, state))
+        self.stepper = make_stepper(new_module(job, base, card, device, state, data.learning))
         self.module = self.stepper.module
         if state is not None and found is not None:
             self.stepper.restore(state, self.done)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -159,6 +159,13 @@ class Task(ABC):
         """The card's labels for a plain transformers model."""
         return []
 
+    def choose_inputs(self, named: Collection[str]) -> None:  # noqa: B027 - most tasks have no choice
+        """Decide what a training job reads, where a task leaves that to the job (one text, or two).
+
+        Args:
+            named: the inputs and truths that the job names a column for.
+        """
+
     # A row's way.
 
     @abstractmethod
@@ -245,6 +252,23 @@ class Task(ABC):
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """What is wrong with single rows: reason -> bool (B,). Such rows are left out, and reported with the reason."""
         return {}
+
+    def learning_for(
+        self, label_smoothing: float, class_weights: str | Mapping[str, float], truth: Sequence[pa.Array]
+    ) -> Learning:
+        """What the loss goes by.
+
+        Args:
+            label_smoothing: see Learning.
+            class_weights: of the job: "none", "balanced", or weights by label; a label that is not named has 1.
+            truth: of the rows to train on.
+
+        Raises:
+            JobError: the task has no labels to weigh, or not those.
+        """
+        if class_weights != "none":
+            raise JobError(f"class_weights: task {self.kind} does not weigh labels; leave it out")
+        return Learning(label_smoothing=label_smoothing)
 
     def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
         """A model to train: the base's encoder with a fresh head.

@@ -1,12 +1,15 @@
-"""Classification: one label of C for each text. Sentiment is this task with two labels, negative and positive.
+"""Classification: one label of C for each text, or for each pair of texts. Sentiment is this task with two labels,
+negative and positive.
 
 Output: struct<label: string, score: float32>, score being the label's probability; with scores also
 scores: map<string, float32>, the probability of every label. A blank text has nothing to judge and gives null.
+
+Shapes: B rows, P pieces, C labels, S samples of a training batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,10 +20,11 @@ from torch.nn import functional as F
 
 from bert_ray.errors import ColumnError
 from bert_ray.model.examples import Targets
-from bert_ray.model.tasks.base import Outputs, Task, set_dropout
+from bert_ray.model.tasks.base import Learning, Outputs
+from bert_ray.model.tasks.heads import SequenceTask, by_row, by_sample, weights_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
@@ -30,13 +34,16 @@ if TYPE_CHECKING:
 _MANY_LABELS = 50
 
 
-class Classification(Task):
-    """One label of C for each text."""
+class Classification(SequenceTask):
+    """One label of C for each text, or for each pair of texts."""
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
-    blank_is_null: ClassVar[bool] = True
-    architecture: ClassVar[str | None] = "ForSequenceClassification"
+
+    @classmethod
+    def fits(cls, config: PretrainedConfig) -> bool:
+        """Not a model of several labels a text, nor of a number: transformers takes a single output for one."""
+        return config.problem_type not in ("multi_label_classification", "regression") and config.num_labels > 1
 
     @classmethod
     def labels_of(cls, config: PretrainedConfig) -> list[str]:
@@ -50,43 +57,40 @@ class Classification(Task):
             fields.append(pa.field("scores", pa.map_(pa.string(), pa.float32())))
         return pa.struct(fields)
 
-    def auto_class(self) -> Any:
-        """AutoModelForSequenceClassification."""
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification
-
     def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
         """The base's encoder and pooler with a fresh classifier; its configuration carries the labels."""
-        from transformers import AutoConfig
-
-        from bert_ray.model.bundle import read_model
-
-        labels = self.card.labels
-        config = AutoConfig.from_pretrained(
-            base.directory, num_labels=len(labels), problem_type="single_label_classification"
+        return self.fresh_model(
+            base,
+            problem_type="single_label_classification",
+            labels=self.card.labels,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
         )
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-        set_dropout(config, dropout, attention_dropout)
-        # A base fine-tuned for other labels lends its encoder; its head does not fit and is made anew.
-        model, _ = read_model(self.auto_class(), base.directory, config=config, ignore_mismatched_sizes=True)
-        return model
-
-    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Logits (B, C): transformers' own head modules over the first token ([CLS]) of each row."""
-        first = hidden[batch.cu_seqlens[:-1].long()]
-        kind = model.config.model_type
-        if kind == "bert":
-            pooled = model.bert.pooler.activation(model.bert.pooler.dense(first))
-            return model.classifier(model.dropout(pooled))
-        if kind == "distilbert":
-            return model.classifier(model.dropout(F.relu(model.pre_classifier(first))))
-        return model.classifier(first.unsqueeze(1))  # RoBERTa's head takes (B, L, D) and reads the first token.
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Cross-entropy of each row, (S,)."""
-        return F.cross_entropy(outputs, targets, reduction="none")
+        """Cross-entropy of each sample (S,), times the weight of its label; outputs (P, C), targets int64 (S,)."""
+        weights = self.learning.label_weights
+        return F.cross_entropy(
+            by_sample(outputs, batch, len(targets)),
+            targets,
+            weight=None if weights is None else torch.tensor(weights, dtype=outputs.dtype, device=outputs.device),
+            label_smoothing=self.learning.label_smoothing,
+            reduction="none",
+        )
+
+    def learning_for(
+        self, label_smoothing: float, class_weights: str | Mapping[str, float], truth: Sequence[pa.Array]
+    ) -> Learning:
+        """Smoothing and weights; balanced ones are N / (C * rows of the label), as scikit-learn's class_weight has it.
+
+        Raises:
+            JobError: a weight for a label that there is not.
+        """
+        labels = self.card.labels
+        counts = np.bincount(self.indices(truth[0]), minlength=len(labels))
+        # A label of the job that no row has: its weight matters to smoothing alone.
+        balanced = np.where(counts > 0, counts.sum() / (len(labels) * np.maximum(counts, 1)), 1.0)
+        return Learning(label_smoothing=label_smoothing, label_weights=weights_of(class_weights, labels, balanced))
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
         """The distinct labels.
@@ -112,28 +116,12 @@ class Classification(Task):
         return Targets(values=self.indices(truth[0]))
 
     def indices(self, labels: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Labels -> their indices, int64. Integers (and booleans) are indices, or names where the labels are numbers.
-
-        Raises:
-            ColumnError: a null, or a value that is none of the labels.
-        """
-        known = self.card.labels
-        if isinstance(labels, pa.ChunkedArray):
-            labels = labels.combine_chunks()
-        if labels.null_count:
-            raise ColumnError(f"the label column has {labels.null_count} nulls; remove or fill those rows")
-        texts = label_texts(labels)
-        indices = pc.index_in(texts, pa.array(known, pa.string()))
-        if indices.null_count == len(texts) and pa.types.is_string(texts.type):
-            indices = pc.index_in(texts, pa.array([str(index) for index in range(len(known))]))
-        if indices.null_count:
-            strange = pc.unique(texts.filter(pc.is_null(indices))).to_pylist()[:5]
-            raise ColumnError(f"unknown labels {strange}; the model's labels are {known}")
-        return indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        """Labels -> their indices, int64; see `label_indices`."""
+        return label_indices(labels, self.card.labels)
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
-        """Logits float32 (P, C) -> structs."""
-        logits = outputs.values
+        """Logits float32 (P, C) -> structs; of a text in windows the mean of their logits counts."""
+        logits = by_row(outputs, pieces)
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         probabilities = (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
         names = pa.array(self.card.labels, pa.string())
@@ -147,20 +135,44 @@ class Classification(Task):
         return pa.StructArray.from_arrays(columns, fields=list(self.output_type()))
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
-        """Accuracy and macro F1 (the unweighted mean over labels)."""
-        from sklearn.metrics import accuracy_score, f1_score
+        """Accuracy and macro F1 (the unweighted mean over labels); of two labels also those of the second."""
+        from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
         said = self.indices(annotations.field("label"))
         so = self.indices(truth[0])
         present = list(range(len(self.card.labels)))
-        return {
+        found = {
             "accuracy": float(accuracy_score(so, said)),
             "macro_f1": float(f1_score(so, said, average="macro", labels=present, zero_division=0.0)),
         }
+        if len(present) == 2:
+            for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+                found[name] = float(score(so, said, pos_label=1, zero_division=0.0))
+        return found
 
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """Accuracy of always saying the most frequent training label."""
         return float((self.indices(truth[0]) == np.bincount(self.indices(train[0])).argmax()).mean())
+
+
+def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str]) -> np.ndarray:
+    """Labels -> their indices in `known`, int64. Integers and booleans are indices, or names where labels are numbers.
+
+    Raises:
+        ColumnError: a null, or a value that is none of the labels.
+    """
+    if isinstance(labels, pa.ChunkedArray):
+        labels = labels.combine_chunks()
+    if labels.null_count:
+        raise ColumnError(f"the label column has {labels.null_count} nulls; remove or fill those rows")
+    texts = label_texts(labels)
+    indices = pc.index_in(texts, pa.array(known, pa.string()))
+    if indices.null_count == len(texts):
+        indices = pc.index_in(texts, pa.array([str(index) for index in range(len(known))], pa.string()))
+    if indices.null_count:
+        strange = pc.unique(texts.filter(pc.is_null(indices))).to_pylist()[:5]
+        raise ColumnError(f"unknown labels {strange}; the model's labels are {list(known)}")
+    return indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def label_texts(labels: pa.Array) -> pa.Array:
@@ -169,7 +181,9 @@ def label_texts(labels: pa.Array) -> pa.Array:
     if pa.types.is_boolean(kind):
         labels = labels.cast(pa.int8())
     elif pa.types.is_floating(kind) or pa.types.is_nested(kind) or pa.types.is_temporal(kind):
-        raise ColumnError(f"the label column is {kind}; labels are strings, integers or booleans")
+        other = "; lists are for task multi-label" if pa.types.is_nested(kind) else ""
+        other = "; numbers are for task regression" if pa.types.is_floating(kind) else other
+        raise ColumnError(f"the label column is {kind}; labels are strings, integers or booleans{other}")
     return labels.cast(pa.string())
 
 
@@ -177,6 +191,7 @@ def labels_of(labels: pa.Array | pa.ChunkedArray) -> list[str]:
     """The distinct labels of a column in a stable order: integers by value, strings by code point; nulls left out."""
     if isinstance(labels, pa.ChunkedArray):
         labels = labels.combine_chunks()
+    label_texts(labels.slice(0, 0))  # Refuses a type that Arrow finds no distinct values of.
     distinct = pc.unique(labels).drop_null()
     if pa.types.is_integer(distinct.type):
         distinct = distinct.take(pc.sort_indices(distinct))

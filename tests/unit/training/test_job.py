@@ -36,6 +36,11 @@ def job(**settings: object) -> TrainJob:
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
         ({"clip": -1.0}, "clip is -1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"class_weights": "even"}, "give none, balanced, or a weight by label"),
+        ({"class_weights": {"spam": 0}}, "class_weights.spam is 0"),
+        ({"class_weights": {"spam": float("inf")}}, "class_weights.spam is inf"),
         ({"l1": -1.0}, "l1 is -1.0"),
         ({"max_length": 2}, "at least 3 tokens"),
         ({"threads": 0}, "threads is 0"),
@@ -73,6 +78,7 @@ def test_identity_holds_what_decides_the_model_and_nothing_else() -> None:
     )
     assert moved.identity() == job().identity()
     assert job(learning_rate=1.0).identity() != job().identity()
+    assert job(class_weights="balanced").identity() != job().identity()
     assert job(data=DataOptions(train="other")).identity() != job().identity()
 
 

@@ -226,3 +226,16 @@ def test_the_run_directory_says_what_was_asked(job_for: Jobs) -> None:
     asked = json.loads(Path(f"{job.output}.run/run.json").read_text())
     assert asked["learning_rate"] == 3e-3
     assert asked["base"] == load_bundle(job.model).fingerprint
+
+
+def test_class_weights_and_smoothing_reach_the_loss(job_for: Jobs, tmp_path: Path) -> None:
+    job = job_for(epochs=1, learning_rate=1e-6)
+    plain = quiet(job).history[0]["train_loss"]
+    heavy = quiet(replace(job, class_weights={"negative": 3, "positive": 3}, output=str(tmp_path / "heavy")))
+    assert heavy.history[0]["train_loss"] == pytest.approx(3 * plain, rel=1e-3)
+    smooth = quiet(replace(job, label_smoothing=0.5, output=str(tmp_path / "smooth")))
+    assert abs(smooth.history[0]["train_loss"] - plain) > 1e-3
+    card = load_bundle(smooth.bundle).card
+    assert (card.provenance["job"]["label_smoothing"], card.provenance["job"]["class_weights"]) == (0.5, "none")
+    with pytest.raises(JobError, match="class_weights names 'neutral'"):
+        quiet(replace(job, class_weights={"neutral": 2}, output=str(tmp_path / "strange")))
