@@ -127,6 +127,12 @@ def entities(root: Path, encoder: str) -> Tiny:
     return Tiny(model=entities_bundle(root), columns={"text": texts()}, type=ENTITIES)
 
 
+def mask(root: Path, encoder: str) -> Tiny:
+    span = [("start", pa.int32()), ("end", pa.int32()), ("label", pa.string()), ("score", pa.float32())]
+    kind = pa.struct([("text", pa.string()), ("spans", pa.list_(pa.struct(span)))])
+    return Tiny(model=entities_bundle(root), task="mask", columns={"text": texts()}, type=kind)
+
+
 def answer(root: Path, encoder: str) -> Tiny:
     card = {"task": "answer", "inputs": ["question", "context"]}
     model = save(root, "BertForQuestionAnswering", card)
@@ -175,6 +181,7 @@ MAKERS: dict[str, Callable[[Path, str], Tiny]] = {
     "entities": entities,
     "few-shot": few_shot,
     "fill-mask": fill_mask,
+    "mask": mask,
     "multi-label": multilabel,
     "regression": regression,
     "similarity": similarity,
