@@ -10,16 +10,18 @@ from bert_ray.model.tasks.answer import Answer
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.classification import Classification
 from bert_ray.model.tasks.embedding import Embedding
+from bert_ray.model.tasks.entities import Entities
 from bert_ray.model.tasks.faq import Faq
+from bert_ray.model.tasks.mask import Mask
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from bert_ray.model.bundle import Card
 
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (Answer, Classification, Embedding, Faq)}
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Answer, Classification, Embedding, Entities, Faq, Mask)}
 
-__all__ = ["TASKS", "Answer", "Classification", "Embedding", "Faq", "Task", "get_task"]
+__all__ = ["TASKS", "Answer", "Classification", "Embedding", "Entities", "Faq", "Mask", "Task", "get_task"]
 
 
 def get_task(
