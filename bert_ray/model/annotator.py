@@ -194,13 +194,14 @@ class Annotator:
     @torch.inference_mode()
     def outputs_of_tokens(self, ragged: Ragged) -> np.ndarray:
         """The task's outputs for rows that are tokenised already: float32 (B, C)."""
-        batches, results = plan(ragged.lengths, self.batch_tokens), []
-        for rows in batches:
+        batches = plan(ragged.lengths, self.batch_tokens)
+
+        def outputs_of(rows: np.ndarray) -> torch.Tensor:
             batch = pack_rows(ragged, rows).to(self.device)
-            hidden = self._encoder(batch)
-            results.append(self.task.forward(self._model, hidden, batch).float())
+            return self.task.forward(self._model, self._encoder(batch), batch).float()
+
         # One copy from the device at the end, so that no batch waits for the one before it.
-        values = torch.cat(results).cpu().numpy()
+        values = torch.cat(self._encoder.map(outputs_of, batches)).cpu().numpy()
         outputs = np.empty_like(values)
         outputs[np.concatenate(batches)] = values
         return outputs
