@@ -225,13 +225,14 @@ class Annotator:
     def outputs_of(self, pieces: Pieces) -> Outputs:
         """The task's outputs for P pieces that are encoded already."""
         tokens = pieces.tokens
-        batches, results = plan(tokens.lengths, self.batch_tokens), []
-        for which in batches:
+        batches = plan(tokens.lengths, self.batch_tokens)
+
+        def outputs(which: np.ndarray) -> torch.Tensor:
             batch = pack_rows(tokens, which).to(self.device)
-            hidden = self._encoder(batch)
-            results.append(self.task.forward(self._model, hidden, batch).float())
+            return self.task.forward(self._model, self._encoder(batch), batch).float()
+
         # One copy from the device at the end, so that no batch waits for the one before it.
-        found = torch.cat(results).cpu().numpy()
+        found = torch.cat(self._encoder.map(outputs, batches)).cpu().numpy()
         order = np.concatenate(batches)
         offsets = None
         if self.task.level == "token":

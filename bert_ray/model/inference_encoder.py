@@ -10,7 +10,7 @@ walks through all layers while its activations stay in cache, and four things ar
   norm before it (and out of its first half's bias again);
 - weights are packed for the library that multiplies fastest on this machine: oneDNN (which applies GELU on the way) or
   MKL, whose packed product serves tiles of TILE_TOKENS rows alone;
-- the attention scores have a buffer of their own, small enough for the cache.
+- attention works in buffers that are kept, the scores' small enough for the cache; each thread has its own.
 
 Shapes: T tokens of a packed batch, L length of a row, D hidden size, F width of the feed-forward layer, H heads,
 d_k width of a head.
@@ -18,12 +18,15 @@ d_k width of a head.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bert_ray.model.packing import PackedBatch
+
+Batch = TypeVar("Batch")
 
 # Rows of a tile on a CPU. Measured beside 256 and 1,024 in benchmarks/LOG.md.
 TILE_TOKENS = 512
@@ -68,7 +73,7 @@ class InferenceEncoder:
             keep_freed_memory()
             with torch.inference_mode():
                 self._layers = [_Folded.of(layer, self._encoder.heads) for layer in self._encoder.layers]
-            self._scores = torch.empty(0)
+            self._own = threading.local()
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states of a packed batch, (T, D)."""
@@ -83,6 +88,29 @@ class InferenceEncoder:
         for layer in self._layers:
             hidden = self._layer(layer, hidden, mixed, batch.lengths)
         return hidden[:tokens]
+
+    def map(self, function: Callable[[Batch], torch.Tensor], batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """`function`, which calls this encoder, of every batch, in their order.
+
+        On a CPU each of torch's threads takes a batch of its own: threads that share one wait for each other after
+        every product, some hundred times a batch.
+        """
+        threads = torch.get_num_threads()
+        if not self._tiled or threads == 1 or len(batches) < threads:
+            return [function(batch) for batch in batches]
+
+        def alone(batch: Batch) -> torch.Tensor:
+            with torch.inference_mode():
+                return function(batch)
+
+        # MKL's number of threads is one for all of the process, OpenMP's one for each thread: were either left as it
+        # is, the threads would each start others, and all spin for two cores.
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads, "annotator", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(alone, batches))
+        finally:
+            torch.set_num_threads(threads)
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         encoder = self._encoder
@@ -109,9 +137,12 @@ class InferenceEncoder:
     def _attend(self, qkv: torch.Tensor, mixed: torch.Tensor, lengths: Sequence[int]) -> None:
         """softmax(Q Kᵀ) V of every row over itself, into `mixed` (T, D); the scale is inside Q."""
         heads, width = self._encoder.heads, mixed.shape[1]
-        # (H, T, d_k) views: a head's tokens lie 3 * D numbers apart, which a matrix product takes as it is.
-        q, k, v = (part.view(-1, heads, width // heads).transpose(0, 1) for part in qkv.split(width, dim=1))
-        out = mixed.view(-1, heads, width // heads).transpose(0, 1)
+        tokens, d_k = mixed.shape[0], width // heads
+        # One head's tokens side by side: the products are worth more than the copies cost.
+        parts = self._buffer("parts", 3, heads, tokens, d_k)
+        parts.copy_(qkv.view(tokens, 3, heads, d_k).permute(1, 2, 0, 3))
+        out = self._buffer("out", heads, tokens, d_k)
+        q, k, v = parts
         start = 0
         for length, run in groupby(lengths):
             rows = sum(1 for _ in run)
@@ -121,28 +152,33 @@ class InferenceEncoder:
                     row = slice(first, first + length)
                     self._softmax_product(q[:, row], k[:, row], v[:, row], out[:, row])
             else:
-                # (T', 3, H, d_k) -> (3, rows * H, L, d_k)
-                part = qkv[start:stop].view(rows, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-                q_rows, k_rows, v_rows = part.reshape(3, rows * heads, length, width // heads)
+                # (3, H, rows * L, d_k) -> (3, H * rows, L, d_k)
+                q_rows, k_rows, v_rows = parts[:, :, start:stop].reshape(3, heads * rows, length, d_k)
                 result = torch.empty_like(q_rows)
                 self._softmax_product(q_rows, k_rows, v_rows, result)
-                mixed[start:stop].view(rows, length, heads, -1).copy_(
-                    result.view(rows, heads, length, -1).transpose(1, 2)
-                )
+                out[:, start:stop].copy_(result.view(heads, rows * length, d_k))
             start = stop
+        mixed[:start].view(start, heads, d_k).copy_(out[:, :start].transpose(0, 1))
 
     def _softmax_product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """For N matrices (N, L, d_k), a few at a time, so that their scores stay in cache."""
         count, length, _ = q.shape
         step = max(1, _SCORES // (length * length))
-        if self._scores.numel() < (size := min(step, count) * length * length):
-            self._scores = torch.empty(size)
         for first in range(0, count, step):
             part = slice(first, min(first + step, count))
-            scores = self._scores[: (part.stop - first) * length * length].view(-1, length, length)
+            scores = self._buffer("scores", part.stop - first, length, length)
             torch.bmm(q[part], k[part].transpose(1, 2), out=scores)
             torch._softmax(scores, -1, False, out=scores)
             torch.bmm(scores, v[part], out=out[part])
+
+    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
+        """Memory of the calling thread's own that is kept from call to call; what is in it is anything."""
+        size = math.prod(shape)
+        kept: torch.Tensor | None = getattr(self._own, name, None)
+        if kept is None or kept.numel() < size:
+            kept = torch.empty(size)
+            setattr(self._own, name, kept)
+        return kept[:size].view(shape)
 
 
 class _Linear:

@@ -12,16 +12,37 @@ from bert_ray.model.tasks.classification import Classification
 from bert_ray.model.tasks.embedding import Embedding
 from bert_ray.model.tasks.entities import Entities
 from bert_ray.model.tasks.faq import Faq
+from bert_ray.model.tasks.few_shot import FewShot
 from bert_ray.model.tasks.mask import Mask
+from bert_ray.model.tasks.multilabel import MultiLabel
+from bert_ray.model.tasks.regression import Regression
+from bert_ray.model.tasks.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from bert_ray.model.bundle import Card
 
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (Answer, Classification, Embedding, Entities, Faq, Mask)}
+TASKS: dict[str, type[Task]] = {
+    task.kind: task
+    for task in (Answer, Classification, Embedding, Entities, Faq, FewShot, Mask, MultiLabel, Regression, ZeroShot)
+}
 
-__all__ = ["TASKS", "Answer", "Classification", "Embedding", "Entities", "Faq", "Mask", "Task", "get_task"]
+__all__ = [
+    "TASKS",
+    "Answer",
+    "Classification",
+    "Embedding",
+    "Entities",
+    "Faq",
+    "FewShot",
+    "Mask",
+    "MultiLabel",
+    "Regression",
+    "Task",
+    "ZeroShot",
+    "get_task",
+]
 
 
 def get_task(
