@@ -139,6 +139,16 @@ def answer(root: Path, encoder: str) -> Tiny:
     return Tiny(model=model, columns={"question": pairs(), "context": texts()}, type=ANSWER)
 
 
+def faq(root: Path, encoder: str) -> Tiny:
+    from bert_ray.model.tasks.faq import build_index
+
+    pairs = {"question": ["a good film?", "bad food?", "where?"], "answer": ["yes", "no", "here"]}
+    bundle = build_index(encoder, pa.table(pairs), root / "tiny faq")
+    kind = pa.struct([("answer", pa.string()), ("score", pa.float32()), ("id", pa.string()), ("question", pa.string())])
+    dialogues = [text if text is None else ["hello", text] for text in TEXTS]
+    return Tiny(model=bundle.reference, columns={"question": pa.array(dialogues, pa.list_(pa.string()))}, type=kind)
+
+
 def embedding(root: Path, encoder: str) -> Tiny:
     return Tiny(model=encoder, columns={"text": texts()}, type=pa.list_(pa.float32(), 32))
 
@@ -180,6 +190,7 @@ MAKERS: dict[str, Callable[[Path, str], Tiny]] = {
     "embedding": embedding,
     "entities": entities,
     "few-shot": few_shot,
+    "faq": faq,
     "fill-mask": fill_mask,
     "mask": mask,
     "multi-label": multilabel,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.answer_metrics import best_threshold, f1, mean_scores
-from bert_ray.model.tasks.answer_spans import Spans, best_spans, take_pieces, thinned, window_targets
+from bert_ray.model.tasks.answer_spans import Spans, best_spans, join_pieces, take_pieces, thinned, window_targets
 from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_blank, to_python_strings
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.packing import PackedBatch
+
+# Contexts are tokenised in stretches of about this size: the tokenizer's own objects take some hundred bytes a token.
+_TOKENIZED_BYTES = 4 * 2**20
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -85,8 +89,14 @@ class QuestionTokenizer(Tokenizer):
 
     def __call__(self, inputs: Sequence[pa.Array]) -> Pieces:
         """Tokenise questions and contexts, none of them null."""
-        question, context = inputs
-        return super().__call__([self.cut(question, self.question_tokens), context])
+        question, context = self.cut(inputs[0], self.question_tokens), inputs[1]
+        ends = np.cumsum(pc.binary_length(context).to_numpy(zero_copy_only=False).astype(np.int64))
+        borders = [0, *(np.flatnonzero(np.diff(ends // _TOKENIZED_BYTES)) + 1).tolist(), len(context)]
+        parts = []
+        for start, end in pairwise(borders):
+            rows = slice(start, end)
+            parts.append(super().__call__([question[rows], context[rows]]))
+        return parts[0] if len(parts) == 1 else join_pieces(parts)
 
 
 class Answer(Task):

@@ -6,6 +6,7 @@ Shapes: B rows, P pieces (windows), T tokens of all pieces together.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,4 +153,21 @@ def take_pieces(pieces: Pieces, which: np.ndarray) -> Pieces:
         rows=pieces.rows[which],
         spans=None if pieces.spans is None else pieces.spans[tokens],
         sources=None if pieces.sources is None else pieces.sources[tokens],
+    )
+
+
+def join_pieces(parts: Sequence[Pieces]) -> Pieces:
+    """The pieces of consecutive stretches of rows, pairs with spans, as one."""
+    sizes = [len(part.starts) - 1 for part in parts]
+    before = np.cumsum([0, *sizes[:-1]])
+    lengths = np.concatenate([part.tokens.lengths for part in parts])
+    return Pieces(
+        tokens=Ragged(
+            ids=np.concatenate([part.tokens.ids for part in parts]),
+            types=np.concatenate([part.tokens.types for part in parts]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        ),
+        rows=np.concatenate([part.rows + first for part, first in zip(parts, before, strict=True)]),
+        spans=np.concatenate([part.spans for part in parts]),
+        sources=np.concatenate([part.sources for part in parts]),
     )

@@ -182,6 +182,20 @@ def test_a_context_of_many_pages_is_read_whole(bundle: Path, uci_sample: pa.Tabl
     assert context[answer["start"] : answer["end"]] == answer["text"]
 
 
+def test_stretches_of_contexts_make_no_difference(
+    bundle: Path, contexts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bert_ray.model.tasks import answer
+
+    whole = pieces_of(bundle, asked(contexts))
+    monkeypatch.setattr(answer, "_TOKENIZED_BYTES", 5_000)
+    parts = pieces_of(bundle, asked(contexts))
+    for name in ("rows", "spans", "sources"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
+    for name in ("ids", "types", "offsets"):
+        np.testing.assert_array_equal(getattr(whole.tokens, name), getattr(parts.tokens, name))
+
+
 @pytest.mark.parametrize("max_length", [5, 16, 64, MAX_LENGTH])
 def test_a_question_longer_than_the_model_is_cut(bundle: Path, max_length: int) -> None:
     found = load_bundle(bundle)
@@ -331,6 +345,12 @@ def test_fewer_windows_without_the_answer(bundle: Path, contexts: list[str]) -> 
     assert len(fewer.pieces.spans) == len(fewer.pieces.sources) == len(fewer.pieces.tokens.ids)
     whole, same = examples_of(bundle, rows)
     assert whole.for_training(same) is same
+
+
+def test_no_rows_make_no_examples(bundle: Path) -> None:
+    task, examples = examples_of(bundle, {name: [] for name in (*ANSWER.inputs, *ANSWER.truths)}, null_windows=0.5)
+    assert len(examples) == len(task.for_training(examples)) == 0
+    assert examples.targets.values.shape == (0, 2)
 
 
 def write(path: Path, **columns: Any) -> str:
