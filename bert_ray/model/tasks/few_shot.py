@@ -177,7 +177,10 @@ class FewShot(LabelsByEmbedding):
 
 
 def fit_head(vectors: np.ndarray, indices: np.ndarray, names: Sequence[str], *, seed: int = 0) -> Head:
-    """Fit scikit-learn's logistic regression, its penalty chosen by the log-loss of held-out examples.
+    """Fit scikit-learn's logistic regression, its penalty chosen by the accuracy on held-out examples.
+
+    Of equals the strongest: on news with 16 and 64 examples a label, choosing by log-loss instead prefers weak
+    penalties, whose scores are surer and whose labels are wrong one to two times more in a hundred.
 
     Args:
         vectors: float32 (N, D).
@@ -186,7 +189,6 @@ def fit_head(vectors: np.ndarray, indices: np.ndarray, names: Sequence[str], *, 
         seed: of the folds.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     vectors = vectors.astype(np.float64)
@@ -205,8 +207,9 @@ def fit_head(vectors: np.ndarray, indices: np.ndarray, names: Sequence[str], *, 
             strength: cross_val_predict(regression(strength), vectors, indices, cv=split, method="predict_proba")
             for strength in _STRENGTHS
         }
-        strength = min(said, key=lambda strength: log_loss(indices, said[strength]))
-        metrics = figures(indices, said[strength].argmax(axis=1), names)
+        found = {strength: figures(indices, values.argmax(axis=1), names) for strength, values in said.items()}
+        strength = max(found, key=lambda strength: (found[strength]["accuracy"], -strength))
+        metrics = found[strength]
     fitted = regression(strength).fit(vectors, indices)
     weight, bias = fitted.coef_, fitted.intercept_
     if len(names) == 2:  # One row, the second label's logit against 0.

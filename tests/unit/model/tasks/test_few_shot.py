@@ -294,12 +294,12 @@ def test_tables_that_teach_nothing(
 
 
 def test_the_penalty_is_chosen_by_held_out_examples() -> None:
-    """Noise wants a strong penalty, clear groups a weak one; the seed decides the folds."""
+    """Of equally good ones the strongest; the seed decides the folds."""
     draw = np.random.default_rng(0)
     names, indices = ["a", "b", "c"], np.repeat(np.arange(3), 20)
     noise = draw.normal(size=(60, 16)).astype(np.float32)
     groups = noise + 8 * np.eye(16, dtype=np.float32)[indices]
-    assert fit_head(noise, indices, names).strength < fit_head(groups, indices, names).strength
+    assert fit_head(groups, indices, names).strength == 0.1
     assert fit_head(groups, indices, names).metrics["accuracy"] == 1.0
     first, second = fit_head(noise, indices, names, seed=3), fit_head(noise, indices, names, seed=3)
     assert np.array_equal(first.weight, second.weight)
