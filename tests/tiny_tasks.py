@@ -176,13 +176,6 @@ def few_shot(root: Path, encoder: str) -> Tiny:
     return Tiny(model=job.output, columns={"text": texts()}, type=LABEL)
 
 
-def fill_mask(root: Path, encoder: str) -> Tiny:
-    model = save(root, "BertForMaskedLM", {"task": "fill-mask"})
-    masked = [text and f"a [MASK] film: {text}" for text in TEXTS]
-    kind = pa.list_(pa.struct([("token", pa.string()), ("score", pa.float32())]))
-    return Tiny(model=model, columns={"text": pa.array(masked, pa.string())}, type=kind)
-
-
 # Task -> what makes its Tiny from a directory to write to and the tiny encoder's directory.
 MAKERS: dict[str, Callable[[Path, str], Tiny]] = {
     "answer": answer,
@@ -191,7 +184,6 @@ MAKERS: dict[str, Callable[[Path, str], Tiny]] = {
     "entities": entities,
     "few-shot": few_shot,
     "faq": faq,
-    "fill-mask": fill_mask,
     "mask": mask,
     "multi-label": multilabel,
     "regression": regression,

@@ -24,6 +24,8 @@ import pyarrow.dataset as pads
 
 from bert_ray.errors import BundleError, ColumnError, LakeError
 from bert_ray.evaluation.metrics import Scores, score
+from bert_ray.model.tasks.base import Task
+from bert_ray.model.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from bert_ray.evaluation.job import EvaluateJob
@@ -92,8 +94,32 @@ class Evaluation:
         return "\n".join([*lines, *_matrix(self.scores), "", f"report {self.report}", f"metrics {self.metrics}"])
 
 
-def evaluate(job: EvaluateJob) -> Evaluation:
-    """Annotate a labelled table, compare, and write report.html and metrics.json.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What came out for a task that is not classification: its own metrics.
+
+    Attributes:
+        figures: name -> value, as the task gives them.
+        rows: rows compared.
+        notes: rows that were left out, and why.
+        seconds: time to annotate, without loading the model.
+        metrics: path of metrics.json.
+    """
+
+    figures: dict[str, float]
+    rows: int
+    notes: tuple[str, ...]
+    seconds: float
+    metrics: Path
+
+    def text(self) -> str:
+        """What `bert-ray evaluate` prints: `name value`, one a line."""
+        lines = [f"{name} {value:.4f}" for name, value in self.figures.items()]
+        return "\n".join([*lines, f"rows {self.rows}", *self.notes, "", f"metrics {self.metrics}"])
+
+
+def evaluate(job: EvaluateJob) -> Evaluation | Measured:
+    """Annotate a labelled table, compare, and write metrics.json; for classification also report.html.
 
     Raises:
         BundleError: the model cannot be loaded, or its task has no labels.
@@ -104,6 +130,8 @@ def evaluate(job: EvaluateJob) -> Evaluation:
 
     table = _open(job.table)
     annotator = _annotator(job)
+    if not (isinstance(annotator.task, Classification) and pa.types.is_struct(annotator.output_field.type)):
+        return _measure(annotator, job)
     labels = annotator.bundle.card.labels
     annotator.check(table.schema)
     truth = _truth(annotator, table, job)
@@ -129,6 +157,35 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     return evaluation
 
 
+def _measure(annotator: Annotator, job: EvaluateJob) -> Measured:
+    """Annotate the rows that the task can be compared on, and let it compare."""
+    from bert_ray.training.data import read_labelled
+
+    task = annotator.task
+    columns = dict(job.columns or {})
+    if job.column is not None:
+        columns[task.inputs[0]] = job.column
+    if job.label != "label" and "label" in task.truths:
+        columns["label"] = job.label
+    found = read_labelled(job.table, task, columns)
+    started = time.perf_counter()
+    annotations = annotator.annotate(found.inputs)
+    seconds = time.perf_counter() - started
+    output = Path(job.output)
+    output.mkdir(parents=True, exist_ok=True)
+    measured = Measured(
+        figures=task.metrics(annotations, found.inputs, found.truth),
+        rows=len(annotations),
+        notes=tuple(found.notes),
+        seconds=seconds,
+        metrics=output / "metrics.json",
+    )
+    value = {"model": job.model, "fingerprint": annotator.fingerprint, "table": job.table, **measured.figures}
+    value |= {"rows": measured.rows, "notes": list(measured.notes), "seconds": round(seconds, 3)}
+    measured.metrics.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return measured
+
+
 def _open(path: str) -> pads.Dataset:
     if not Path(path).exists():
         raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
@@ -145,10 +202,12 @@ def _annotator(job: EvaluateJob) -> Annotator:
     from bert_ray.model.annotator import AnnotatorSpec
     from bert_ray.model.bundle import load_bundle
 
-    task = load_bundle(job.model).task
-    if not task.card.labels:
-        raise BundleError(f"{job.model} annotates with {task.kind}, which has no labels to measure against")
-    columns = tuple((job.columns or {}).items())
+    bundle = load_bundle(job.model)
+    asked = AnnotatorSpec(model=job.model, task=job.task, options=job.options)
+    task = asked.task_of(bundle)
+    if not task.truths or type(task).metrics is Task.metrics:
+        raise BundleError(f"{job.model} annotates with {task.kind}, which has nothing to measure it by")
+    columns = tuple((name, column) for name, column in (job.columns or {}).items() if name in task.inputs)
     if job.column is not None:
         if len(task.inputs) > 1:
             raise ColumnError(f"{task.kind} has the inputs {', '.join(task.inputs)}: name each with --columns.INPUT")
@@ -157,6 +216,8 @@ def _annotator(job: EvaluateJob) -> Annotator:
         model=job.model,
         columns=columns,
         name=_COLUMN,
+        task=job.task,
+        options=job.options,
         batch_tokens=job.batch_tokens,
         threads=job.threads,
         device=job.device,
@@ -180,6 +241,7 @@ def _truth(annotator: Annotator, table: pads.Dataset, job: EvaluateJob) -> np.nd
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     truth = np.full(len(column), -1, np.int64)
+    assert isinstance(annotator.task, Classification)
     if not pa.types.is_null(column.type):
         known = column.is_valid().to_numpy(zero_copy_only=False)
         truth[known] = annotator.task.indices(column.drop_null())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from bert_ray.errors import JobError
 
@@ -15,7 +16,9 @@ class EvaluateJob:
         model: a bundle reference.
         table: Parquet file or directory (hive partitions become columns) with texts and their labels.
         column: the text column, for a task of one input; default: the input's name, `text`.
-        columns: table columns by task input, for a task of several inputs.
+        columns: table columns by the task's inputs and truths (`label`, `answer_text`, …), where their names differ.
+        task: another task to run with the model than its own: `similarity` or `zero-shot` on an encoder, say.
+        options: of the task, over those on the model's card.
         label: the label column: strings, or integers and booleans, which are positions in the model's labels.
         output: directory for report.html and metrics.json; made where it is missing, those two files replaced.
         mistakes: how many of the most confident mistakes the report shows.
@@ -29,6 +32,8 @@ class EvaluateJob:
     table: str
     column: str | None = None
     columns: dict[str, str] | None = None
+    task: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     label: str = "label"
     output: str = "evaluation"
     mistakes: int = 20

@@ -16,6 +16,7 @@ from bert_ray.model.tasks.few_shot import FewShot
 from bert_ray.model.tasks.mask import Mask
 from bert_ray.model.tasks.multilabel import MultiLabel
 from bert_ray.model.tasks.regression import Regression
+from bert_ray.model.tasks.similarity import Similarity
 from bert_ray.model.tasks.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {
     task.kind: task
-    for task in (Answer, Classification, Embedding, Entities, Faq, FewShot, Mask, MultiLabel, Regression, ZeroShot)
+    for task in (
+        Answer,
+        Classification,
+        Embedding,
+        Entities,
+        Faq,
+        FewShot,
+        Mask,
+        MultiLabel,
+        Regression,
+        Similarity,
+        ZeroShot,
+    )
 }
 
 __all__ = [
@@ -39,6 +52,7 @@ __all__ = [
     "Mask",
     "MultiLabel",
     "Regression",
+    "Similarity",
     "Task",
     "ZeroShot",
     "get_task",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from bert_ray.evaluation.metrics import score
@@ -41,10 +42,16 @@ def test_the_figures_are_those_of_the_training_loop(tiny_bundle: object) -> None
     from bert_ray.model.bundle import load_bundle
 
     generator = np.random.default_rng(0)
-    outputs, truth = generator.normal(size=(200, 2)).astype(np.float32), generator.integers(0, 2, 200)
-    during = load_bundle(tiny_bundle).task.metrics(outputs, truth)  # type: ignore[arg-type]
-    after = score(["negative", "positive"], truth, outputs.argmax(axis=1)).figures()
-    assert during == pytest.approx({name: after[name] for name in during})
+    said, truth = generator.integers(0, 2, 200), generator.integers(0, 2, 200)
+    names = ["negative", "positive"]
+    annotations = pa.StructArray.from_arrays(
+        [pa.array([names[label] for label in said]), pa.array(np.ones(200, np.float32))], ["label", "score"]
+    )
+    during = load_bundle(tiny_bundle).task.metrics(annotations, [], [pa.array(truth)])  # type: ignore[arg-type]
+    after = score(names, truth, said).figures()
+    assert {name: during[name] for name in ("accuracy", "macro_f1")} == pytest.approx(
+        {name: after[name] for name in ("accuracy", "macro_f1")}
+    )
 
 
 def test_nothing_to_compare_is_refused() -> None:

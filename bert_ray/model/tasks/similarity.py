@@ -1,0 +1,66 @@
+"""Similarity: the cosine of two texts' embeddings, from -1 to 1.
+
+Runs on any embedding bundle (`task: similarity`); nothing is trained. Output: float32. A blank text has the vector of
+its special tokens alone, as in embedding. A model trained to score pairs is another task, `regression`.
+
+Shapes: B rows, P distinct texts among both inputs, a piece each, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bert_ray.errors import ColumnError
+from bert_ray.model.tasks.base import Outputs
+from bert_ray.model.tasks.embedding import Embedding
+from bert_ray.model.tokenization import Pieces, Tokenizer
+
+
+class Similarity(Embedding):
+    """The cosine of two texts' embeddings."""
+
+    kind: ClassVar[str] = "similarity"
+    inputs: ClassVar[tuple[str, ...]] = ("text", "text_pair")
+    truths: ClassVar[tuple[str, ...]] = ("label",)
+    metric: ClassVar[str] = "spearman"
+    architecture: ClassVar[str | None] = None
+
+    @property
+    def name(self) -> str:
+        """`similarity`: the card's name is that of its embedding."""
+        return self.kind
+
+    def output_type(self) -> pa.DataType:
+        """float32."""
+        return pa.float32()
+
+    def encode(self, tokenize: Tokenizer, inputs: Sequence[pa.Array]) -> Pieces:
+        """The distinct texts of both inputs, a piece each: a text that stands in many pairs is read once."""
+        # `decode` finds a row's texts again by the same encoding; `rows` therefore counts texts, not rows.
+        return tokenize([pa.concat_arrays(list(inputs)).dictionary_encode().dictionary])
+
+    def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
+        """Vectors float32 (P, D) of the distinct texts -> cosines (B,)."""
+        codes = pa.concat_arrays(list(inputs)).dictionary_encode().indices.to_numpy()
+        vectors = outputs.values / np.maximum(np.linalg.norm(outputs.values, axis=1, keepdims=True), 1e-12)
+        first, second = np.split(codes, 2)
+        return pa.array(np.einsum("bd,bd->b", vectors[first], vectors[second]).astype(np.float32))
+
+    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
+        """Rank and linear correlation with the scores in `label`, on any scale.
+
+        Raises:
+            ColumnError: the scores are not numbers.
+        """
+        from scipy.stats import pearsonr, spearmanr
+
+        if not (pa.types.is_floating(truth[0].type) or pa.types.is_integer(truth[0].type)):
+            raise ColumnError(f"the label column is {truth[0].type}; similarity is compared with numbers")
+        said = annotations.to_numpy(zero_copy_only=False).astype(float)
+        so = pc.cast(truth[0], pa.float64()).to_numpy(zero_copy_only=False)
+        return {"spearman": float(spearmanr(said, so).statistic), "pearson": float(pearsonr(said, so).statistic)}
