@@ -158,6 +158,14 @@ def similarity(root: Path, encoder: str) -> Tiny:
     return Tiny(model=encoder, task="similarity", columns=columns, type=pa.float32())
 
 
+def fill_mask(root: Path, encoder: str) -> Tiny:
+    model = save(root, "BertForMaskedLM", {"task": "fill-mask"})
+    masked = [text if index in (1, 2) else f"{text} a [MASK] one, [MASK]" for index, text in enumerate(TEXTS)]
+    masked[0] = None
+    kind = pa.list_(pa.struct([("token", pa.string()), ("score", pa.float32())]))
+    return Tiny(model=model, columns={"text": pa.array(masked, pa.string())}, type=kind)
+
+
 def zero_shot(root: Path, encoder: str) -> Tiny:
     options = {"labels": ["film", "food", "phone"]}
     return Tiny(model=encoder, task="zero-shot", options=options, columns={"text": texts()}, type=LABEL)
@@ -184,6 +192,7 @@ MAKERS: dict[str, Callable[[Path, str], Tiny]] = {
     "entities": entities,
     "few-shot": few_shot,
     "faq": faq,
+    "fill-mask": fill_mask,
     "mask": mask,
     "multi-label": multilabel,
     "regression": regression,

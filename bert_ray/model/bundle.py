@@ -190,6 +190,8 @@ def save_bundle(
     target = Path(directory).absolute()
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
         raise BundleError(f"{target} is not empty and holds no bundle: choose another directory")
+    from bert_ray.model.tasks import get_task
+
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.parent / f".{target.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -199,6 +201,7 @@ def save_bundle(
         tokenizer.save_pretrained(fresh)
         if add is not None:
             add(fresh)
+        get_task(card, model.config).write_files(fresh)
         save_card(fresh, card)
         old = target.parent / f".{target.name}.{os.getpid()}.old"
         if target.exists():
@@ -321,7 +324,13 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
         limits = directory / "sentence_bert_config.json"
         if limits.exists():
             max_length = min(max_length, json.loads(limits.read_text("utf-8")).get("max_seq_length") or max_length)
-    return Card(task="embedding", max_length=max_length, pooling=pooling, normalize=normalize)
+    card = Card(task="embedding", max_length=max_length, pooling=pooling, normalize=normalize)
+    prompts = directory / "config_sentence_transformers.json"
+    if prompts.exists():
+        said = json.loads(prompts.read_text("utf-8"))
+        if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name") or ""):
+            card.options = {"prompt": prompt}
+    return card
 
 
 def _pooling(settings: dict[str, Any], directory: Path) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bert_ray.training.optim import MOMENTS, TaskModel, adam_state, adamw, clip, named_state, restore_moments
+from bert_ray.training.optim import MOMENTS, TaskModel, adam_state, adamw, clip, named_state, restore_moments, set_rate
 
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
@@ -73,7 +73,7 @@ class DeepSpeedStepper:
                 "dtype": str(module.autocast).removeprefix("torch."),
                 "lower_precision_safe_modules": [],
             }
-        optimizer = adamw(module.model, job.weight_decay)
+        optimizer = adamw(module.model, job.weight_decay, job.layer_decay)
         self.engine, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -85,6 +85,7 @@ class DeepSpeedStepper:
                 deepspeed.zero.register_external_parameter(module, weight)
         self._optimizer = optimizer
         self._named = dict(module.model.named_parameters())
+        self._trained = {name: weight for name, weight in self._named.items() if weight.requires_grad}
         self._make_moments(0)
 
     def forward(self, *arguments: Any) -> Any:
@@ -101,10 +102,9 @@ class DeepSpeedStepper:
 
     def step(self, rate: float) -> None:
         """See Stepper."""
-        for group in self._wrapped.param_groups:
-            group["lr"] = rate
+        set_rate(self._wrapped, rate)
         if not self._stage and self._clip:
-            clip(list(self._named.values()), self._clip)
+            clip(list(self._trained.values()), self._clip)
         self.engine.step()
 
     def whole(self) -> AbstractContextManager[Any]:
@@ -123,7 +123,7 @@ class DeepSpeedStepper:
             for name, weight in self._named.items():
                 if first:
                     state[f"weight/{name}"] = weight.detach().to("cpu", copy=True)
-        for name, weight in self._named.items():
+        for name, weight in self._trained.items():
             for moment in MOMENTS:
                 value = self._deepspeed.utils.safe_get_full_optimizer_state(weight, moment)
                 if first and value is not None:
@@ -136,7 +136,7 @@ class DeepSpeedStepper:
             restore_moments(self.module.model, self._optimizer, state, steps)
             return
         self._make_moments(steps)
-        for name, weight in self._named.items():
+        for name, weight in self._trained.items():
             for moment in MOMENTS:
                 value = state.get(f"{moment}/{name}")
                 if value is not None:

@@ -59,6 +59,42 @@ class CheckpointOptions:
 
 
 @dataclass(kw_only=True, slots=True)
+class AugmentationOptions:
+    """Distort training rows, anew in each epoch, so that a model does not learn few rows by heart.
+
+    Each is the share of a text's words that it happens to; 0: none. For tasks whose truth belongs to a whole text.
+
+    Attributes:
+        deletion: words left out.
+        swap: words that change places with the next.
+        characters: words with one character left out, doubled, changed or swapped.
+        substitution: words that a masked language model puts another in the place of.
+        model: reference of that model; it was pretrained with the tokenizer of the model to train.
+    """
+
+    deletion: float = 0.0
+    swap: float = 0.0
+    characters: float = 0.0
+    substitution: float = 0.0
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("deletion", "swap", "characters", "substitution"):
+            share = getattr(self, name)
+            _check(0.0 <= share <= 0.5, f"augmentation.{name} is {share}; give a share of the words, from 0 to 0.5")
+        _check(
+            not self.substitution or self.model is not None,
+            "augmentation.substitution needs a model that fills words in: give augmentation.model, a masked language "
+            "model",
+        )
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.deletion or self.swap or self.characters or self.substitution)
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainJob:
     """Fine-tune an encoder.
 
@@ -88,6 +124,11 @@ class TrainJob:
         class_weights: how much each label's rows count in the loss: `none`: all alike; `balanced`: rare labels more,
             by rows / (labels * rows of the label), as scikit-learn has it; or a weight by label, `{spam: 5}`, the
             others having 1.
+        layer_decay: factor on the learning rate from each layer to the one below it (Howard and Ruder, arXiv
+            1801.06146, section 3.2; as ELECTRA has it), the head having the full rate; 1: all alike.
+        freeze_layers: so many of the lowest layers, and the embeddings under them, keep the base's weights; 0: all are
+            trained.
+        augmentation: see AugmentationOptions.
         dropout: rate for hidden states; None: the base model's.
         attention_dropout: rate for attention weights; None: the base model's. 0 keeps attention on its fast kernels.
         warmup: share of all steps in which the learning rate rises from 0.
@@ -122,6 +163,9 @@ class TrainJob:
     l1: float = 0.0
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    layer_decay: float = 1.0
+    freeze_layers: int = 0
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     dropout: float | None = None
     attention_dropout: float | None = 0.0
     warmup: float = 0.1
@@ -146,7 +190,7 @@ class TrainJob:
         _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
         for name in ("workers", "epochs", "batch_size", "gradient_accumulation"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("weight_decay", "l1", "clip", "early_stopping", "max_failures", "seed"):
+        for name in ("weight_decay", "l1", "clip", "early_stopping", "max_failures", "seed", "freeze_layers"):
             _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more")
         for name in ("dropout", "attention_dropout"):
             rate = getattr(self, name)
@@ -154,6 +198,10 @@ class TrainJob:
         _check(
             0.0 <= self.label_smoothing < 1.0,
             f"label_smoothing is {self.label_smoothing}; give a share from 0 to below 1, such as 0.1",
+        )
+        _check(
+            0.0 < self.layer_decay <= 1.0,
+            f"layer_decay is {self.layer_decay}; give a factor above 0, at most 1, such as 0.9",
         )
         if isinstance(self.class_weights, dict):
             for label, weight in self.class_weights.items():

@@ -160,7 +160,9 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     from bert_ray.model.bundle import Card, max_positions
     from bert_ray.model.tasks import get_task
 
-    limit = max_positions(base.config)
+    limit, layers = max_positions(base.config), base.config.num_hidden_layers
+    if job.freeze_layers > layers:
+        raise JobError(f"freeze_layers is {job.freeze_layers}, but {job.model} has {layers} layers")
     if job.max_length is not None and job.max_length > limit:
         raise JobError(f"max_length is {job.max_length}, but {job.model} has {limit} positions: give at most {limit}")
     card = Card(
@@ -174,8 +176,13 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
         options=dict(job.options),
     )
     task = get_task(card, base.config)
+    if inherited := {name: base.card.options[name] for name in task.inherits if name in base.card.options}:
+        card.options = inherited | card.options
+        task = get_task(card, base.config)
+    if job.augmentation.any and not task.distortable:
+        raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
     task.choose_inputs(job.data.columns or ())
-    card.inputs = list(task.inputs)
+    card.inputs = list(task.annotates)
     return task
 
 

@@ -22,8 +22,9 @@ from bert_ray.model.examples import ranges
 from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import pack_rows, plan
 from bert_ray.model.tasks.base import Outputs
+from bert_ray.training.augmentation import Augmentation
 from bert_ray.training.checkpoints import Checkpoints
-from bert_ray.training.optim import PRECISIONS, TaskModel, load_weights
+from bert_ray.training.optim import PRECISIONS, TaskModel, freeze, load_weights
 from bert_ray.training.order import epoch_order, noise_seed, shares
 from bert_ray.training.schedule import learning_rate
 
@@ -117,6 +118,7 @@ def new_module(
     task = get_task(card, base.config)
     task.learning = learning or task.learning
     model = task.new_model(base, job.dropout, job.attention_dropout)
+    freeze(model, job.freeze_layers)
     if state is not None:
         load_weights(model, state)
     return TaskModel(model, task, job.l1, PRECISIONS[resolve_precision(job.precision, device)])
@@ -167,6 +169,9 @@ class Loop:
         self.tell, self.callbacks = tell, callbacks
         self.checkpoints = Checkpoints(directory / "checkpoints", job.checkpoint.keep)
         self.lengths = data.train.lengths
+        self.augmentation = None
+        if job.augmentation.any:
+            self.augmentation = Augmentation(job.augmentation, base.tokenizer(), card.max_length, job.seed, device)
         self.epoch_steps = -(-len(data.train) // job.batch_size)
         self.steps = self.epoch_steps * job.epochs
         found = self.checkpoints.latest()
@@ -237,7 +242,7 @@ class Loop:
             if len(mine) == 0:  # Nothing to compute, but the other workers wait in the same collectives.
                 mine, scale = samples[:1], 0.0
             torch.manual_seed(noise_seed(job.seed, step, piece, peers.rank))
-            batch, targets = self._batch(self.data.train, mine)
+            batch, targets = self._batch(self.data.train, mine, distorted=True)
             loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / pieces)
             self.stepper.backward(loss)
             total = total + (losses if scale else losses * 0.0)
@@ -248,9 +253,16 @@ class Loop:
         position.tokens += tokens
         position.epoch_tokens += tokens
 
-    def _batch(self, examples: Examples, samples: np.ndarray) -> tuple[PackedBatch, torch.Tensor]:
+    def _batch(
+        self, examples: Examples, samples: np.ndarray, distorted: bool = False
+    ) -> tuple[PackedBatch, torch.Tensor]:
         pieces, owners = examples.pieces_of(samples)
-        batch = pack_rows(examples.pieces.tokens, pieces)
+        if distorted and self.augmentation is not None:
+            tokens = self.augmentation(examples.pieces.tokens, pieces, self.position.epoch)
+            batch = pack_rows(tokens, np.arange(len(pieces)))
+            batch.rows = pieces
+        else:
+            batch = pack_rows(examples.pieces.tokens, pieces)
         batch.samples = None if owners is None else torch.from_numpy(owners)
         targets = torch.from_numpy(examples.targets.take(samples))
         return batch.to(self.device), targets.to(self.device, non_blocking=True)

@@ -10,12 +10,13 @@ Shapes: P pieces of a packed batch.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from bert_ray.model.encoder import encode
+from bert_ray.model.encoder import encode, encoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,14 +118,60 @@ def decayed(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in one fused kernel, the learning rate to be set before each step."""
-    kept = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() <= 1]
-    groups = [
-        {"params": decayed(model), "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+def adamw(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """AdamW in one fused kernel; `set_rate` before each step."""
+    matrices = {id(weight) for weight in decayed(model)}
+    factors = layer_factors(model, layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            groups.setdefault((factors.get(id(weight), 1.0), id(weight) in matrices), []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "weight_decay": weight_decay if is_matrix else 0.0, "factor": factor}
+            for (factor, is_matrix), weights in groups.items()
+        ],
+        lr=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Set the learning rate of the next step, lower for lower layers where the job says so."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def layer_factors(model: nn.Module, decay: float) -> dict[int, float]:
+    """Factor on the learning rate by parameter (its `id`), 1 for those not named.
+
+    Of n layers, number l from 0 has decay^(n - l), the embeddings below have decay^(n + 1), as in ELECTRA and BEiT.
+    """
+    if decay == 1.0:
+        return {}
+    blocks = blocks_of(model)
+    return {id(weight): decay ** (len(blocks) - place) for place, block in enumerate(blocks) for weight in block}
+
+
+def freeze(model: nn.Module, layers: int) -> None:
+    """Keep the embeddings and the lowest `layers` layers as they are; 0: nothing is frozen."""
+    if layers:
+        for block in blocks_of(model)[: layers + 1]:
+            for weight in block:
+                weight.requires_grad_(False)
+
+
+def blocks_of(model: Any) -> list[list[nn.Parameter]]:
+    """The parameters of the embeddings, and of each encoder layer from the lowest."""
+    encoder = encoder_of(model)
+    bottom = (encoder.words, encoder.positions, encoder.types, encoder.norm)
+    blocks = [[weight for module in bottom if module is not None for weight in module.parameters()]]
+    for layer in encoder.layers:
+        modules = (getattr(layer, item.name) for item in fields(layer))
+        blocks.append([weight for module in modules for weight in module.parameters()])
+    return blocks
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -171,7 +218,7 @@ class PlainStepper:
         self.device = device
         self._clip = job.clip
         self._weights = [weight for weight in module.parameters() if weight.requires_grad]
-        self._optimizer = adamw(module.model, job.weight_decay)
+        self._optimizer = adamw(module.model, job.weight_decay, job.layer_decay)
         # fp16's gradients would underflow; bf16 has fp32's range and needs no scaling.
         self._scaler = torch.amp.GradScaler(device.type, enabled=module.autocast is torch.float16)
 
@@ -185,8 +232,7 @@ class PlainStepper:
 
     def step(self, rate: float) -> None:
         """See Stepper."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizer, rate)
         if self._clip:
             self._scaler.unscale_(self._optimizer)
             clip(self._weights, self._clip)

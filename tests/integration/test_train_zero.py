@@ -86,6 +86,9 @@ def worker(rank: int, world: int, port: int, job: TrainJob, root: Path, answers:
         for name in ("cut", "moved"):
             run_loop(run, root / f"world{world}-{name}{stage}", stop=5)
         found[f"cut {stage}"] = run_loop(run, root / f"world{world}-cut{stage}")
+    for stage in STAGES:
+        levers = replace(job, zero_stage=stage, freeze_layers=1, layer_decay=0.5)
+        found[f"levers {stage}"] = run_loop(levers, root / f"world{world}-levers{stage}")
     found["accumulated"] = run_loop(replace(job, gradient_accumulation=3), root / f"world{world}-accumulated")
     if rank == 0:
         answers.put((world, found))
@@ -155,6 +158,18 @@ def test_plain_torch_has_them_too(runs: dict[Any, Any], world: int) -> None:
 
     job = replace(runs["job"], engine="local", threads=1, output=str(runs["root"] / f"plain{world}"))
     assert losses(train(job, tell=lambda _: None).history) == pytest.approx(losses(runs[world]["stage 0"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_frozen_layers_and_layer_wise_rates(runs: dict[Any, Any], world: int) -> None:
+    from bert_ray.training.launch import train
+
+    output = str(runs["root"] / f"plain levers {world}")
+    job = replace(runs["job"], engine="local", threads=1, output=output, freeze_layers=1, layer_decay=0.5)
+    expected = losses(train(job, tell=lambda _: None).history)
+    assert expected != losses(runs[world]["stage 0"])
+    for stage in STAGES:
+        assert losses(runs[world][f"levers {stage}"]) == pytest.approx(expected, abs=1e-5), stage
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -13,6 +13,7 @@ from bert_ray.model.tasks.embedding import Embedding
 from bert_ray.model.tasks.entities import Entities
 from bert_ray.model.tasks.faq import Faq
 from bert_ray.model.tasks.few_shot import FewShot
+from bert_ray.model.tasks.fill_mask import FillMask
 from bert_ray.model.tasks.mask import Mask
 from bert_ray.model.tasks.multilabel import MultiLabel
 from bert_ray.model.tasks.regression import Regression
@@ -33,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
         Entities,
         Faq,
         FewShot,
+        FillMask,
         Mask,
         MultiLabel,
         Regression,
@@ -49,6 +51,7 @@ __all__ = [
     "Entities",
     "Faq",
     "FewShot",
+    "FillMask",
     "Mask",
     "MultiLabel",
     "Regression",

@@ -98,6 +98,7 @@ class Task(ABC):
         builds: the table columns that `build` reads, where a bundle is made from a table without training; else none.
         split_by: the input whose hash decides about validation; rows that share it stay on one side.
         options_type: the dataclass of its options.
+        inherits: options that a bundle to train takes over from the bundle it starts from.
         architecture: how transformers' architectures with this task's head end ("ForTokenClassification"): a directory
             without a card that names one is taken for this task, if it `fits`; None: never.
 
@@ -120,6 +121,7 @@ class Task(ABC):
     builds: ClassVar[tuple[str, ...]] = ()
     split_by: ClassVar[str] = "text"
     options_type: ClassVar[type[Options]] = Options
+    inherits: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = None
 
     def __init__(
@@ -132,7 +134,10 @@ class Task(ABC):
         """
         self.card = card
         self.config = config
-        self.options = self._options({**card.options, **(options or {})})
+        known = {item.name for item in fields(self.options_type)}
+        # The card's options are those of its own task; another that runs on the same model takes what both have.
+        own = {name: value for name, value in card.options.items() if card.task == self.kind or name in known}
+        self.options = self._options({**own, **(options or {})})
         self.learning = Learning()
 
     def _options(self, chosen: Mapping[str, Any]) -> Any:
@@ -165,6 +170,19 @@ class Task(ABC):
         Args:
             named: the inputs and truths that the job names a column for.
         """
+
+    @property
+    def annotates(self) -> tuple[str, ...]:
+        """The inputs that a trained bundle reads: those it has learned from, unless the task says otherwise."""
+        return self.inputs
+
+    @property
+    def distortable(self) -> bool:
+        """Whether a row keeps its truth when words of it are left out or changed."""
+        return self.level == "row" and not self.spans
+
+    def write_files(self, directory: Path) -> None:  # noqa: B027 - most tasks need no further files
+        """Write what other libraries want to find in a bundle of this task, besides what transformers writes."""
 
     # A row's way.
 

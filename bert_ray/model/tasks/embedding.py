@@ -2,33 +2,67 @@
 
 Output: fixed_size_list<float32>[D]. Pooling as the card says: the mean over all tokens of a row, or its first token;
 scaled to unit length where the card says so. A blank text has the vector of its special tokens alone, as in
-sentence-transformers.
+sentence-transformers. Its directories load here with their pooling, length and default prompt, and it loads ours.
+
+Learns from pairs of texts that belong together, against the other pairs of a batch; or from pairs with scores.
+
+Shapes: B rows, P pieces, S pairs of a training batch (two pieces each), T tokens of a packed batch, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.nn import functional as F
 
-from bert_ray.errors import BundleError
-from bert_ray.model.tasks.base import Outputs, Task
+from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.model.examples import Examples, Targets
+from bert_ray.model.tasks.base import Learning, Options, Outputs, one_of, set_dropout
+from bert_ray.model.tasks.numbers import correlations, numbers
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
+from bert_ray.model.tokenization import Pieces, to_python_strings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
-    from bert_ray.model.tokenization import Pieces
+    from bert_ray.model.tokenization import Tokenizer
+
+# What cosines are multiplied by before they are compared: sentence-transformers' default in both losses.
+_SCALE = 20.0
+
+# Rows of the matrix of cosines between validation texts that are made at a time.
+_RANKED_ROWS = 1024
 
 
-class Embedding(Task):
+@dataclass(kw_only=True, frozen=True, slots=True)
+class EmbeddingOptions(PromptOptions):
+    """What may be chosen per call.
+
+    Attributes:
+        loss: what training compares: `contrastive`, pairs of texts that belong together; or `cosine`, pairs with a
+            `label` that is higher the more alike they are, on any scale.
+    """
+
+    loss: Literal["contrastive", "cosine"] = "contrastive"
+
+    def __post_init__(self) -> None:
+        PromptOptions.__post_init__(self)
+        one_of("loss", self.loss, ("contrastive", "cosine"))
+
+
+class Embedding(PooledTask):
     """One vector for each text."""
 
     kind: ClassVar[str] = "embedding"
-    blank_is_null: ClassVar[bool] = False
+    truths: ClassVar[tuple[str, ...]] = ()
+    options_type: ClassVar[type[Options]] = EmbeddingOptions
 
     def output_type(self) -> pa.DataType:
         """fixed_size_list<float32>[D]."""
@@ -36,21 +70,182 @@ class Embedding(Task):
             raise BundleError("the width of an embedding is known only with the model's configuration")
         return pa.list_(pa.float32(), self.config.hidden_size)
 
-    def auto_class(self) -> Any:
-        """AutoModel."""
-        from transformers import AutoModel
-
-        return AutoModel
-
-    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Pooled vectors (B, D), fp32."""
-        if self.card.pooling == "cls":
-            pooled = hidden[batch.cu_seqlens[:-1].long()].float()
-        else:
-            lengths = torch.tensor(batch.lengths, device=hidden.device)
-            pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths)
-        return F.normalize(pooled, dim=1) if self.card.normalize else pooled
+    def encode(self, tokenize: Tokenizer, inputs: Sequence[pa.Array]) -> Pieces:
+        """Texts as pieces; of pairs (in training) each text is a piece of its own, the first before the second."""
+        if len(inputs) == 1:
+            return super().encode(tokenize, inputs)
+        rows = len(inputs[0])
+        turns = np.arange(2 * rows).reshape(2, rows).T.reshape(-1)
+        pieces = super().encode(tokenize, [pa.concat_arrays(list(inputs)).take(pa.array(turns))])
+        return Pieces(tokens=pieces.tokens, rows=pieces.rows // 2)
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
         """Vectors float32 (B, D) -> fixed-size lists."""
         return pa.FixedSizeListArray.from_arrays(pa.array(outputs.values.reshape(-1)), outputs.values.shape[1])
+
+    # Training.
+
+    def choose_inputs(self, named: Collection[str]) -> None:
+        """Pairs of texts; with loss cosine also their scores."""
+        self.inputs = ("text", "text_pair")  # type: ignore[misc]  # While training, over that of the class.
+        self.truths = ("label",) if self.options.loss == "cosine" else ()  # type: ignore[misc]
+
+    @property
+    def annotates(self) -> tuple[str, ...]:
+        """A text alone."""
+        return ("text",)
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]  # A property, because the loss decides.
+        """Spearman's correlation with the scores; or the mean reciprocal rank of a text's own pair."""
+        return "spearman" if self.options.loss == "cosine" else "mrr"
+
+    def read_truth(
+        self, truth: Sequence[pa.Array], inputs: Sequence[pa.Array]
+    ) -> tuple[Sequence[pa.Array], Sequence[pa.Array]]:
+        """The scores as float64.
+
+        Raises:
+            ColumnError: they are no numbers.
+        """
+        return [numbers(array, self.kind) for array in truth], super().read_truth(truth, inputs)[1]
+
+    def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
+        """Scores that are no numbers; without scores, pairs of a text with itself."""
+        if truth:
+            return {"a label that is NaN or infinite": ~np.isfinite(truth[0].to_numpy(zero_copy_only=False))}
+        same = pc.fill_null(pc.equal(inputs[0], inputs[1]), False)
+        return {"the same text twice": same.to_numpy(zero_copy_only=False)}
+
+    def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
+        """None; but scores must differ.
+
+        Raises:
+            ColumnError: they are all the same.
+            JobError: the job lists labels.
+        """
+        if self.card.labels:
+            raise JobError(f"labels: task {self.kind} has no labels; leave them out")
+        if truth and pc.count_distinct(truth[0]).as_py() < 2:
+            raise ColumnError(
+                f"it is {truth[0][0]} in all {len(truth[0])} rows; a model learns from scores that differ"
+            )
+        return []
+
+    def learning_for(
+        self, label_smoothing: float, class_weights: str | Mapping[str, float], truth: Sequence[pa.Array]
+    ) -> Learning:
+        """Neither smoothing nor weights: there are no labels.
+
+        Raises:
+            JobError: the job asks for either.
+        """
+        if label_smoothing:
+            raise JobError(f"label_smoothing: task {self.kind} has no labels to smooth; leave it out")
+        return super().learning_for(label_smoothing, class_weights, truth)
+
+    def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
+        """The base's encoder; its pooler, which no vector passes through, stays as it is."""
+        from transformers import AutoConfig
+
+        from bert_ray.model.bundle import read_model
+
+        config = AutoConfig.from_pretrained(base.directory)
+        set_dropout(config, dropout, attention_dropout)
+        model, _ = read_model(self.auto_class(), base.directory, config=config)
+        if (pooler := getattr(model, "pooler", None)) is not None:
+            pooler.requires_grad_(False)
+        return model
+
+    def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
+        """The scores, float32 (S,); without scores what tells equal texts, int64 (S, 2)."""
+        if truth:
+            return Targets(values=truth[0].to_numpy(zero_copy_only=False).astype(np.float32))
+        return Targets(values=np.stack([_digests(array) for array in inputs], axis=1))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Loss of each pair, (S,); outputs (2S, D).
+
+        Where several workers share a batch, or it is computed in pieces, each compares the pairs of its own part.
+        """
+        assert batch.samples is not None
+        # A piece's number in the table is even for the first text of a pair.
+        second = torch.from_numpy(batch.rows % 2).to(outputs.device)
+        order = (2 * batch.samples + second).argsort()
+        first, other = F.normalize(outputs[order], dim=1).view(len(targets), 2, -1).unbind(1)
+        return in_batch_loss(first, other, targets) if targets.dim() == 2 else cosent_loss(first, other, targets)
+
+    def validate(self, outputs: Outputs, examples: Examples) -> dict[str, float]:
+        """With scores the correlation; without, how high a text's own pair stands among all validation pairs."""
+        vectors = outputs.values / np.maximum(np.linalg.norm(outputs.values, axis=1, keepdims=True), 1e-12)
+        first, second = vectors[0::2], vectors[1::2]
+        if examples.truth:
+            return correlations(np.einsum("bd,bd->b", first, second), examples.truth[0])
+        return retrieval(first, second, examples.targets.values[:, 1])
+
+
+def in_batch_loss(first: torch.Tensor, second: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
+    """Loss of each pair against the others of the batch, (S,): cross-entropy of its own second text among all.
+
+    Henderson et al., Efficient Natural Language Response Suggestion for Smart Reply, arXiv 1705.00652, section 4.4; in
+    sentence-transformers MultipleNegativesRankingLoss. Other than there, a pair that has either text in common with
+    this one is no negative to it.
+
+    Args:
+        first: vectors of the first texts, (S, D), of unit length.
+        second: of the second.
+        digests: int64 (S, 2), equal for equal texts.
+    """
+    scores = _SCALE * first @ second.T
+    same = (digests[:, None, :] == digests[None, :, :]).any(2)
+    same.fill_diagonal_(False)
+    own = torch.arange(len(scores), device=scores.device)
+    return F.cross_entropy(scores.masked_fill(same, float("-inf")), own, reduction="none")
+
+
+def cosent_loss(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """CoSENT, (S,), the batch's loss in each place: log(1 + sum of exp(s_j - s_i)) over all i that score above j.
+
+    s is the scaled cosine. Only the order of the scores counts, so their scale is free. Su, CoSENT (2022); in
+    sentence-transformers CoSENTLoss.
+
+    Args:
+        first: vectors of the first texts, (S, D), of unit length.
+        second: of the second.
+        scores: (S,).
+    """
+    cosines = _SCALE * (first * second).sum(1)
+    gaps = (cosines[None, :] - cosines[:, None])[scores[:, None] > scores[None, :]]
+    return F.pad(gaps, (1, 0)).logsumexp(0).expand(len(scores))
+
+
+def retrieval(first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> dict[str, float]:
+    """How high each row's second text stands among all rows', by the cosine with its first.
+
+    Equal second texts count as one. Of equal cosines the worst place counts, so that a model which gives all texts one
+    vector does not look good.
+
+    Args:
+        first: vectors of the first texts, float32 (B, D), of unit length.
+        second: of the second.
+        digests: int64 (B,), equal for equal second texts.
+
+    Returns:
+        mrr, the mean of 1 / place; and recall@1, the share in the first place.
+    """
+    _, distinct, own = np.unique(digests, return_index=True, return_inverse=True)
+    candidates, places = second[distinct], np.empty(len(first), np.int64)
+    for start in range(0, len(first), _RANKED_ROWS):
+        rows = slice(start, start + _RANKED_ROWS)
+        cosines = first[rows] @ candidates.T
+        mine = cosines[np.arange(len(cosines)), own[rows]]
+        places[rows] = (cosines >= mine[:, None]).sum(1)
+    return {"mrr": float((1 / places).mean()), "recall@1": float((places == 1).mean())}
+
+
+def _digests(texts: pa.Array) -> np.ndarray:
+    """A number for each text, equal for equal ones, int64 (B,); the same in every table and process."""
+    digest = (
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8) for text in to_python_strings(texts)
+    )
+    return np.fromiter((int.from_bytes(item.digest(), "big", signed=True) for item in digest), np.int64, len(texts))

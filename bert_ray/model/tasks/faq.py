@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, one_of
-from bert_ray.model.tasks.embedding import Embedding
 from bert_ray.model.tasks.faq_index import FaqIndex, Match, unit
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, is_text, to_python_strings
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _TURN = "\x1e"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class FaqOptions(Options):
+class FaqOptions(PromptOptions):
     """What may be chosen per call.
 
     Attributes:
@@ -51,7 +51,7 @@ class FaqOptions(Options):
     history_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        Options.__post_init__(self)
+        PromptOptions.__post_init__(self)
         one_of("match", self.match, ("question", "answer", "both"))
         one_of("overflow", self.overflow, ("truncate",))
         if self.threshold is not None and not -1.0 <= self.threshold <= 1.0:
@@ -60,7 +60,7 @@ class FaqOptions(Options):
             raise JobError(f"options.history_weight is {self.history_weight}; give a share from 0 to 1")
 
 
-class Faq(Embedding):
+class Faq(PooledTask):
     """The best of the known answers."""
 
     kind: ClassVar[str] = "faq"
@@ -171,7 +171,7 @@ class Faq(Embedding):
 
         pairs, notes = _pairs(columns)
         encoding = Card(
-            task=Embedding.kind,
+            task="embedding",
             max_length=self.card.max_length,
             pooling=base.card.pooling,
             normalize=base.card.normalize,

@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tasks.classification import label_texts
-from bert_ray.model.tasks.embedding import Embedding
 from bert_ray.model.tasks.zero_shot import LabelsByEmbedding, figures
 from bert_ray.model.tokenization import Pieces, as_strings, is_blank
 
@@ -154,7 +153,7 @@ class FewShot(LabelsByEmbedding):
         if not counts.all():
             without = [name for name, count in zip(self.names, counts, strict=True) if not count]
             raise JobError(f"labels: no row has {', '.join(map(repr, without[:5]))}; leave it out, or give examples")
-        encoding = replace(self.card, task=Embedding.kind, labels=[], options={})
+        encoding = replace(self.card, task="embedding", labels=[], options={})
         # fp32: the examples are few, and the head should be the same wherever it is made.
         annotator = Annotator(replace(base, card=encoding), AnnotatorSpec(model=base.reference, dtype="fp32"))
         pieces = self.encode(self.tokenizer(base.tokenizer()), [texts])

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.examples import Targets
 from bert_ray.model.tasks.base import Learning, Outputs
 from bert_ray.model.tasks.heads import SequenceTask, by_row, by_sample
+from bert_ray.model.tasks.numbers import correlations, numbers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,7 +65,7 @@ class Regression(SequenceTask):
         Raises:
             ColumnError: it holds no numbers.
         """
-        return [_numbers(truth[0])], super().read_truth(truth, inputs)[1]
+        return [numbers(truth[0], self.kind)], super().read_truth(truth, inputs)[1]
 
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """NaN, infinity, and numbers that are infinite in float32."""
@@ -108,33 +108,12 @@ class Regression(SequenceTask):
         return super().learning_for(label_smoothing, class_weights, truth)
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
-        """Spearman's and Pearson's correlation, and the mean squared error.
-
-        A correlation is 0 where it is not defined: fewer than two rows, or the same number in all of them.
-        """
-        from scipy.stats import pearsonr, spearmanr
-
-        said, so = (_numbers(array).to_numpy(zero_copy_only=False) for array in (annotations, truth[0]))
-        defined = len(so) > 1 and all(np.isfinite(values).all() and np.ptp(values) > 0 for values in (said, so))
-        return {
-            "spearman": float(spearmanr(said, so).statistic) if defined else 0.0,
-            "pearson": float(pearsonr(said, so).statistic) if defined else 0.0,
-            "mse": float(np.square(said - so).mean()) if len(so) else 0.0,
-        }
-
-
-def _numbers(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column of numbers as float64."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    kind = column.type
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
-    if not any(is_so(kind) for is_so in numbers):
-        raise ColumnError(f"the label column is {kind}; task regression learns from numbers: cast it, or name another")
-    return pc.cast(column, pa.float64(), safe=False)  # Whole numbers beyond 2**53 are rounded.
+        """Spearman's and Pearson's correlation, and the mean squared error."""
+        said, so = (numbers(array, self.kind).to_numpy(zero_copy_only=False) for array in (annotations, truth[0]))
+        return correlations(said, truth[0]) | {"mse": float(np.square(said - so).mean()) if len(so) else 0.0}
 
 
 def _values(truth: pa.Array) -> np.ndarray:
-    """The numbers as float32, (N,); too large ones become infinite."""
+    """float64 numbers as float32, (N,); too large ones become infinite."""
     with np.errstate(over="ignore"):
-        return _numbers(truth).to_numpy(zero_copy_only=False).astype(np.float32)
+        return truth.to_numpy(zero_copy_only=False).astype(np.float32)

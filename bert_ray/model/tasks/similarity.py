@@ -13,22 +13,20 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from bert_ray.errors import ColumnError
 from bert_ray.model.tasks.base import Outputs
-from bert_ray.model.tasks.embedding import Embedding
+from bert_ray.model.tasks.numbers import correlations, numbers
+from bert_ray.model.tasks.pooled import PooledTask
 from bert_ray.model.tokenization import Pieces, Tokenizer
 
 
-class Similarity(Embedding):
+class Similarity(PooledTask):
     """The cosine of two texts' embeddings."""
 
     kind: ClassVar[str] = "similarity"
     inputs: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     truths: ClassVar[tuple[str, ...]] = ("label",)
     metric: ClassVar[str] = "spearman"
-    architecture: ClassVar[str | None] = None
 
     @property
     def name(self) -> str:
@@ -42,7 +40,7 @@ class Similarity(Embedding):
     def encode(self, tokenize: Tokenizer, inputs: Sequence[pa.Array]) -> Pieces:
         """The distinct texts of both inputs, a piece each: a text that stands in many pairs is read once."""
         # `decode` finds a row's texts again by the same encoding; `rows` therefore counts texts, not rows.
-        return tokenize([pa.concat_arrays(list(inputs)).dictionary_encode().dictionary])
+        return super().encode(tokenize, [pa.concat_arrays(list(inputs)).dictionary_encode().dictionary])
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
         """Vectors float32 (P, D) of the distinct texts -> cosines (B,)."""
@@ -51,16 +49,16 @@ class Similarity(Embedding):
         first, second = np.split(codes, 2)
         return pa.array(np.einsum("bd,bd->b", vectors[first], vectors[second]).astype(np.float32))
 
-    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
-        """Rank and linear correlation with the scores in `label`, on any scale.
+    def read_truth(
+        self, truth: Sequence[pa.Array], inputs: Sequence[pa.Array]
+    ) -> tuple[Sequence[pa.Array], Sequence[pa.Array]]:
+        """The scores as float64.
 
         Raises:
-            ColumnError: the scores are not numbers.
+            ColumnError: they are no numbers.
         """
-        from scipy.stats import pearsonr, spearmanr
+        return [numbers(truth[0], self.kind)], super().read_truth(truth, inputs)[1]
 
-        if not (pa.types.is_floating(truth[0].type) or pa.types.is_integer(truth[0].type)):
-            raise ColumnError(f"the label column is {truth[0].type}; similarity is compared with numbers")
-        said = annotations.to_numpy(zero_copy_only=False).astype(float)
-        so = pc.cast(truth[0], pa.float64()).to_numpy(zero_copy_only=False)
-        return {"spearman": float(spearmanr(said, so).statistic), "pearson": float(pearsonr(said, so).statistic)}
+    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
+        """Rank and linear correlation with the scores in `label`, on any scale."""
+        return correlations(annotations.to_numpy(zero_copy_only=False).astype(float), truth[0])

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs
 from bert_ray.model.tasks.classification import Classification
-from bert_ray.model.tasks.embedding import Embedding
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
 from bert_ray.model.tokenization import Pieces, Ragged
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ TEMPERATURE = 0.05
 _MULTILABEL_THRESHOLD = 0.25
 
 
-class LabelsByEmbedding(Embedding):
+class LabelsByEmbedding(PooledTask):
     """One label of C for each text, told from its embedding: what zero-shot and few-shot share."""
 
     inputs: ClassVar[tuple[str, ...]] = ("text",)
@@ -101,7 +101,7 @@ class LabelsByEmbedding(Embedding):
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class ZeroShotOptions(Options):
+class ZeroShotOptions(PromptOptions):
     """What may be chosen per call.
 
     Attributes:
@@ -121,7 +121,7 @@ class ZeroShotOptions(Options):
     temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
-        Options.__post_init__(self)
+        PromptOptions.__post_init__(self)
         if self.labels is not None:
             parse_labels(self.labels)
         for template in self.templates():

@@ -1,0 +1,147 @@
+"""Fill-mask: the likeliest tokens in the place of a mask token, `[MASK]` in BERT.
+
+Output: list<struct<token: string, score: float32>>, `top_k` of them, likeliest first; the scores are probabilities over
+the whole vocabulary. Of several masks the first counts. Null where a text has none, or none within the model's length.
+
+Shapes: B rows, P pieces, T tokens of a packed batch, D hidden size, V vocabulary, K = top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from bert_ray.errors import BundleError, JobError
+from bert_ray.model.tasks.base import Options, Outputs, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bert_ray.model.annotator import Annotator
+    from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tokenization import Pieces
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class FillMaskOptions(Options):
+    """What may be chosen per call.
+
+    Attributes:
+        top_k: how many tokens to give, 1 to 100.
+    """
+
+    top_k: int = 5
+
+    def __post_init__(self) -> None:
+        Options.__post_init__(self)
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or not 1 <= self.top_k <= 100:
+            raise JobError(f"options.top_k is {self.top_k!r}; give a number from 1 to 100")
+
+
+class FillMask(Task):
+    """The likeliest tokens in a mask's place."""
+
+    kind: ClassVar[str] = "fill-mask"
+    truths: ClassVar[tuple[str, ...]] = ("token",)
+    metric: ClassVar[str] = "accuracy"
+    blank_is_null: ClassVar[bool] = True
+    options_type: ClassVar[type[Options]] = FillMaskOptions
+    architecture: ClassVar[str | None] = "ForMaskedLM"
+
+    _mask: int = -1
+    _tokens: list[str] | None = None
+
+    def output_type(self) -> pa.DataType:
+        """list<struct<token: string, score: float32>>."""
+        return pa.list_(pa.struct([("token", pa.string()), ("score", pa.float32())]))
+
+    def auto_class(self) -> Any:
+        """AutoModelForMaskedLM."""
+        from transformers import AutoModelForMaskedLM
+
+        return AutoModelForMaskedLM
+
+    def prepare(self, annotator: Annotator) -> None:
+        """Ask the tokenizer for its mask, and for how each token reads.
+
+        Raises:
+            BundleError: it has no mask token.
+        """
+        tokenizer = annotator.bundle.tokenizer()
+        if tokenizer.mask_token_id is None:
+            raise BundleError(f"{annotator.bundle.reference}: the tokenizer has no mask token to fill")
+        self._mask = tokenizer.mask_token_id
+        self._tokens = tokenizer.batch_decode([[index] for index in range(annotator.bundle.config.vocab_size)])
+
+    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """The K likeliest token ids and their probabilities, (P, 2K), fp32; NaN where a piece has no mask."""
+        top_k = min(self.options.top_k, model.config.vocab_size)
+        found = hidden.new_full((len(batch.lengths), 2 * top_k), float("nan"), dtype=torch.float32)
+        places = (batch.input_ids == self._mask).nonzero().squeeze(1)
+        pieces = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
+        first = torch.ones_like(pieces, dtype=torch.bool)
+        first[1:] = pieces[1:] != pieces[:-1]
+        if len(places):
+            scores = vocabulary_logits(model, hidden[places[first]]).float().softmax(1)
+            best = scores.topk(top_k, dim=1)
+            # Ids below 2^24 are exact in fp32, and no vocabulary is larger.
+            found[pieces[first]] = torch.cat((best.indices.float(), best.values), dim=1)
+        return found
+
+    def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
+        """Ids and probabilities float32 (P, 2K) -> lists; of a text in windows the first with a mask counts."""
+        assert self._tokens is not None, "prepare comes first"
+        masked = np.flatnonzero(~np.isnan(outputs.values[:, 0]))
+        rows, which = np.unique(pieces.rows[masked], return_index=True)
+        values, top_k = outputs.values[masked[which]], outputs.values.shape[1] // 2
+        ids = values[:, :top_k].astype(np.int64).reshape(-1)
+        offsets = np.zeros(len(inputs[0]) + 1, np.int32)
+        offsets[rows + 1] = top_k
+        structs = pa.StructArray.from_arrays(
+            [
+                pa.array([self._tokens[index] for index in ids], pa.string()),
+                pa.array(np.ascontiguousarray(values[:, top_k:]).reshape(-1)),
+            ],
+            names=["token", "score"],
+        )
+        known = np.zeros(len(inputs[0]), bool)
+        known[rows] = True
+        return pa.ListArray.from_arrays(pa.array(np.cumsum(offsets, dtype=np.int32)), structs, mask=pa.array(~known))
+
+    # Evaluation.
+
+    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
+        """Whether the right token comes first, or among the K; and 1 / its place, 0 where it is not among them.
+
+        A row without an annotation counts as wrong.
+        """
+        said = annotations.to_pylist()
+        places = np.zeros(len(said))
+        for row, (items, token) in enumerate(zip(said, pc.cast(truth[0], pa.string()).to_pylist(), strict=True)):
+            tokens = [item["token"] for item in items or ()]
+            if token in tokens:
+                places[row] = tokens.index(token) + 1
+        found = places > 0
+        reciprocal = np.divide(1.0, places, out=np.zeros(len(places)), where=found)
+        return {
+            "accuracy": float((places == 1).mean()),
+            f"recall@{self.options.top_k}": float(found.mean()),
+            "mrr": float(reciprocal.mean()),
+        }
+
+
+def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Transformers' own masked-language-model head: hidden states (N, D) -> logits (N, V)."""
+    kind = model.config.model_type
+    if kind == "bert":
+        return model.cls(hidden)
+    if kind == "distilbert":
+        hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+        return model.vocab_projector(hidden)
+    return model.lm_head(hidden)

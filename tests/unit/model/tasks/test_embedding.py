@@ -1,0 +1,198 @@
+"""Embedding: sentence-transformers' vectors and layout both ways, its losses, training from pairs and from scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bert_ray.errors import BertRayError
+from bert_ray.inference import local
+from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.tasks.embedding import cosent_loss, in_batch_loss, retrieval
+from bert_ray.model.tasks.numbers import correlations
+from bert_ray.training.job import DataOptions, TrainJob
+from bert_ray.training.launch import TrainResult, train
+
+WORDS = ("film", "phone", "food", "place", "service", "product", "battery", "story")
+
+
+def vectors(model: str, texts: list[str], **options: Any) -> np.ndarray:
+    found = local.annotate(pa.table({"text": texts}), model, options=options)["embedding"].combine_chunks()
+    return found.flatten().to_numpy().reshape(len(texts), -1)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two texts about the same thing, 16 to each of 8 things."""
+    path = tmp_path / "pairs.parquet"
+    draw = np.random.default_rng(0)
+    first, second, scores = [], [], []
+    for row in range(128):
+        word, other = draw.choice(WORDS, 2, replace=False)
+        alike = bool(row % 2)
+        first.append(f"a great {word} {row}")
+        second.append(f"the {word if alike else other} was good {row}")
+        scores.append(5.0 if alike else 1.0)
+    pq.write_table(pa.table({"text": first, "text_pair": second, "score": scores}), path)
+    return path
+
+
+@pytest.fixture
+def related(pairs: Path, tmp_path: Path) -> Path:
+    """Only the pairs that belong together."""
+    table = pq.read_table(pairs)
+    path = tmp_path / "related.parquet"
+    pq.write_table(table.filter(pa.compute.equal(table["score"], 5.0)), path)
+    return path
+
+
+def run(encoder: Path, output: Path, data: DataOptions, **more: Any) -> TrainResult:
+    settings = {"epochs": 6, "batch_size": 16, "learning_rate": 2e-3} | more
+    job = TrainJob(
+        model=str(encoder), output=str(output), task="embedding", engine="local", threads=1, data=data, **settings
+    )
+    return train(job, tell=lambda _: None)
+
+
+def test_losses_are_those_of_their_formulas() -> None:
+    torch.manual_seed(0)
+    first, second = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+    digests = torch.arange(10).view(5, 2)
+    expected = F.cross_entropy(20 * first @ second.T, torch.arange(5), reduction="none")
+    assert torch.allclose(in_batch_loss(first, second, digests), expected)
+    scores = torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0])
+    cosines = 20 * (first * second).sum(1)
+    total = 1.0 + sum(
+        float((cosines[j] - cosines[i]).exp()) for i in range(5) for j in range(5) if scores[i] > scores[j]
+    )
+    assert torch.allclose(cosent_loss(first, second, scores), torch.tensor(total).log().expand(5))
+    # Without an order there is nothing to learn.
+    assert cosent_loss(first, second, torch.ones(5)).tolist() == [0.0] * 5
+
+
+def test_a_text_in_common_is_no_negative() -> None:
+    torch.manual_seed(0)
+    first, second = (F.normalize(torch.randn(3, 8), dim=1) for _ in range(2))
+    second[1] = second[0]
+    digests = torch.tensor([[1, 7], [2, 7], [3, 8]])
+    scores = 20 * first @ second.T
+    expected = F.cross_entropy(scores[:1, [0, 2]], torch.tensor([0]))
+    assert torch.allclose(in_batch_loss(first, second, digests)[0], expected)
+
+
+def test_losses_are_sentence_transformers_own() -> None:
+    losses = pytest.importorskip("sentence_transformers.losses", reason="of the extra `bench`")
+    torch.manual_seed(0)
+    first, second = (F.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    theirs = losses.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings([first, second], None)
+    ours = in_batch_loss(first, second, torch.arange(12).view(6, 2)).mean()
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-5)
+
+
+def test_retrieval_counts_places() -> None:
+    first = np.eye(3, dtype=np.float32)
+    second = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0.5]], np.float32)
+    assert retrieval(first, second, np.array([1, 2, 3])) == {
+        "mrr": pytest.approx((1 + 1 / 3 + 1 / 2) / 3),
+        "recall@1": pytest.approx(1 / 3),
+    }
+    # Where every text has the same vector, nothing is found.
+    same = np.ones((4, 2), np.float32)
+    assert retrieval(same, same, np.arange(4))["recall@1"] == 0.0
+
+
+def test_pairs_teach_what_belongs_together(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:
+    data = DataOptions(train=str(related), validation_fraction=0.25)
+    result = run(tiny_encoder, tmp_path / "model", data, epochs=12)
+    assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
+    assert result.metrics["mrr"] > 1.5 * result.history[0]["mrr"] or result.metrics["mrr"] > 0.5
+    card = load_bundle(result.bundle).card
+    assert (card.task, card.inputs) == ("embedding", ["text"])
+
+
+@pytest.mark.parametrize("engine_batches", [1, 2])
+def test_scores_teach_cosines(tiny_encoder: Path, pairs: Path, tmp_path: Path, engine_batches: int) -> None:
+    data = DataOptions(train=str(pairs), validation_fraction=0.25, columns={"label": "score"})
+    result = run(
+        tiny_encoder, tmp_path / "model", data, options={"loss": "cosine"}, gradient_accumulation=engine_batches
+    )
+    assert result.metrics["spearman"] > 0.6
+    table = pq.read_table(pairs)
+    said = local.annotate(table, str(result.bundle), task="similarity")["similarity"].to_numpy()
+    assert correlations(said.astype(float), table["score"].combine_chunks())["spearman"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "message"),
+    [
+        ({"text": ["a", "b"]}, {}, "no column 'text_pair'"),
+        ({"text": ["a", "b"], "text_pair": ["a", "b"]}, {}, "none of its 2 rows can be used"),
+        ({"text": ["a", "b"], "text_pair": ["c", "d"]}, {"labels": ["x", "y"]}, "has no labels"),
+        ({"text": ["a", "b"], "text_pair": ["c", "d"]}, {"label_smoothing": 0.1}, "label_smoothing"),
+        ({"text": ["a", "b"], "text_pair": ["c", "d"]}, {"options": {"loss": "triplet"}}, "options.loss"),
+        ({"text": ["a"], "text_pair": ["c"], "label": ["x"]}, {"options": {"loss": "cosine"}}, "numbers"),
+        (
+            {"text": ["a"] * 2, "text_pair": ["c"] * 2, "label": [1, 1]},
+            {"options": {"loss": "cosine"}},
+            "scores that differ",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(
+    tiny_encoder: Path, tmp_path: Path, table: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(BertRayError, match=message):
+        run(tiny_encoder, tmp_path / "model", DataOptions(train=str(path), validation_fraction=0.0), **settings)
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False)])
+def test_sentence_transformers_reads_our_bundle_and_we_read_its(
+    tiny_encoder: Path, tmp_path: Path, pooling: str, normalize: bool
+) -> None:
+    base = load_bundle(str(tiny_encoder))
+    card = Card(
+        task="embedding", max_length=20, pooling=pooling, normalize=normalize, options={"prompt": "a great film "}
+    )
+    ours = save_bundle(tmp_path / "ours", base.model(), base.tokenizer(), card)
+    texts = ["the food was good", "", "phone " * 40]
+    found = vectors(ours.reference, texts)
+    # As a directory of sentence-transformers' it says the same: pooling, length, prompt.
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path / "ours", plain)
+    (plain / "bert_ray.json").unlink()
+    read = load_bundle(str(plain)).card
+    assert (read.pooling, read.normalize, read.max_length, read.options) == (pooling, normalize, 20, card.options)
+    assert np.array_equal(vectors(str(plain), texts), found)
+    assert json.loads((plain / "config_sentence_transformers.json").read_text())["default_prompt_name"] == "default"
+    library = pytest.importorskip("sentence_transformers", reason="of the extra `bench`")
+    theirs = library.SentenceTransformer(str(tmp_path / "ours"), device="cpu").encode(texts)
+    assert np.allclose(theirs, found, atol=1e-5)
+
+
+def test_a_prompt_is_read_before_every_text(tiny_encoder: Path) -> None:
+    model = str(tiny_encoder)
+    assert np.allclose(vectors(model, ["food"], prompt="bad "), vectors(model, ["bad food"]), atol=1e-6)
+
+
+def test_training_takes_the_prompt_over(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:
+    base = load_bundle(str(tiny_encoder))
+    card = Card(task="embedding", max_length=64, options={"prompt": "query: "})
+    prompted = save_bundle(tmp_path / "prompted", base.model(), base.tokenizer(), card)
+    data = DataOptions(train=str(related), validation_fraction=0.0)
+    result = run(Path(prompted.reference), tmp_path / "model", data, epochs=1)
+    assert load_bundle(result.bundle).card.options["prompt"] == "query: "
+    # Other tasks on the bundle take what concerns them, and nothing of how it was trained.
+    labels = {"labels": ["film", "food"]}
+    found = local.annotate(pa.table({"text": ["a film"]}), str(result.bundle), task="zero-shot", options=labels)
+    assert found["zero-shot"].to_pylist()[0]["label"] in labels["labels"]
