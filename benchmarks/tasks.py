@@ -5,7 +5,8 @@
 
 The same weights on both sides: MiniLM's encoder with a fresh head; speed does not depend on what a head has learned.
 Texts of mixed lengths (sentences, news, film reviews; questions with their paragraphs), shuffled. The pipeline
-runs as it comes (one row at a time) and in batches of 16. Results: benchmarks/results/tasks.json.
+runs as it comes (one row at a time) and in batches of 16; for answers, which transformers 5 has no pipeline for, the
+recipe of its example run_qa.py does. Results: benchmarks/results/tasks.json.
 """
 
 from __future__ import annotations
@@ -82,9 +83,23 @@ def contestants(task: str, rows: int, scratch: Path) -> tuple[dict[str, Callable
         model = save(transformers.AutoModelForQuestionAnswering, scratch / task)
         data = questions(rows)
         columns = {key: [row[key] for row in data] for key in ("question", "context")}
-        call, name = {}, "question-answering"
+        call, name = {}, ""
     annotator = AnnotatorSpec(model=model).build()
     table = pa.table(columns)
+    if not name:
+        from peers_answer import answers
+
+        peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+
+        def searched(batch: int) -> Callable[[], Any]:
+            return lambda: answers(peer, tokenizer, data, max_length=MAX_LENGTH, batch=batch)
+
+        return {
+            "bert_ray": lambda: annotator(table),
+            "run_qa.py's recipe, one by one": searched(1),
+            f"run_qa.py's recipe, batches of {BATCH}": searched(BATCH),
+        }, len(data)
     more = {"aggregation_strategy": "first", "stride": 64} if task == "entities" else {}
     pipe = transformers.pipeline(name, model=model, device="cpu", **more)
 

@@ -19,7 +19,7 @@ import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Learning
-from bert_ray.model.tokenization import is_blank, to_python_strings
+from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
 from bert_ray.training.order import held_out
 
 if TYPE_CHECKING:
@@ -122,7 +122,25 @@ def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = Non
                     f"data.columns.{name}"
                 )
     found = LabelledTable(path=path, inputs=list(inputs), truth=list(truth))
-    return _usable(found, task)
+    usable = _usable(found, task)
+    usable.notes += _leaks(usable, names, task)
+    return usable
+
+
+def _leaks(table: LabelledTable, names: Mapping[str, str], task: Task) -> list[str]:
+    """A note where a truth is for the most part the text itself: two columns that hold the same."""
+    notes = []
+    for truth_name, truth in zip(task.truths, table.truth, strict=True):
+        if not is_text(truth.type):
+            continue
+        for task_input, array in zip(task.inputs, table.inputs, strict=True):
+            same = int(pc.sum(pc.equal(truth.cast(array.type), array)).as_py() or 0)
+            if 2 * same > len(array):
+                notes.append(
+                    f"{table.path}: in {same} of {len(array)} rows column {names[truth_name]!r} is the text in "
+                    f"{names[task_input]!r}: what is to be learned stands in the input"
+                )
+    return notes
 
 
 def _usable(table: LabelledTable, task: Task) -> LabelledTable:

@@ -149,3 +149,13 @@ def test_max_length_beyond_the_models_positions_is_refused(job_for: Jobs) -> Non
     job = job_for(max_length=100_000)
     with pytest.raises(JobError, match="at most 512"):
         prepare(job, load_bundle(job.model))
+
+
+def test_a_label_that_is_the_text_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    write(path, text=["good", "bad", "good", "so so"], label=["good", "bad", "good", "bad"])
+    notes = read_labelled(str(path), CLASSIFICATION).notes
+    assert len(notes) == 1
+    assert "in 3 of 4 rows column 'label' is the text in 'text'" in notes[0]
+    write(path, text=["good", "a", "b", "c"], label=["good", "bad", "good", "bad"])
+    assert read_labelled(str(path), CLASSIFICATION).notes == []
