@@ -178,15 +178,16 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
 
 
 def recommend(ranked: list[Candidate]) -> tuple[Candidate, str]:
-    """The fastest candidate that is as good as the best, and why.
+    """The baseline where it is as good as the best; else the fastest candidate that is; and why.
 
     Args:
         ranked: measured candidates, best first; all were tested on the same rows.
     """
     best = ranked[0]
     as_good = [item for item in ranked if not _worse(item, best)]
-    chosen = max(as_good, key=lambda item: item.rows_per_second)
     baseline = next((item for item in ranked if item.reference is None), None)
+    # Without a network of weights there is less to keep and to explain, whatever the speeds of the moment were.
+    chosen = baseline if baseline in as_good else max(as_good, key=lambda item: item.rows_per_second)
     if chosen is baseline and len(ranked) > 1:
         other = next(item for item in ranked if item is not baseline)
         return chosen, (
@@ -213,7 +214,7 @@ def _worse(one: Candidate, best: Candidate) -> bool:
 
 
 def _times(one: Candidate, other: Candidate) -> str:
-    return f"{one.rows_per_second / other.rows_per_second:.0f} times"
+    return f"{one.rows_per_second / other.rows_per_second:.3g} times"
 
 
 def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:

@@ -108,7 +108,7 @@ def test_numbers_of_every_type(column: pa.Array) -> None:
 
 @pytest.mark.parametrize("column", [pa.array(["1", "2"]), pa.array([True, False]), pa.array([[1.0], [2.0]])])
 def test_columns_that_are_no_numbers(column: pa.Array) -> None:
-    with pytest.raises(ColumnError, match="task regression learns from numbers"):
+    with pytest.raises(ColumnError, match="task regression goes by numbers"):
         task().read_truth([column], [pa.array(["x"] * 2)] * 2)
 
 

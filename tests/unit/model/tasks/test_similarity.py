@@ -58,5 +58,5 @@ def test_evaluate_gives_the_correlations(tmp_path: Path, shared_data: Path) -> N
 
 def test_scores_that_are_no_numbers(tiny_encoder: Path) -> None:
     task = AnnotatorSpec(model=str(tiny_encoder), task="similarity").build().task
-    with pytest.raises(ColumnError, match="compared with numbers"):
-        task.metrics(pa.array([0.5], pa.float32()), [], [pa.array(["five"])])
+    with pytest.raises(ColumnError, match="task similarity goes by numbers"):
+        task.read_truth([pa.array(["five"])], [pa.array(["a"]), pa.array(["b"])])
