@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bert_ray.model.encoder import Layer, encode_with, encoder_of
+from bert_ray.model.linear import TILE_TOKENS, Linear
 from bert_ray.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
 
 Batch = TypeVar("Batch")
 
-# Rows of a tile on a CPU. Measured beside 256 and 1,024 in benchmarks/LOG.md.
-TILE_TOKENS = 512
 # Tokens of a packed batch on a GPU: enough to fill one, little enough for the smallest in use (BERT-large: 2 GiB).
 GPU_BATCH_TOKENS = 16384
 # Attention scores held at a time, in fp32 numbers: 1 MiB, within the second-level cache of current server cores.
@@ -53,8 +50,6 @@ _SCORES = 2**18
 # Rows shorter than this are computed together with those of their length beside them; the copies that costs are less
 # than the calls it saves. Longer rows are computed in place, each by itself.
 _LONG_ROW = 64
-# Products by which two libraries are compared when a model loads.
-_TRIES = 5
 
 
 class InferenceEncoder:
@@ -181,79 +176,17 @@ class InferenceEncoder:
         return kept[:size].view(shape)
 
 
-class _Linear:
-    """y = x Wᵀ + b, with W (N, K) packed for the library that is fastest at it.
-
-    Packing and the packed products are private operators of torch (they serve its own compiler), so their absence is no
-    error.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight = weight.detach().contiguous()
-        self.bias = bias
-        self.library = _fastest(*self.weight.shape)
-        self._packed = _PACK[self.library](self.weight)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.library == "onednn":
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        if self.library == "mkl" and x.shape[0] == TILE_TOKENS:
-            return torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, TILE_TOKENS)
-        return F.linear(x, self.weight, self.bias)
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """GELU(x Wᵀ + b), the exact form."""
-        if self.library == "onednn":
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "none")
-        return torch.ops.aten.gelu_(self(x))
-
-
-_PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "onednn": lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, TILE_TOKENS),
-    "mkl": lambda weight: torch.ops.mkl._mkl_reorder_linear_weight(weight, TILE_TOKENS),
-    "torch": lambda weight: weight,
-}
-
-
-@lru_cache
-def _fastest(rows: int, columns: int) -> str:
-    """Which library multiplies a tile by a matrix of this shape fastest here, tried out: some ten milliseconds.
-
-    MKL is the faster one on Intel's processors, oneDNN on AMD's (by up to a fifth, benchmarks/LOG.md).
-    """
-    known = ["torch"]
-    if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
-        known.append("mkl")
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        known.append("onednn")
-    if len(known) == 1:
-        return known[0]
-    x, weight = torch.ones(TILE_TOKENS, columns), torch.ones(rows, columns)
-    packed = {name: _PACK[name](weight) for name in known[1:]}
-    products = {
-        "mkl": lambda: torch.ops.mkl._mkl_linear(x, packed["mkl"], weight, None, TILE_TOKENS),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, packed["onednn"], None, "none", [], ""),
-    }
-    seconds = {name: float("inf") for name in packed}
-    for _ in range(_TRIES):  # In turn, and the best of each: a neighbour on the machine disturbs both alike.
-        for name in packed:
-            start = time.perf_counter()
-            products[name]()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return min(seconds, key=seconds.__getitem__)
-
-
 @dataclass(kw_only=True, slots=True)
 class _Folded:
     """A layer with its constants moved as the module's first lines say."""
 
-    qkv: _Linear
+    qkv: Linear
     query_bias: torch.Tensor
-    mix: _Linear
+    mix: Linear
     mix_norm: nn.LayerNorm
     mix_shift: torch.Tensor
-    up: _Linear
-    down: _Linear
+    up: Linear
+    down: Linear
     down_norm: nn.LayerNorm
 
     @classmethod
@@ -261,14 +194,14 @@ class _Folded:
         scale = (layer.query.out_features // heads) ** -0.5
         down_bias = layer.down.bias.detach()
         return cls(
-            qkv=_Linear(torch.cat((layer.query.weight * scale, layer.key.weight, layer.value.weight)), None),
+            qkv=Linear(torch.cat((layer.query.weight * scale, layer.key.weight, layer.value.weight)), None),
             query_bias=layer.query.bias.detach() * scale,
-            mix=_Linear(
+            mix=Linear(
                 layer.mix.weight, layer.mix.bias.detach() + layer.mix.weight.detach() @ layer.value.bias.detach()
             ),
             mix_norm=layer.mix_norm,
             mix_shift=layer.mix_norm.bias.detach() + down_bias,
-            up=_Linear(layer.up.weight, layer.up.bias.detach() - layer.up.weight.detach() @ down_bias),
-            down=_Linear(layer.down.weight, None),
+            up=Linear(layer.up.weight, layer.up.bias.detach() - layer.up.weight.detach() @ down_bias),
+            down=Linear(layer.down.weight, None),
             down_norm=layer.down_norm,
         )

@@ -1,0 +1,80 @@
+"""Linear layers for inference on a CPU, their weights packed once for the library that multiplies fastest there.
+
+Shapes: T rows of the input, K its width, N the output's width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+
+# Rows of a tile on a CPU. Measured beside 256 and 1,024 in benchmarks/LOG.md.
+TILE_TOKENS = 512
+# Products by which two libraries are compared when a model loads.
+_TRIES = 5
+
+
+class Linear:
+    """y = x Wᵀ + b, x (T, K), with W (N, K) packed for the library that is fastest at it.
+
+    Packing and the packed products are private operators of torch (they serve its own compiler), so their absence is no
+    error.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight.detach().contiguous()
+        self.bias = bias
+        self.library = _fastest(*self.weight.shape)
+        self._packed = _PACK[self.library](self.weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.library == "onednn":
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        if self.library == "mkl" and x.shape[0] == TILE_TOKENS:
+            return torch.ops.mkl._mkl_linear(x, self._packed, self.weight, self.bias, TILE_TOKENS)
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU(x Wᵀ + b), the exact form."""
+        if self.library == "onednn":
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "none")
+        return torch.ops.aten.gelu_(self(x))
+
+
+_PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "onednn": lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, TILE_TOKENS),
+    "mkl": lambda weight: torch.ops.mkl._mkl_reorder_linear_weight(weight, TILE_TOKENS),
+    "torch": lambda weight: weight,
+}
+
+
+@lru_cache
+def _fastest(rows: int, columns: int) -> str:
+    """Which library multiplies a tile by a matrix of this shape fastest here, tried out: some ten milliseconds.
+
+    MKL is the faster one on Intel's processors, oneDNN on AMD's (by up to a fifth, benchmarks/LOG.md).
+    """
+    known = ["torch"]
+    if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
+        known.append("mkl")
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        known.append("onednn")
+    if len(known) == 1:
+        return known[0]
+    x, weight = torch.ones(TILE_TOKENS, columns), torch.ones(rows, columns)
+    packed = {name: _PACK[name](weight) for name in known[1:]}
+    products = {
+        "mkl": lambda: torch.ops.mkl._mkl_linear(x, packed["mkl"], weight, None, TILE_TOKENS),
+        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, packed["onednn"], None, "none", [], ""),
+    }
+    seconds = {name: float("inf") for name in packed}
+    for _ in range(_TRIES):  # In turn, and the best of each: a neighbour on the machine disturbs both alike.
+        for name in packed:
+            start = time.perf_counter()
+            products[name]()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return min(seconds, key=seconds.__getitem__)
