@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import sys
 import time
 import uuid
@@ -22,8 +23,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
+
 from bert_ray import __version__
-from bert_ray.errors import BertRayError, ColumnError, JobError
+from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.inference.progress import Progress
 from bert_ray.lake.journal import Journal
@@ -32,6 +35,8 @@ from bert_ray.lake.journal import Journal
 _SESSIONS = 100
 # Failures that the summary shows; `runs failures` shows all.
 _FAILURES_SHOWN = 3
+# Units, and rows of each, that are looked at before a run for a language that the model cannot spell.
+_JUDGED_UNITS, _JUDGED_ROWS = 8, 125
 
 
 class EngineError(BertRayError):
@@ -45,12 +50,14 @@ class Plan:
     Attributes:
         work: what every worker gets.
         units: all units of the table; `todo`: those without a receipt.
+        warnings: what makes the annotations doubtful, for the user to read.
     """
 
     job: AnnotateJob
     work: Any
     units: list[Any]
     todo: list[Any]
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +70,7 @@ class Summary:
         seconds: of the whole run; `startup_seconds`: of these until a worker with its model in memory began.
         stopped: why the run ended before its last unit, "" where it did not.
         failures: `unit`, `file`, `row_groups`, `error` of each unit that failed.
+        warnings: see Plan.
     """
 
     engine: str
@@ -77,6 +85,7 @@ class Summary:
     startup_seconds: float = 0.0
     stopped: str = ""
     failures: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -99,6 +108,7 @@ class Summary:
             f"{self.rows_per_second:,.1f} rows/s, {self.seconds:.1f} s of which {self.startup_seconds:.1f} s start-up",
             f"  table    {self.output} ({self.annotation})",
         ]
+        lines += [f"  warning  {text}" for text in self.warnings]
         if self.skipped:
             lines.append(f"  skipped  {self.skipped:,} units that earlier runs have done")
         if self.failed:
@@ -128,7 +138,10 @@ def run(job: AnnotateJob) -> Summary:
         annotation=f"column {plan.work.field.name}: {plan.work.field.type}",
         units=len(plan.units),
         skipped=len(plan.units) - len(plan.todo),
+        warnings=plan.warnings,
     )
+    for text in plan.warnings:  # At once, too: a long run may not be worth its time.
+        print(f"warning: {text}", file=sys.stderr, flush=True)
     rows = [unit.rows for unit in plan.todo if unit.rows is not None]
     first = None
     try:
@@ -269,7 +282,26 @@ def prepare(job: AnnotateJob) -> Plan:
             "sessions": [*earlier.get("sessions", []), note][-_SESSIONS:],
         }
     )
-    return Plan(job=job, work=work, units=units, todo=[unit for unit in units if unit.id not in done])
+    todo = [unit for unit in units if unit.id not in done]
+    return Plan(job=job, work=work, units=units, todo=todo, warnings=_warnings(annotator, work.reader, todo))
+
+
+def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
+    """Where the model's vocabulary cannot spell the language of an input, by some rows from all over the table."""
+    batches = []
+    for unit in units[:: max(1, len(units) // _JUDGED_UNITS)][:_JUDGED_UNITS]:
+        # What is wrong with a file its own unit will tell.
+        with contextlib.suppress(LakeError):
+            rows = reader.read(unit, annotator.input_columns, required=annotator.input_columns)
+            with contextlib.closing(rows):
+                batches += [batch.slice(0, _JUDGED_ROWS) for batch in itertools.islice(rows, 1)]
+    found = []
+    tokenize = annotator.task.tokenizer(annotator.bundle.tokenizer())
+    for task_input, column in zip(annotator.task.inputs, annotator.input_columns, strict=True):
+        texts = [annotator.task.read(task_input, batch.column(column), column) for batch in batches]
+        if texts and (note := tokenize.unknown_note(pa.concat_arrays(texts))):
+            found.append(f"column {column!r}: {note}")
+    return found
 
 
 def _kept(job: AnnotateJob, schema: Any, partitions: tuple[str, ...]) -> tuple[str, ...]:
@@ -289,8 +321,6 @@ def _checked(schema: Any, inputs: tuple[str, ...], kept: tuple[str, ...]) -> Any
     """The schema to hold the annotator to: what is read and written. Where an input is missing, all there is, so that
     the error can name what is near.
     """
-    import pyarrow as pa
-
     if not set(inputs) <= set(schema.names):
         return schema
     return pa.schema([schema.field(name) for name in dict.fromkeys((*kept, *inputs))])

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 # enough (long blanks, long words), it is widened, so that the result is that of the whole text.
 _HEAD_CHARS_PER_TOKEN = 16
 
+# Where more than this share of a table's tokens is unknown, the vocabulary is another language's.
+MOST_UNKNOWN = 1 / 3
+# A table is judged by so many of its texts, from all over it, and by so many characters of each.
+_JUDGED_TEXTS, _JUDGED_CHARACTERS = 1_000, 1_000
+
 
 @dataclass(kw_only=True, slots=True)
 class Ragged:
@@ -113,6 +118,7 @@ class Tokenizer:
         self.max_length = max_length
         self.overflow = overflow
         self.spans = spans
+        self._unknown: int | None = tokenizer.unk_token_id
         # A copy: truncation and padding are state of the backend, and the caller's tokenizer is not ours to change.
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
@@ -151,6 +157,24 @@ class Tokenizer:
         ):
             result.append(text[: encoding.offsets[tokens - 1][1]] if len(encoding) > tokens else text)
         return pa.array(result, pa.large_string())
+
+    def unknown_share(self, texts: pa.Array) -> float:
+        """Share of tokens that the vocabulary has no piece for, in a sample of texts; nulls are passed over."""
+        texts = texts.drop_null()
+        places = np.linspace(0, len(texts) - 1, min(len(texts), _JUDGED_TEXTS)).astype(np.int64)
+        heads = [text[:_JUDGED_CHARACTERS] for text in to_python_strings(texts.take(pa.array(places)))]
+        encodings = self._uncut.encode_batch_fast(heads, add_special_tokens=False)
+        ids = [token for encoding in encodings for token in encoding.ids]
+        return ids.count(self._unknown) / max(1, len(ids))
+
+    def unknown_note(self, texts: pa.Array) -> str | None:
+        """What to tell where the vocabulary cannot spell the language of these texts; None where it can."""
+        if (share := self.unknown_share(texts)) <= MOST_UNKNOWN:
+            return None
+        return (
+            f"{share:.0%} of the tokens are unknown to the model's vocabulary, as of a language that it cannot spell: "
+            "take a model that was pretrained on this language"
+        )
 
     def _pieces(self, encodings: list[Any], owners: np.ndarray, pair: bool) -> Pieces:
         offsets = np.zeros(len(encodings) + 1, np.int64)

@@ -145,7 +145,7 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         raise JobError(f"{job.table}: the {len(rest)} rows to learn from have one label only")
     output = Path(job.output)
     output.mkdir(parents=True, exist_ok=True)
-    candidates = _candidates(job, tell)
+    candidates = _candidates(job, texts, tell)
     first = job.first_rows or max(200, 20 * len(set(labels)))
     deadline = started + 60.0 * job.budget_minutes
     rows = min(first, len(rest))
@@ -239,17 +239,21 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
     return texts, np.array(label_texts(table.truth[0]).to_pylist(), object)
 
 
-def _candidates(job: ChooseJob, tell: Callable[[str], None]) -> list[Candidate]:
+def _candidates(job: ChooseJob, texts: np.ndarray, tell: Callable[[str], None]) -> list[Candidate]:
     from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.tokenization import Tokenizer
 
     found, errors = [Candidate(name=BASELINE)], []
     for reference in job.models:
         try:
-            load_bundle(reference)
+            bundle = load_bundle(reference)
+            tokenize = Tokenizer(bundle.tokenizer(), bundle.card.max_length)
         except BundleError as error:
             errors.append(str(error))
             tell(f"note: left out: {error}")
             continue
+        if note := tokenize.unknown_note(pa.array(texts, pa.large_string())):
+            tell(f"note: {reference}: {note}")
         found.append(Candidate(name=f"{reference}, head on frozen embeddings", reference=reference))
         found.append(Candidate(name=f"{reference}, fine-tuned", reference=reference, fine_tuned=True))
     if len(found) == 1:

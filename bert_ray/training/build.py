@@ -126,6 +126,10 @@ def _make(
             rows, notes = task.build(base, columns, made, provenance)
         except ColumnError as error:
             raise ColumnError(f"{job.data.train}: {error}") from error
+        tokenize = task.tokenizer(base.tokenizer())
+        for name in task.inputs:
+            if name in columns and (note := tokenize.unknown_note(task.read(name, columns[name], name))):
+                notes = [*notes, f"{name}: {note}"]
         for text in notes:
             tell({"what": "note", "text": f"{job.data.train}: {text}"})
         card = load_bundle(made).card

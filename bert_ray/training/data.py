@@ -23,7 +23,7 @@ from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
 from bert_ray.training.order import held_out
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from bert_ray.model.examples import Examples
     from bert_ray.model.tasks import Task
@@ -199,6 +199,12 @@ def training_data(
 ) -> tuple[TrainingData, list[str]]:
     """Split and tokenise, and turn the truth into targets.
 
+    Args:
+        job: what to do.
+        table: of `data.train`.
+        task: bound to the card of the bundle to come, labels included.
+        tokenize: of the base, as the task uses it.
+
     Returns:
         the data, and notes for the user.
 
@@ -230,9 +236,13 @@ def training_data(
     else:
         train, validation = table, table.filter(np.zeros(len(table.inputs[0]), bool))
     try:
-        task.labels_in(train.truth)
+        taught = task.labels_in(train.truth)
     except ColumnError as error:
         raise JobError(f"{table.path}: in the training rows: {error}") from error
+    notes += _untaught(task, taught, table.path)
+    for name, array in zip(task.inputs, train.inputs, strict=True):
+        if note := tokenize.unknown_note(array):
+            notes.append(f"{table.path}: {name}: {note}")
     data = TrainingData(
         train_rows=len(train.inputs[0]),
         validation_rows=len(validation.inputs[0]),
@@ -244,6 +254,19 @@ def training_data(
     # Only validation's own columns are compared with annotations; the others need not travel to the workers.
     data.train.inputs, data.train.truth = (), ()
     return data, notes
+
+
+def _untaught(task: Task, taught: Sequence[str], path: str) -> list[str]:
+    """A note on labels of the bundle to come that no training row has: one row a label, or a rare one held out."""
+    if not set(taught) <= set(task.card.labels):  # The rows hold positions of labels, not their names.
+        return []
+    if not (lacking := [label for label in task.card.labels if label not in taught]):
+        return []
+    named = ", ".join(map(repr, lacking[:5])) + (", …" if len(lacking) > 5 else "")
+    return [
+        f"{path}: no training row has {named} ({len(lacking)} of {len(task.card.labels)} labels): the model will "
+        "hardly ever say so; give more rows, or a smaller data.validation_fraction"
+    ]
 
 
 def _examples(task: Task, tokenize: Tokenizer, table: LabelledTable) -> Examples:

@@ -233,6 +233,26 @@ def test_a_missing_model_starts_nothing(job: AnnotateJob) -> None:
     assert not Path(job.output).exists()
 
 
+def test_a_language_that_the_vocabulary_cannot_spell_is_told(
+    job: AnnotateJob, lake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bulk.prepare(job).warnings == []
+    for file in lake.rglob("*.parquet"):
+        table = pq.read_table(file, partitioning=None)
+        table = table.set_column(1, "text", pa.array(["味道很好，送餐快"] * len(table)))
+        pq.write_table(table, file)
+    damaged = lake / "source=s0" / "f0.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    summary = bulk.run(changed(job, output=job.output + "2"))
+    (warning,) = summary.warnings
+    assert "column 'text': 100% of the tokens are unknown to the model's vocabulary" in warning
+    shown = capsys.readouterr()
+    assert f"warning: {warning}" in shown.err
+    assert f"warning  {warning}" in shown.out
+    # It is a warning: the rows are annotated all the same.
+    assert (summary.exit_status, summary.failed, summary.rows) == (1, 1, 36)
+
+
 def test_summary_in_words() -> None:
     summary = Summary(
         engine="ray", output="/o", annotation="column s: string", units=9, done=5, skipped=1, failed=1, rows=50

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import BundleError, ColumnError, JobError
-from bert_ray.planning.choose import BASELINE, Candidate, Choice, choose, recommend
+from bert_ray.planning.choose import BASELINE, Candidate, Choice, _candidates, choose, recommend
 from bert_ray.planning.job import ChooseJob
 from bert_ray.planning.tfidf import fit_tfidf, unspaced
 
@@ -105,6 +105,15 @@ def test_bad_tables(tmp_path: Path, tiny_encoder: Path, table: dict[str, object]
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="none of the models"):
         run(word_decides(200), tmp_path, models=[str(tmp_path / "nothing")])
+
+
+def test_a_model_that_cannot_spell_the_language_is_told(tiny_encoder: Path) -> None:
+    job, told = ChooseJob(table="t", models=[str(tiny_encoder)]), []
+    assert len(_candidates(job, np.array(["味道很好", "太难吃了"], object), told.append)) == 3
+    assert len(told) == 1
+    assert told[0].startswith(f"note: {tiny_encoder}: 100% of the tokens are unknown")
+    _candidates(job, np.array(["the food was good"], object), told.append)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bert_ray.model.tasks import get_task
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import prepare
+from bert_ray.training.order import held_out
 
 Jobs = Callable[..., TrainJob]
 CLASSIFICATION = get_task(Card(task="classification"))
@@ -95,6 +97,51 @@ def test_bad_tables_are_errors_that_say_what_to_do(
 ) -> None:
     with pytest.raises(error, match=message):
         prepared(**columns)
+
+
+def test_a_label_that_the_job_does_not_list_is_named(prepared: Callable[..., object]) -> None:
+    with pytest.raises(ColumnError, match=r"table\.parquet: unknown labels \['perhaps'\].*'no', 'yes'"):
+        prepared({"labels": ["no", "yes"]}, text=texts(20), label=["no", "yes", "yes", "perhaps"] * 5)
+
+
+def test_one_label_left_to_train_on_is_an_error(prepared: Callable[..., object]) -> None:
+    rows = texts(40)
+    out = held_out(rows, 0.5)
+    assert out.any() and not out.all()
+    with pytest.raises(JobError, match=r"in the training rows: it has one label only \('no'\)"):
+        prepared(text=rows, label=["yes" if aside else "no" for aside in out])
+
+
+def test_labels_that_no_training_row_has_are_told(prepared: Callable[..., object]) -> None:
+    """One row a label: those of the held-out rows are never seen in training."""
+    rows = texts(20)
+    labels = [f"label {row:02}" for row in range(20)]
+    unseen = [label for label, aside in zip(labels, held_out(rows, 0.5), strict=True) if aside]
+    assert 5 < len(unseen) < 15
+    card, data, notes = prepared(text=rows, label=labels)
+    assert card.labels == labels
+    assert len(data.train) + len(data.validation) == 20
+    (note,) = notes
+    assert f"no training row has {', '.join(map(repr, unseen[:5]))}, …" in note
+    assert f"({len(unseen)} of 20 labels)" in note
+    # A label that the job lists and no row has is told, too; positions say nothing about names.
+    assert "no training row has 'perhaps'" in prepared({"labels": ["no", "perhaps", "yes"]}, **no_and_yes())[-1][0]
+    assert prepared({"labels": ["no", "perhaps", "yes"]}, text=texts(20), label=[0, 2] * 10)[-1] == []
+    assert prepared(**no_and_yes())[-1] == []
+
+
+def no_and_yes() -> dict[str, object]:
+    return {"text": texts(20), "label": ["no", "yes"] * 10}
+
+
+def test_a_language_that_the_vocabulary_cannot_spell_is_told(prepared: Callable[..., object]) -> None:
+    """More than a third of the tokens unknown: each of these characters is one, and unknown to the tiny vocabulary."""
+    labels = ["no", "yes"] * 20
+    (note,) = prepared(text=[f"味道很好，送餐快 {row}" for row in range(40)], label=labels)[-1]
+    assert re.search(r"table\.parquet: text: (8|9)\d% of the tokens are unknown to the model's vocabulary", note)
+    assert "pretrained on this language" in note
+    # Six words known to one that is not: less than a third.
+    assert prepared(text=[f"the film was very good {row} 好" for row in range(40)], label=labels)[-1] == []
 
 
 def test_files_that_are_missing_or_no_parquet(tmp_path: Path) -> None:

@@ -207,6 +207,13 @@ def test_rows_without_text_or_label_are_left_out(tiny_encoder: Path, uci_sample:
     assert plain.to_pylist() == [None, None, None]
 
 
+def test_a_language_that_the_vocabulary_cannot_spell_is_told(tiny_encoder: Path, tmp_path: Path) -> None:
+    table = pa.table({"text": ["味道很好", "太难吃了", "a film", "送餐很快"], "label": ["yes", "no", "no", "yes"]})
+    _, notes = run(job_for(str(tiny_encoder), table, tmp_path))
+    # Of 14 tokens 12.
+    assert any("text: 86% of the tokens are unknown to the model's vocabulary" in note for note in notes), notes
+
+
 def test_one_example_a_label(tiny_encoder: Path, tmp_path: Path) -> None:
     table = pa.table({"text": ["great film", "bad food", "a phone"], "label": ["film", "food", "phone"]})
     result, notes = run(job_for(str(tiny_encoder), table, tmp_path))
