@@ -1,4 +1,6 @@
-"""The command itself, as a process: what it prints and which status it ends with."""
+"""The command itself: what it prints and which status it ends with. As a process where a process shows more than a
+call of `main` does; each process imports what it needs anew.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,14 +26,25 @@ def bert_ray(*argv: object, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
-def refused(*argv: object, cwd: Path | None = None) -> str:
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
     """The error of a command that must end with status 2, without a traceback."""
-    done = bert_ray(*argv, cwd=cwd)
-    assert done.returncode == cli.AT_FAULT, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
+
+    def run(*argv: object, cwd: Path | None = None) -> str:
+        monkeypatch.chdir(cwd or Path.cwd())
+        capsys.readouterr()
+        status = cli.main([*map(str, argv)])
+        told = capsys.readouterr()
+        assert status == cli.AT_FAULT, told.out + told.err
+        assert "Traceback" not in told.err
+        last = told.err.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        return last
+
+    return run
 
 
 @pytest.fixture
@@ -57,6 +71,7 @@ def test_help_and_version() -> None:
         (["train"], ["--data.train TEXT", "--zero-stage 0|1|2|3", "bert-ray train jobs/finetune.yaml"]),
         (["evaluate"], ["usage: bert-ray evaluate MODEL TABLE", "--label TEXT", "--mistakes N"]),
         (["submit"], ["--to ray|spark", "--wait true|false", "bert-ray submit jobs/annotate.yaml --to ray"]),
+        (["choose"], ["usage: bert-ray choose TABLE", "--models [A, B]", "--budget-minutes X"]),
         (["runs"], ["status", "failures", "resume"]),
         (["runs", "resume"], ["--engine local|ray|spark", "bert-ray runs resume OUTPUT"]),
     ],
@@ -83,16 +98,18 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_misspelt_command_names_the_near_one() -> None:
-    assert refused("anotate") == "error: no command 'anotate'; did you mean annotate?"
+    done = bert_ray("anotate")
+    assert done.returncode == cli.AT_FAULT
+    assert done.stderr == "error: no command 'anotate'; did you mean annotate?\n"
 
 
-def test_a_misspelt_key_names_file_line_and_the_near_key(tmp_path: Path) -> None:
+def test_a_misspelt_key_names_file_line_and_the_near_key(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("input: lake\nmodel: m\nouput: out\n")
     error = refused("annotate", "job.yaml", cwd=tmp_path)
     assert error == "error: job.yaml:3: unknown key 'ouput'; did you mean output?"
 
 
-def test_a_wrong_type_names_file_and_line(tmp_path: Path) -> None:
+def test_a_wrong_type_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("data:\n  train: x.parquet\nmodel: m\noutput: out\nepochs: three\n")
     error = refused("train", "job.yaml", cwd=tmp_path)
     assert error == "error: job.yaml:5: epochs takes an integer, not 'three' (text)"
@@ -108,30 +125,30 @@ def test_a_wrong_type_names_file_and_line(tmp_path: Path) -> None:
         (["submit", "nowhere.yaml", "--to", "ray"], "nowhere.yaml"),
     ],
 )
-def test_a_path_that_does_not_exist_is_named(tmp_path: Path, argv: list[str], named: str) -> None:
+def test_a_path_that_does_not_exist_is_named(refused: Refused, tmp_path: Path, argv: list[str], named: str) -> None:
     assert named in refused(*argv, cwd=tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_does_not_exist_is_named(table: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_exist_is_named(refused: Refused, table: Path, tmp_path: Path) -> None:
     error = refused("annotate", "--input", table, "--model", "./nowhere", "--output", tmp_path / "out")
     assert "nowhere" in error
 
 
-def test_annotate_status_and_failures(table: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_annotate_status_and_failures(
+    table: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     (table / "cut.parquet").write_bytes((table / "part.parquet").read_bytes()[:300])
-    words = ["annotate", "--input", table, "--model", tiny_bundle, "--output", out]
-    done = bert_ray(*words)
+    done = bert_ray("annotate", "--input", table, "--model", tiny_bundle, "--output", out)
     assert done.returncode == cli.FAILED, done.stderr
-    assert bert_ray("runs", out).returncode == cli.FAILED
-    failures = bert_ray("runs", "failures", out)
-    assert failures.returncode == cli.FAILED
-    assert "cut.parquet" in failures.stdout
+    assert cli.main(["runs", str(out)]) == cli.FAILED
+    capsys.readouterr()
+    assert cli.main(["runs", "failures", str(out)]) == cli.FAILED
+    assert "cut.parquet" in capsys.readouterr().out
     (table / "cut.parquet").write_bytes((table / "part.parquet").read_bytes())
-    resumed = bert_ray("runs", "resume", out, "--threads", 1)
-    assert resumed.returncode == cli.DONE, resumed.stdout + resumed.stderr
-    assert bert_ray("runs", "status", out).returncode == cli.DONE
+    assert cli.main(["runs", "resume", str(out), "--threads", "1"]) == cli.DONE
+    assert cli.main(["runs", "status", str(out)]) == cli.DONE
     assert pq.read_table(out, columns=["sentiment"]).num_rows == 6
 
 
@@ -166,10 +183,33 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_bundle: Path) -> None:
     assert process.returncode == cli.INTERRUPTED, errors
     assert "Traceback" not in errors
     assert "bert-ray annotate --input" in errors
+    assert f"bert-ray runs resume {tmp_path / 'out'}" in errors
     done = len(list(receipts.iterdir()))
     assert 0 < done < 40  # The interruption came in the middle.
-    assert bert_ray(*words).returncode == cli.DONE
+    assert cli.main([*map(str, words)]) == cli.DONE
     assert len(list(receipts.iterdir())) == 40
+
+
+def test_ctrl_c_in_training_says_how_to_go_on(tmp_path: Path, tiny_encoder: Path, uci_train: Path) -> None:
+    words = ["train", "--model", tiny_encoder, "--output", tmp_path / "model", "--data.train", uci_train]
+    words += ["--engine", "local", "--threads", 1, "--epochs", 200, "--checkpoint.every_steps", 5]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bert_ray", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = tmp_path / "model.run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "Traceback" not in errors
+    assert "stopped" in errors
+    assert f"bert-ray train --model {tiny_encoder}" in errors
+    # It came in the middle: there is a checkpoint to go on from, and no bundle yet.
+    assert list(checkpoints.glob("step-*"))
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

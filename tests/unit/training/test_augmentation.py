@@ -15,7 +15,7 @@ import torch
 
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
-from bert_ray.model.tokenization import Pieces, Tokenizer
+from bert_ray.model.tokenization import Pieces, Ragged, Tokenizer
 from bert_ray.training.augmentation import Augmentation
 from bert_ray.training.job import AugmentationOptions, CheckpointOptions, TrainJob
 from bert_ray.training.launch import train
@@ -133,6 +133,24 @@ def test_a_distorted_run_cut_off_goes_on_to_the_same_bits(
     resumed = train(job, tell=lambda _: None)
     one, other = (dict(load_bundle(result.bundle).model().state_dict()) for result in (whole, resumed))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_validation_rows_are_never_distorted(job_for: Callable[..., TrainJob], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each training row once an epoch, and no other rows."""
+    seen: list[tuple[int, int, int]] = []
+    distort = Augmentation.__call__
+
+    def counting(self: Augmentation, tokens: Ragged, pieces: np.ndarray, epoch: int) -> Ragged:
+        seen.extend((len(tokens), epoch, piece) for piece in pieces.tolist())
+        return distort(self, tokens, pieces, epoch)
+
+    monkeypatch.setattr(Augmentation, "__call__", counting)
+    job = job_for(augmentation=AugmentationOptions(deletion=0.3), epochs=2)
+    result = train(job, tell=lambda _: None)
+    rows = result.train_rows
+    assert result.validation_rows > 0
+    assert result.validation_rows != rows
+    assert sorted(seen) == [(rows, epoch, piece) for epoch in range(2) for piece in range(rows)]
 
 
 @pytest.mark.parametrize(

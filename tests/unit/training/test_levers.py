@@ -12,7 +12,7 @@ from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import TrainJob
 from bert_ray.training.launch import train
-from bert_ray.training.optim import adamw, set_rate
+from bert_ray.training.optim import adamw, clip, set_rate
 
 Jobs = Callable[..., TrainJob]
 
@@ -32,6 +32,28 @@ def test_lower_layers_learn_more_slowly(tiny_encoder: Path) -> None:
     assert {rate for name, rate in named.items() if "embeddings" in name} == {0.125}
     decay = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     assert all((decay[id(weight)] > 0) == (weight.dim() > 1) for weight in model.parameters())
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e6])
+def test_gradients_are_clipped_as_torch_does(largest: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(5))] for _ in range(2))
+    for one, other in zip(ours, theirs, strict=True):
+        one.grad = torch.randn(one.shape, generator=draw)
+        other.grad = one.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(theirs, largest)
+    clip(ours, largest)
+    assert (norm > largest) == (largest == 0.5)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_dropout_of_the_job_reaches_the_model(job_for: Jobs) -> None:
+    job = job_for(dropout=0.3, attention_dropout=0.2, epochs=1)
+    config = load_bundle(train(job, tell=lambda _: None).bundle).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.2)
+    base = load_bundle(job.model).config
+    assert (base.hidden_dropout_prob, base.attention_probs_dropout_prob) != (0.3, 0.2)
 
 
 def test_frozen_layers_keep_the_bases_weights(job_for: Jobs) -> None:

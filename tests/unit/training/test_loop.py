@@ -152,12 +152,17 @@ def test_accumulation_gives_the_same_steps(job_for: Jobs, tmp_path: Path) -> Non
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_l1_pulls_weights_to_nought(job_for: Jobs, tmp_path: Path) -> None:
+def test_penalties_pull_weights_to_nought(job_for: Jobs, tmp_path: Path) -> None:
+    """L1, and L2 as AdamW's decoupled decay."""
+
     def size(**settings: object) -> float:
-        result = quiet(job_for(output=str(tmp_path / f"l1{settings}"), epochs=1, **settings))
+        settings = {"l1": 0.0, "weight_decay": 0.0} | settings
+        result = quiet(job_for(output=str(tmp_path / f"{settings}"), epochs=1, **settings))
         return sum(float(value.abs().sum()) for name, value in weights(result).items() if value.dim() > 1)
 
-    assert size(l1=0.01) < 0.99 * size(l1=0.0)
+    free = size()
+    assert size(l1=0.01) < 0.99 * free
+    assert size(weight_decay=5.0) < 0.99 * free
 
 
 def test_bf16_trains(job_for: Jobs) -> None:

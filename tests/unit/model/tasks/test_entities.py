@@ -16,6 +16,7 @@ from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.tasks import get_task
+from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tasks.entities import Entities
 from bert_ray.model.tasks.entity_truth import scores, words_text
 from bert_ray.model.tasks.spans import entity_runs, marked_texts, plain_texts, read_tags
@@ -181,6 +182,51 @@ def test_chinese_without_blanks(tmp_path: Path) -> None:
     assert whole and [(2 * start, 2 * end - 1, label) for start, end, label in spans(whole)] == spans(listed)
     joined = " ".join(text)
     assert [entity["text"] for entity in listed] == [joined[start:end] for start, end, _ in spans(listed)]
+
+
+def spelling(text: str) -> Any:
+    """A BERT tokenizer that knows each character of a text, alone and within a word."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertTokenizerFast
+
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *(f"{mark}{char}" for char in set(text) for mark in ("", "##")),
+    ]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    return BertTokenizerFast(tokenizer_object=backend, model_max_length=512)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("我在北京工作2年了。", ["北京"]),
+        ("明日は東京タワーとスカイツリーに行きます。", ["東京タワー", "スカイツリー"]),
+        ("ฉันทำงานที่กรุงเทพ", ["กรุงเทพ"]),
+        ("ຂ້ອຍຢູ່ວຽງຈັນ", ["ວຽງຈັນ"]),
+        ("I moved from New York to Paris.", ["New York", "Paris"]),
+    ],
+)
+def test_names_within_unbroken_writing_come_back(text: str, names: list[str]) -> None:
+    """What the truth says, as tags of tokens, decodes to the same spans: no name takes in what stands around it."""
+    task = Entities(Card(task="entities", labels=["place"]))
+    truth = [{"start": text.index(name), "end": text.index(name) + len(name), "label": "place"} for name in names]
+    read, inputs = task.read_truth([pa.array([truth])], [pa.array([text])])
+    examples = task.examples(task.tokenizer(spelling(text)), inputs, read)
+    tags = np.maximum(examples.targets.values, 0)  # Tokens without a tag of their own: O.
+    outputs = Outputs(values=np.eye(3, dtype=np.float32)[tags] * 9, offsets=examples.pieces.tokens.offsets)
+    (found,) = task.decode(outputs, examples.pieces, inputs).to_pylist()
+    assert [entity["text"] for entity in found] == names
+    assert spans(found) == [(span["start"], span["end"], "place") for span in truth]
 
 
 def test_given_words_are_kept(bundle: Path) -> None:

@@ -195,6 +195,10 @@ def test_ranks_of_equal_vectors_go_by_place() -> None:
 def test_retrieval_is_that_of_sentence_transformers(shared_data: Path, tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     table = pq.read_table(shared_data / "covid_faq" / "all.parquet", columns=["question", "answer"])
+    # Without the three pairs whose answer another has too: which of two equal answers is nearer, chance decides.
+    answers = table["answer"].to_pylist()
+    table = table.take(pa.array([row for row, answer in enumerate(answers) if answer not in answers[:row]]))
+    assert len(table) == 210
     bundle = build_index(MINILM, table, tmp_path / "faq", options={"match": "answer"})
     model = sentence_transformers.SentenceTransformer(str(load_bundle(MINILM).directory), device="cpu")
     asked, answers = (
