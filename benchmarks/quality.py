@@ -28,8 +28,10 @@ RUNS = common.ROOT / "out" / "quality"
 RESULTS = common.RESULTS / "quality.json"
 
 
-def ours(name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, threads: int | None) -> dict[str, Any]:
-    """Train by the loop, annotate by the annotator, measure by the task."""
+def ours(
+    name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, threads: int | None, base: str = common.MODEL
+) -> dict[str, Any]:
+    """Train by the loop from `base`, annotate by the annotator, measure by the task."""
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train as run
 
@@ -38,7 +40,7 @@ def ours(name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, thre
     paths = {part: RUNS / f"{name}-{part}.parquet" for part in ("train", "test")}
     pq.write_table(train, paths["train"])
     pq.write_table(test, paths["test"])
-    base, tuning = common.MODEL, {}
+    tuning: dict[str, Any] = {}
     if case.pairs is not None:
         base, tuning = tuned(name, case, seed, threads)
     if case.settings is None:
@@ -54,12 +56,13 @@ def ours(name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, thre
         data=DataOptions(train=str(paths["train"]), validation_fraction=0.0, columns=case.columns or None),
         **({"max_length": 256} | case.settings),
     )
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     trained = run(job)
     seconds = time.monotonic() - began
     return {
         "train_rows": trained.train_rows,
         "train_seconds": round(seconds) + tuning.get("seconds", 0),
+        "train_cpu_minutes": round((time.process_time() - cpu_began) / 60, 1),
         "tokens_per_second": round(trained.tokens_per_second),
         **tested(case, str(place), str(paths["test"]), threads, {}),
     }
@@ -107,8 +110,27 @@ def tested(case: Case, model: str, path: str, threads: int | None, more: dict[st
     return {"value": metrics[case.measure], "metrics": metrics, "test_rows": len(table.inputs[0])}
 
 
-def reference(case: Case, train: pa.Table, test: pa.Table, seed: int, kind: str) -> dict[str, Any]:
-    """The same by somebody else's code."""
+def random_weights() -> str:
+    """A model of the base's shape and tokenizer that has learned nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from bert_ray.model.references import resolve
+
+    source, place = resolve(common.MODEL), RUNS / "random-weights"
+    if not (place / "config.json").exists():
+        torch.manual_seed(0)
+        AutoTokenizer.from_pretrained(source).save_pretrained(place)
+        AutoModel.from_config(AutoConfig.from_pretrained(source)).save_pretrained(place)
+    return str(place)
+
+
+def reference(
+    name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, kind: str, threads: int | None
+) -> dict[str, Any]:
+    """The same by somebody else's code; or, where nothing else does it, by ours from weights that know nothing."""
+    if kind == "reference" and case.reference == "from_random_weights":
+        return ours(f"{name}-random", case, train, test, seed, threads, random_weights())
     import quality_references
 
     run = quality_references.tfidf if kind == "tfidf" else quality_references.REFERENCES[str(case.reference)]
@@ -194,7 +216,7 @@ def main() -> None:
                         shutil.rmtree(RUNS / f"{name}-{seed}", ignore_errors=True)
                     found = ours(name, case, train, test, seed, options.threads)
                 else:
-                    found = reference(case, train, test, seed, kind)
+                    found = reference(name, case, train, test, seed, kind, options.threads)
                 done[str(seed)] = found | {"settings": case.settings, "date": datetime.date.today().isoformat()}
                 print(f"{name}, {kind}, seed {seed}: {case.measure} {found['value']:.4f}", flush=True)
                 common.keep("quality", {"cases": results})

@@ -6,7 +6,10 @@
 The same weights on both sides: MiniLM's encoder with a fresh head; speed does not depend on what a head has learned.
 Texts of mixed lengths (sentences, news, film reviews; questions with their paragraphs), shuffled. The pipeline
 runs as it comes (one row at a time) and in batches of 16; for answers, which transformers 5 has no pipeline for, the
-recipe of its example run_qa.py does. Results: benchmarks/results/tasks.json.
+recipe of its example run_qa.py does. Translation stands beside `model.generate` on batches of the same number of
+tokens, texts sorted by length, greedily and with four beams, on sentences of Tatoeba: with the model that
+`quality.py --case en_zh` has trained where it is there, else with one that says 16 tokens to everything.
+Results: benchmarks/results/tasks.json.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH = 16
+TASKS = ("classification", "entities", "answer", "translation", "translation, 4 beams")
 MAX_LENGTH = 512
 
 
@@ -56,8 +60,71 @@ def save(auto: Any, directory: Path, **settings: Any) -> str:
     return str(directory)
 
 
+def translator(scratch: Path) -> tuple[str, int]:
+    """A translation model, and the most tokens that it should say."""
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.tasks.translation_start import make_start
+
+    trained = common.ROOT / "out" / "quality" / "en_zh-0"
+    if trained.exists():
+        return str(trained), 64
+    table = english(2000)
+    place = scratch / "translator"
+    make_start(load_bundle(common.MODEL), table, table, layers=3, vocabulary=4000, output=place)
+    return str(place), 16
+
+
+def english(rows: int) -> pa.Array:
+    """Short English sentences, shuffled."""
+    path = common.SHARED / "tatoeba_zh_en" / "test.parquet"
+    found = pq.read_table(path, columns=["en"])["en"].to_pylist() if path.exists() else texts(rows)
+    return pa.array([found[index] for index in np.random.default_rng(0).permutation(len(found))][:rows], pa.string())
+
+
+def translation(rows: int, scratch: Path, beams: int) -> tuple[dict[str, Callable[[], Any]], int]:
+    """Ours, and transformers' `generate` with its own key-value cache."""
+    import torch
+    import transformers
+
+    from bert_ray.model.annotator import AnnotatorSpec
+
+    model, longest = translator(scratch)
+    table = pa.table({"text": english(rows)})
+    options = {"beams": beams, "max_target_tokens": longest, "split": "none"}
+    annotator = AnnotatorSpec(model=model, options=options).build()
+    peer = transformers.AutoModelForSeq2SeqLM.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    target = annotator.task.target_tokenizer  # type: ignore[attr-defined]
+    search = {"num_beams": beams, "do_sample": False, "max_new_tokens": longest}
+    search |= {"early_stopping": True, "length_penalty": 1.0} if beams > 1 else {}
+
+    @torch.inference_mode()
+    def generated() -> list[str]:
+        lists = tokenizer(table["text"].to_pylist(), truncation=True, max_length=annotator.bundle.card.max_length)
+        order = sorted(range(len(table)), key=lambda row: -len(lists["input_ids"][row]))
+        said, start = [""] * len(table), 0
+        while start < len(order):
+            # Longest first: the first row of a batch says how wide it is.
+            size = max(1, annotator.batch_tokens // len(lists["input_ids"][order[start]]))
+            some = order[start : start + size]
+            batch = tokenizer.pad({"input_ids": [lists["input_ids"][row] for row in some]}, return_tensors="pt")
+            ids = peer.generate(**batch, **search)
+            for row, text in zip(some, target.decode_batch(ids.tolist(), skip_special_tokens=True), strict=True):
+                said[row] = text.strip()
+            start += size
+        return said
+
+    said = annotator(table)["translation"].to_pylist()
+    same = np.mean([one == other for one, other in zip(said, generated(), strict=True)])
+    if same < 0.99:  # Ties apart, both say the same.
+        raise SystemExit(f"the two translate only {same:.1%} of the sentences alike: no fair comparison")
+    return {"bert_ray": lambda: annotator(table), "model.generate, sorted": generated}, len(table)
+
+
 def contestants(task: str, rows: int, scratch: Path) -> tuple[dict[str, Callable[[], Any]], int]:
     """What runs for a task, and how many rows it annotates."""
+    if task.startswith("translation"):
+        return translation(5 * rows, scratch, 4 if task.endswith("beams") else 1)
     import transformers
 
     from bert_ray.model.annotator import AnnotatorSpec
@@ -119,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--task", choices=("classification", "entities", "answer"), help="default: all")
+    parser.add_argument("--task", choices=TASKS, help="default: all")
     options = parser.parse_args()
     common.set_threads(options.threads)
     import torch
@@ -130,7 +197,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     lines = []
     with tempfile.TemporaryDirectory(prefix="bert_ray-bench-") as scratch:
-        for task in (options.task,) if options.task else ("classification", "entities", "answer"):
+        for task in (options.task,) if options.task else TASKS:
             runs, rows = contestants(task, options.rows, Path(scratch))
             for run in runs.values():
                 run()  # Warm-up.

@@ -171,6 +171,18 @@ def zero_shot(root: Path, encoder: str) -> Tiny:
     return Tiny(model=encoder, task="zero-shot", options=options, columns={"text": texts()}, type=LABEL)
 
 
+def translation(root: Path, encoder: str) -> Tiny:
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.tasks.translation_start import make_start
+
+    said = pa.array(["der Film war gut", "das Essen, 很好。"])
+    bundle = make_start(
+        load_bundle(encoder), pa.array(TEXTS).drop_null()[:2], said, layers=2, vocabulary=100, output=root / "tiny both"
+    )
+    options = {"beams": 2, "max_target_tokens": 12}
+    return Tiny(model=bundle.reference, options=options, columns={"text": texts()}, type=pa.string())
+
+
 def few_shot(root: Path, encoder: str) -> Tiny:
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train
@@ -197,5 +209,6 @@ MAKERS: dict[str, Callable[[Path, str], Tiny]] = {
     "multi-label": multilabel,
     "regression": regression,
     "similarity": similarity,
+    "translation": translation,
     "zero-shot": zero_shot,
 }

@@ -90,7 +90,9 @@ class AnnotatorSpec:
         options = json.loads(str(self.options)) if self.options else {}
         if self.scores:
             options["scores"] = True
-        return get_task(bundle.card, bundle.config, kind=self.task, options=options)
+        task = get_task(bundle.card, bundle.config, kind=self.task, options=options)
+        task.attach(bundle)
+        return task
 
     def build(self) -> Annotator:
         """The annotator of this description, built once per process."""
@@ -107,6 +109,8 @@ class Annotator:
 
     Attributes:
         bundle: the bundle.
+        task: what is done with it.
+        model: its weights, with the task's head.
         output_field: name and Arrow type of the annotation, as the task declares it.
         input_columns: the columns read, one per task input.
     """
@@ -129,9 +133,9 @@ class Annotator:
             torch.set_num_threads(spec.threads)
         self.device, self.dtype = _device_and_dtype(spec.device, spec.dtype)
         self._tokenizer = self.task.tokenizer(bundle.tokenizer())
-        self._model = bundle.model(self.task).to(self.device, self.dtype)
-        self._encoder = InferenceEncoder(self._model)
-        self.batch_tokens = spec.batch_tokens or self._encoder.batch_tokens
+        self.model = bundle.model(self.task).to(self.device, self.dtype)
+        self._encoder = InferenceEncoder(self.model)
+        self.batch_tokens = spec.batch_tokens or self.task.tiles * self._encoder.batch_tokens
         self.task.prepare(self)
 
     @property
@@ -229,7 +233,7 @@ class Annotator:
 
         def outputs(which: np.ndarray) -> torch.Tensor:
             batch = pack_rows(tokens, which).to(self.device)
-            return self.task.forward(self._model, self._encoder(batch), batch).float()
+            return self.task.forward(self.model, self._encoder(batch), batch).float()
 
         # One copy from the device at the end, so that no batch waits for the one before it.
         found = torch.cat(self._encoder.map(outputs, batches)).cpu().numpy()

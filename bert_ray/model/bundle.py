@@ -35,6 +35,8 @@ CARD_FORMAT = 1
 
 # The architectures whose layers `encoder.py` walks: post-norm encoders with learned absolute positions.
 ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+# One of these as the encoder, and a decoder of BERT's layers that `decoder.py` walks.
+ENCODER_DECODER = "encoder-decoder"
 
 # What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
 _FINGERPRINTED = (".safetensors", ".json", ".txt", ".model", ".parquet")
@@ -110,7 +112,9 @@ class Bundle:
         """The task that the card names, bound to this card."""
         from bert_ray.model.tasks import get_task
 
-        return get_task(self.card, self.config)
+        task = get_task(self.card, self.config)
+        task.attach(self)
+        return task
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The fast tokenizer.
@@ -174,6 +178,7 @@ def save_bundle(
     tokenizer: PreTrainedTokenizerFast,
     card: Card,
     add: Callable[[Path], None] | None = None,
+    task: Task | None = None,
 ) -> Bundle:
     """Write a bundle so that it becomes visible whole: to a neighbour first, then renamed over what was there.
 
@@ -183,6 +188,7 @@ def save_bundle(
         tokenizer: its fast tokenizer.
         card: `files` and `fingerprint` are filled in here.
         add: writes further files of the bundle into the directory that it is given.
+        task: writes the files that its bundles have besides; None: the card's, attached to no bundle.
 
     Raises:
         BundleError: `directory` holds something that is not a bundle.
@@ -201,7 +207,7 @@ def save_bundle(
         tokenizer.save_pretrained(fresh)
         if add is not None:
             add(fresh)
-        get_task(card, model.config).write_files(fresh)
+        (task or get_task(card, model.config)).write_files(fresh)
         save_card(fresh, card)
         old = target.parent / f".{target.name}.{os.getpid()}.old"
         if target.exists():
@@ -220,8 +226,14 @@ def save_card(directory: Path, card: Card) -> None:
     (directory / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def encoder_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the encoder, also of one that has a decoder beside it."""
+    return config.encoder if config.model_type == ENCODER_DECODER else config
+
+
 def max_positions(config: PretrainedConfig) -> int:
     """Longest row in tokens. RoBERTa's positions start behind the padding id, so its table holds two rows more."""
+    config = encoder_config(config)
     limit = int(config.max_position_embeddings)
     return limit - config.pad_token_id - 1 if positions_follow_padding(config) else limit
 
@@ -237,6 +249,10 @@ def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None
             f"{reference}: config.json asks to run code from the repository (auto_map); remote code is refused"
         )
     kind = raw.get("model_type")
+    if kind == ENCODER_DECODER:
+        kind, decoder = ((raw.get(part) or {}).get("model_type") for part in ("encoder", "decoder"))
+        if decoder != "bert":
+            raise BundleError(f"{reference}: a decoder of architecture {decoder!r} is not supported; known is bert")
     if kind not in ARCHITECTURES:
         raise BundleError(f"{reference}: architecture {kind!r} is not supported; known are {', '.join(ARCHITECTURES)}")
     if not any(directory.glob("*.safetensors")):
@@ -353,9 +369,10 @@ def _load_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToke
     if not getattr(tokenizer, "is_fast", False):
         raise BundleError(f"{directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
+    rows = encoder_config(config).vocab_size
+    if largest >= rows:
         raise BundleError(
-            f"{directory}: the tokenizer has ids up to {largest}, the embeddings only {config.vocab_size} rows: "
+            f"{directory}: the tokenizer has ids up to {largest}, the embeddings only {rows} rows: "
             "the tokenizer belongs to another model"
         )
     return tokenizer

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bert_ray.model.attention import packed_attention
-from bert_ray.model.bundle import positions_follow_padding
+from bert_ray.model.bundle import ENCODER_DECODER, positions_follow_padding
 from bert_ray.model.dropout import dropout
 from bert_ray.model.lookup import lookup
 
@@ -60,9 +60,11 @@ class Encoder:
 
 
 def encoder_of(model: PreTrainedModel) -> Encoder:
-    """Find the encoder in a model with or without a task's head."""
+    """Find the encoder in a model with or without a task's head, or with a decoder."""
     from transformers.activations import ACT2FN
 
+    if model.config.model_type == ENCODER_DECODER:
+        model = model.encoder
     config = model.config
     base = getattr(model, model.base_model_prefix, model)
     embeddings = base.embeddings
@@ -75,7 +77,7 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
         norm=embeddings.LayerNorm,
         layers=[_distil_layer(layer) for layer in base.transformer.layer]
         if distil
-        else [_bert_layer(layer) for layer in base.encoder.layer],
+        else [bert_layer(layer) for layer in base.encoder.layer],
         heads=config.num_attention_heads,
         first_position=config.pad_token_id + 1 if positions_follow_padding(config) else 0,
         activation=ACT2FN[activation],
@@ -85,7 +87,8 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
     )
 
 
-def _bert_layer(layer: nn.Module) -> Layer:
+def bert_layer(layer: nn.Module) -> Layer:
+    """A layer of BERT or RoBERTa, also of a decoder (its attention to a source left out)."""
     attention = layer.attention
     return Layer(
         query=attention.self.query,

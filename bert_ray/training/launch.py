@@ -27,10 +27,12 @@ from bert_ray.training.progress import duration, show
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.tasks import Task
-    from bert_ray.training.data import TrainingData
+    from bert_ray.training.data import LabelledTable, TrainingData
     from bert_ray.training.loop import Callback, Position
 
 RUN_FILE = "run.json"
+# In a run's directory: the bundle that training starts from, where the task made one of its own.
+START = "start"
 
 _PACKAGES = ("bert-ray", "torch", "transformers", "pyarrow", "ray", "deepspeed")
 
@@ -99,6 +101,7 @@ def train(
         BundleError: the base cannot be used.
     """
     from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.data import read_labelled
 
     started = time.perf_counter()
     job = _absolute(job)
@@ -108,14 +111,24 @@ def train(
         from bert_ray.training.build import build
 
         return build(job, base, tell)
-    card, data, notes = prepare(job, base)
-    identity = job.identity() | {"base": base.fingerprint, "rows": data.digest()}
-    if output.exists() and any(output.iterdir()):
-        return _finished(output, identity, data, time.perf_counter() - started)
-    _enter(directory, identity)
+    asked = base.fingerprint
+    fresh = output.parent / f".{output.name}.{os.getpid()}.start"
+    try:
+        table = read_labelled(job.data.train, new_task(job, base), job.data.columns)
+        if new_task(job, base).start(base, table.inputs, table.truth, fresh):
+            base = load_bundle(fresh)
+        card, data, notes = prepare(job, base, table)
+        identity = job.identity() | {"base": asked, "rows": data.digest()}
+        if output.exists() and any(output.iterdir()):
+            return _finished(output, identity, data, time.perf_counter() - started)
+        _enter(directory, identity)
+        if fresh.exists():
+            base = _keep_start(fresh, directory / START)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     for text in notes:
         tell({"what": "note", "text": text})
-    card.provenance |= provenance(job, base, data, identity)
+    card.provenance |= provenance(job, asked, data, identity)
     run = _run_ray if job.engine == "ray" else _run_local
     try:
         position = run(job, base, card, data, directory, callbacks, tell)
@@ -144,23 +157,38 @@ def train(
     )
 
 
-def prepare(job: TrainJob, base: Bundle) -> tuple[Card, TrainingData, list[str]]:
-    """The card of the bundle to come, the tokenised rows, and notes for the user."""
+def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> tuple[Card, TrainingData, list[str]]:
+    """The card of the bundle to come, the tokenised rows, and notes for the user.
+
+    Args:
+        job: what to do.
+        base: the bundle that training starts from.
+        table: `data.train`, where it has been read already.
+    """
     from bert_ray.training.data import labels_for, read_labelled, training_data
 
     task = new_task(job, base)
-    table = read_labelled(job.data.train, task, job.data.columns)
+    table = table or read_labelled(job.data.train, task, job.data.columns)
     task.card.labels = labels_for(job, task, table)
     data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))
     return task.card, data, notes
 
 
+def _keep_start(fresh: Path, place: Path) -> Bundle:
+    """Bring the bundle to start from into the run's directory, where all workers see it; a run that goes on has it."""
+    from bert_ray.model.bundle import load_bundle
+
+    if not place.exists():
+        os.replace(fresh, place)
+    return load_bundle(place)
+
+
 def new_task(job: TrainJob, base: Bundle) -> Task:
     """The task of a job, bound to the card of the bundle to come."""
-    from bert_ray.model.bundle import Card, max_positions
+    from bert_ray.model.bundle import Card, encoder_config, max_positions
     from bert_ray.model.tasks import get_task
 
-    limit, layers = max_positions(base.config), base.config.num_hidden_layers
+    limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers
     if job.freeze_layers > layers:
         raise JobError(f"freeze_layers is {job.freeze_layers}, but {job.model} has {layers} layers")
     if job.max_length is not None and job.max_length > limit:
@@ -179,6 +207,7 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     if inherited := {name: base.card.options[name] for name in task.inherits if name in base.card.options}:
         card.options = inherited | card.options
         task = get_task(card, base.config)
+    task.attach(base)
     if job.augmentation.any and not task.distortable:
         raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
     task.choose_inputs(job.data.columns or ())
@@ -186,10 +215,10 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     return task
 
 
-def provenance(job: TrainJob, base: Bundle, data: TrainingData, identity: dict[str, Any]) -> dict[str, Any]:
-    """Where a bundle comes from, for its card."""
+def provenance(job: TrainJob, base: str, data: TrainingData, identity: dict[str, Any]) -> dict[str, Any]:
+    """Where a bundle comes from, for its card; `base` is the fingerprint of what the job names."""
     return {
-        "base": {"reference": job.model, "fingerprint": base.fingerprint},
+        "base": {"reference": job.model, "fingerprint": base},
         "data": {
             "train": job.data.train,
             "validation": job.data.validation or f"{job.data.validation_fraction} of train, by hash of the text",
@@ -352,7 +381,7 @@ def _publish(directory: Path, output: Path, position: Position, seconds: float) 
         "tokens_per_second": position.tokens / max(1e-9, position.seconds),
         "seconds": round(seconds, 1),
     }
-    save_bundle(output, best.model(), best.tokenizer(), best.card)
+    save_bundle(output, best.model(), best.tokenizer(), best.card, task=best.task)
     shutil.rmtree(directory)
 
 

@@ -116,6 +116,7 @@ def new_module(
 
     torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE, 0))
     task = get_task(card, base.config)
+    task.attach(base)
     task.learning = learning or task.learning
     model = task.new_model(base, job.dropout, job.attention_dropout)
     freeze(model, job.freeze_layers)
@@ -348,7 +349,8 @@ class Loop:
             if self.peers.rank == 0:
                 self.card.metrics = metrics
                 self.card.provenance |= {"history": self.position.history, "best_epoch": self.position.best_epoch}
-                save_bundle(self.directory / "best", self.module.model, self.base.tokenizer(), self.card)
+                tokenizer, task = self.base.tokenizer(), self.module.task
+                save_bundle(self.directory / "best", self.module.model, tokenizer, self.card, task=task)
         self.peers.wait()
 
     def _save(self) -> None:

@@ -62,6 +62,7 @@ def run(
             # Tokens travel once through the object store, and are not pickled again for each group of workers.
             train_loop_config={
                 "job": job,
+                "base": base.reference,
                 "card": card,
                 "data": ray.put(data),
                 "directory": directory,
@@ -161,7 +162,7 @@ def _worker(config: dict[str, Any]) -> None:
     cores = os.cpu_count() or 1
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
-    base = load_bundle(job.model)
+    base = load_bundle(config["base"])
     loop = Loop(
         job=job,
         base=base,

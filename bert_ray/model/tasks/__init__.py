@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError
+from bert_ray.model.bundle import ENCODER_DECODER
 from bert_ray.model.tasks.answer import Answer
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.classification import Classification
@@ -18,6 +19,7 @@ from bert_ray.model.tasks.mask import Mask
 from bert_ray.model.tasks.multilabel import MultiLabel
 from bert_ray.model.tasks.regression import Regression
 from bert_ray.model.tasks.similarity import Similarity
+from bert_ray.model.tasks.translation import Translation
 from bert_ray.model.tasks.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ TASKS: dict[str, type[Task]] = {
         MultiLabel,
         Regression,
         Similarity,
+        Translation,
         ZeroShot,
     )
 }
@@ -57,6 +60,7 @@ __all__ = [
     "Regression",
     "Similarity",
     "Task",
+    "Translation",
     "ZeroShot",
     "get_task",
 ]
@@ -78,10 +82,13 @@ def get_task(
         options: over those of the card.
 
     Raises:
-        BundleError: no such task.
+        BundleError: no such task, or one that cannot run on a model with a decoder.
         JobError: an option that the task does not have.
     """
     kind = kind or card.task
     if kind not in TASKS:
         raise BundleError(f"unknown task {kind!r}; known are {', '.join(sorted(TASKS))}")
+    if config is not None and config.model_type == ENCODER_DECODER and not TASKS[kind].generates:
+        able = ", ".join(sorted(name for name, task in TASKS.items() if task.generates))
+        raise BundleError(f"task {kind!r} wants a plain encoder; a model with a decoder does {able}")
     return TASKS[kind](card, config, options)

@@ -93,6 +93,8 @@ class Task(ABC):
         blank_is_null: whether an empty or blank text gives a null annotation; else the model sees the empty text.
         truth_may_be_null: whether a row whose truth is null counts (a question without an answer).
         level: whether `forward` gives one output a piece ("row") or one a token ("token").
+        tiles: how many of the encoder's batches this task wants in one, where its head costs more than the encoder.
+        generates: whether its model has a decoder beside the encoder.
         spans: whether decoding needs to know which code points a token stems from.
         piece_is_sample: whether training takes each piece as a sample of its own; else all pieces of a row are one.
         builds: the table columns that `build` reads, where a bundle is made from a table without training; else none.
@@ -116,6 +118,8 @@ class Task(ABC):
     blank_is_null: ClassVar[bool]
     truth_may_be_null: ClassVar[bool] = False
     level: ClassVar[Literal["row", "token"]] = "row"
+    tiles: ClassVar[int] = 1
+    generates: ClassVar[bool] = False
     spans: ClassVar[bool] = False
     piece_is_sample: ClassVar[bool] = False
     builds: ClassVar[tuple[str, ...]] = ()
@@ -180,6 +184,12 @@ class Task(ABC):
     def distortable(self) -> bool:
         """Whether a row keeps its truth when words of it are left out or changed."""
         return self.level == "row" and not self.spans
+
+    def attach(self, bundle: Bundle) -> None:  # noqa: B027 - most tasks need no further files
+        """Called first of all with the bundle to annotate with, or to start training from: for what it holds besides.
+
+        Must be cheap: on every worker, for every bundle that is looked at.
+        """
 
     def write_files(self, directory: Path) -> None:  # noqa: B027 - most tasks need no further files
         """Write what other libraries want to find in a bundle of this task, besides what transformers writes."""
@@ -252,6 +262,22 @@ class Task(ABC):
         raise BundleError(f"task {self.kind!r} has nothing to build")
 
     # Training and evaluation.
+
+    def start(self, base: Bundle, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], output: Path) -> bool:
+        """Make the bundle that training starts from, where the base itself does not do (it has no decoder, say).
+
+        What comes out is a function of the arguments alone: a run that goes on makes it again.
+
+        Args:
+            base: that the job names.
+            inputs: of all rows to train on.
+            truth: likewise.
+            output: the bundle's directory, to be written with `save_bundle`.
+
+        Returns:
+            whether it was made; False: training starts from `base`.
+        """
+        return False
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
         """The labels that stand in the truth columns of a table to train on; [] where the task has none.
