@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.answer_metrics import best_threshold, f1, mean_scores
+from bert_ray.model.tasks.answer_report import answers_report
 from bert_ray.model.tasks.answer_spans import Spans, best_spans, join_pieces, take_pieces, thinned, window_targets
 from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_blank, to_python_strings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.sections import Section
 
 # Contexts are tokenised in stretches of about this size: the tokenizer's own objects take some hundred bytes a token.
 _TOKENIZED_BYTES = 4 * 2**20
@@ -114,6 +116,7 @@ class Answer(Task):
     split_by: ClassVar[str] = "context"
     options_type: ClassVar[type[Options]] = AnswerOptions
     architecture: ClassVar[str | None] = "ForQuestionAnswering"
+    headline: ClassVar[str] = "answers with an F1 of {f1:.1%}"
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
@@ -264,6 +267,12 @@ class Answer(Task):
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
         """SQuAD's F1 and exact match, and how well null is told; see `answer_metrics.mean_scores`."""
         return mean_scores(_texts(annotations), to_python_strings(truth[0]))
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """Figures by whether there is an answer, and answers beside the truth."""
+        return answers_report(annotations, inputs, truth, most)
 
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """F1 of always saying null; None where every row has an answer."""

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model.examples import Examples, Targets
+from bert_ray.model.tasks.sections import Case, Cases, Constant, Section, shown, texts_at
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
 
 if TYPE_CHECKING:
@@ -103,6 +104,10 @@ class Task(ABC):
         inherits: options that a bundle to train takes over from the bundle it starts from.
         architecture: how transformers' architectures with this task's head end ("ForTokenClassification"): a directory
             without a card that names one is taken for this task, if it `fits`; None: never.
+        headline: what a report says first, with metrics by name: "says the right label for {accuracy:.1%} of rows";
+            empty: the metric and its value.
+        plain_metrics: metrics that are no shares, and not shown as per cent.
+        measured_as: for a task without metrics, the one to measure its bundles as.
 
     Attributes:
         card: of the bundle.
@@ -127,6 +132,9 @@ class Task(ABC):
     options_type: ClassVar[type[Options]] = Options
     inherits: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = None
+    headline: ClassVar[str] = ""
+    plain_metrics: ClassVar[tuple[str, ...]] = ()
+    measured_as: ClassVar[str | None] = None
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
@@ -359,6 +367,42 @@ class Task(ABC):
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """`metric` of the best constant answer, learned from the truth of `train`; None where there is none."""
         return None
+
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:  # noqa: B027 - most tasks take what read_truth gives
+        """Called before a table is annotated to be measured, so that hours later nothing is found that stood there.
+
+        Raises:
+            ColumnError: a label that the model does not have.
+        """
+
+    def measuring(self) -> dict[str, Any]:
+        """Options to annotate with where the annotations are to be measured: what `report` shows more by."""
+        return {}
+
+    def constant(self, truth: Sequence[pa.Array]) -> Constant | None:
+        """The best answer that is always the same, on the very rows that are measured; None where there is none."""
+        value = self.baseline(truth, truth)
+        return None if value is None else Constant(figures={self.metric: value})
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """What a report shows beside the metrics; here the first rows and what is so.
+
+        Args:
+            annotations: what the model said, (B,).
+            inputs: as `read` gives them, (B,) each.
+            truth: as `read_truth` gives it, (B,) each.
+            most: how many examples of a kind to show.
+        """
+        rows = range(min(most, len(annotations)))
+        said = [shown(str(annotations[row].as_py())) for row in rows]
+        so = [shown(", ".join(str(array[row].as_py()) for array in truth)) for row in rows]
+        cases = tuple(
+            Case(row=row, texts=texts, said=said[row], so=so[row], right=said[row] == so[row])
+            for row, texts in zip(rows, texts_at(self.inputs, inputs, rows), strict=True)
+        )
+        return [Cases(key="examples", title="The first rows", cases=cases, long=True)]
 
     def validate(self, outputs: Outputs, examples: Examples) -> dict[str, float]:
         """Name -> value over the validation rows."""

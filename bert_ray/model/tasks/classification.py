@@ -22,12 +22,14 @@ from bert_ray.errors import ColumnError
 from bert_ray.model.examples import Targets
 from bert_ray.model.tasks.base import Learning, Outputs
 from bert_ray.model.tasks.heads import SequenceTask, by_row, by_sample, weights_of
+from bert_ray.model.tasks.label_report import SCORED_LABELS, majority, one_label_report
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.sections import Constant, Section
     from bert_ray.model.tokenization import Pieces
 
 # More distinct labels than this, and most rows with one of their own: the column is an id or a text, not a label.
@@ -39,6 +41,7 @@ class Classification(SequenceTask):
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
+    headline: ClassVar[str] = "says the right label for {accuracy:.1%} of rows"
 
     @classmethod
     def fits(cls, config: PretrainedConfig) -> bool:
@@ -153,6 +156,29 @@ class Classification(SequenceTask):
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """Accuracy of always saying the most frequent training label."""
         return float((self.indices(truth[0]) == np.bincount(self.indices(train[0])).argmax()).mean())
+
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:
+        """The labels are the model's."""
+        self.indices(truth[0])
+
+    def measuring(self) -> dict[str, Any]:
+        """With every label's score, for curves and average precision."""
+        return {"scores": True} if len(self.card.labels) <= SCORED_LABELS else {}
+
+    def constant(self, truth: Sequence[pa.Array]) -> Constant | None:
+        """Always the most frequent label."""
+        if self.baseline(truth, truth) is None:
+            return None
+        return majority(self.card.labels, self.indices(truth[0]))
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """Confusions, figures by label, precision over recall, the surest mistakes."""
+        if not pa.types.is_struct(annotations.type):  # A task built on this one that says something else.
+            return super().report(annotations, inputs, truth, most)
+        so = self.indices(truth[0])
+        return one_label_report(self.card.labels, annotations, so, self.inputs, inputs, most)
 
 
 def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str]) -> np.ndarray:

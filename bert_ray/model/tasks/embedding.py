@@ -62,6 +62,7 @@ class Embedding(PooledTask):
 
     kind: ClassVar[str] = "embedding"
     truths: ClassVar[tuple[str, ...]] = ()
+    measured_as: ClassVar[str | None] = "similarity"
     options_type: ClassVar[type[Options]] = EmbeddingOptions
 
     def output_type(self) -> pa.DataType:

@@ -27,6 +27,7 @@ from bert_ray.errors import ColumnError
 from bert_ray.model.examples import Examples, Targets, ranges
 from bert_ray.model.tasks import entity_truth
 from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
+from bert_ray.model.tasks.entity_report import entities_report
 from bert_ray.model.tasks.spans import (
     Tags,
     entity_runs,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.sections import Section
 
 # Tokens without a tag of their own, as torch's cross_entropy ignores them.
 _IGNORED = -100
@@ -95,6 +97,7 @@ class Entities(Task):
     piece_is_sample: ClassVar[bool] = True
     options_type: ClassVar[type[Options]] = EntitiesOptions
     architecture: ClassVar[str | None] = "ForTokenClassification"
+    headline: ClassVar[str] = "finds entities with an F1 of {f1:.1%}"
 
     @classmethod
     def labels_of(cls, config: PretrainedConfig) -> list[str]:
@@ -301,6 +304,12 @@ class Entities(Task):
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Precision, recall and F1 over all types, and by type: also `entities`, how many there are."""
         return entity_truth.scores(annotations, truth[0])
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """Figures by type, and texts with what was found rightly, wrongly and not at all."""
+        return entities_report(self.per_type(annotations, truth)[1], annotations, truth[0], inputs[0], most)
 
 
 def as_lists(row: np.ndarray, rows: int, values: pa.Array) -> pa.ListArray:

@@ -25,7 +25,9 @@ import pyarrow.compute as pc
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, one_of
 from bert_ray.model.tasks.faq_index import FaqIndex, Match, unit
+from bert_ray.model.tasks.faq_report import faq_report
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
+from bert_ray.model.tasks.sections import Section
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, is_text, to_python_strings
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Faq(PooledTask):
     split_by: ClassVar[str] = "question"
     builds: ClassVar[tuple[str, ...]] = ("question", "answer", "id")
     options_type: ClassVar[type[Options]] = FaqOptions
+    headline: ClassVar[str] = "gives the right answer to {recall@1:.1%} of questions"
     architecture: ClassVar[str | None] = None
 
     index: FaqIndex | None = None
@@ -198,6 +201,20 @@ class Faq(PooledTask):
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise ColumnError(f"id is {truth[0].type}; give the ids of the right pairs, or their answers") from None
 
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:
+        """The pairs are in the index.
+
+        Raises:
+            ColumnError: one is not.
+        """
+        assert self.index is not None, "prepare comes first"
+        right = truth[0].cast(pa.string())
+        strange = right.filter(
+            pc.invert(pc.or_(pc.is_in(right, self.index.id), pc.is_in(right, self.index.answer)))
+        ).to_pylist()
+        if strange:
+            raise ColumnError(f"{len(strange)} rows name a pair that the index does not have, the first {strange[0]!r}")
+
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
         """How often the best pair is the right one, and the mean of 1/rank of the right one, over all rows.
 
@@ -207,22 +224,33 @@ class Faq(PooledTask):
             ColumnError: the truth names a pair that the index does not have.
         """
         assert self.index is not None and self._annotator is not None, "prepare comes first"
+        self.check_truth(truth)
         right = truth[0].cast(pa.string())
-        strange = right.filter(
-            pc.invert(pc.or_(pc.is_in(right, self.index.id), pc.is_in(right, self.index.answer)))
-        ).to_pylist()
-        if strange:
-            raise ColumnError(f"{len(strange)} rows name a pair that the index does not have, the first {strange[0]!r}")
-        by_id = pc.is_in(right, self.index.id)
-        said = pc.if_else(by_id, pc.struct_field(annotations, "id"), pc.struct_field(annotations, "answer"))
         # The annotations hold the best pair alone; the right one's rank takes another look at the questions.
         pieces = self.encode(self.tokenizer(self._annotator.bundle.tokenizer()), [pc.fill_null(inputs[0], "")])
         vectors = self._vectors(self._annotator.outputs_of(pieces), pieces)
         ranks = self.index.ranks(vectors, self.options.match, right)
         return {
-            "recall@1": float(pc.mean(pc.fill_null(pc.equal(said, right), False)).as_py()),
+            "recall@1": float(self.right(annotations, right).mean()),
             "mrr": float((1.0 / ranks).mean()),
         }
+
+    def right(self, annotations: pa.Array, so: pa.Array) -> np.ndarray:
+        """Where the right pair was said, bool (B,); `so` names it by its id, else by its answer."""
+        assert self.index is not None, "prepare comes first"
+        by_id = pc.is_in(so, self.index.id)
+        said = pc.if_else(by_id, pc.struct_field(annotations, "id"), pc.struct_field(annotations, "answer"))
+        return pc.fill_null(pc.equal(said, so), False).to_numpy(zero_copy_only=False).astype(bool)
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """What a threshold would do, and questions with a wrong answer beside the right one."""
+        assert self.index is not None, "prepare comes first"
+        so = truth[0].cast(pa.string())
+        answers = pc.if_else(pc.is_in(so, self.index.id), self.index.answer.take(pc.index_in(so, self.index.id)), so)
+        asked = pc.replace_substring(inputs[0], _TURN, " / ")
+        return faq_report(annotations, self.right(annotations, so), answers, asked, most)
 
 
 def build_index(

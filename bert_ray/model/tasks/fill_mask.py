@@ -19,6 +19,7 @@ import torch
 
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, Task
+from bert_ray.model.tasks.sections import Case, Cases, Section, Table, texts_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +54,7 @@ class FillMask(Task):
     blank_is_null: ClassVar[bool] = True
     options_type: ClassVar[type[Options]] = FillMaskOptions
     architecture: ClassVar[str | None] = "ForMaskedLM"
+    headline: ClassVar[str] = "fills in the right token in {accuracy:.1%} of rows"
 
     _mask: int = -1
     _tokens: list[str] | None = None
@@ -121,12 +123,7 @@ class FillMask(Task):
 
         A row without an annotation counts as wrong.
         """
-        said = annotations.to_pylist()
-        places = np.zeros(len(said))
-        for row, (items, token) in enumerate(zip(said, pc.cast(truth[0], pa.string()).to_pylist(), strict=True)):
-            tokens = [item["token"] for item in items or ()]
-            if token in tokens:
-                places[row] = tokens.index(token) + 1
+        places = _places(annotations, truth[0])
         found = places > 0
         reciprocal = np.divide(1.0, places, out=np.zeros(len(places)), where=found)
         return {
@@ -134,6 +131,54 @@ class FillMask(Task):
             f"recall@{self.options.top_k}": float(found.mean()),
             "mrr": float(reciprocal.mean()),
         }
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """How often the right token stood in which place, and what was said in its stead, the surest first."""
+        places, rows = _places(annotations, truth[0]), len(annotations)
+        counts = [(f"place {place}", int((places == place).sum())) for place in range(1, self.options.top_k + 1)]
+        counts.append((f"not among {self.options.top_k}", int((places == 0).sum())))
+        table = Table(
+            key="places",
+            title="Where the right token stood",
+            header=("place", "rows", "share"),
+            rows=tuple((name, count, count / rows) for name, count in counts),
+        )
+        said, so = annotations.to_pylist(), pc.cast(truth[0], pa.string()).to_pylist()
+        surest = np.array([items[0]["score"] if items else 0.0 for items in said])
+        found: list[Section] = [table]
+        wrong, right = np.flatnonzero(places != 1), np.flatnonzero(places == 1)
+        for key, title, chosen, count in (
+            ("mistakes", "Most confident mistakes", wrong, most),
+            ("right", "Filled in rightly", right, -(-most // 4)),
+        ):
+            order = chosen[np.argsort(-surest[chosen], kind="stable")][:count].tolist()
+            cases = tuple(
+                Case(
+                    row=row,
+                    texts=texts,
+                    said=", ".join(f"{item['token']} {item['score']:.2f}" for item in said[row] or ()) or "nothing",
+                    so=so[row],
+                    right=key == "right",
+                )
+                for row, texts in zip(order, texts_at(self.inputs, inputs, order), strict=True)
+            )
+            if cases:
+                found.append(Cases(key=key, title=title, cases=cases, long=True))
+        return found
+
+
+def _places(annotations: pa.Array, truth: pa.Array) -> np.ndarray:
+    """The right token's place among those that were said, from 1, int64 (B,); 0 where it is not among them."""
+    places = np.zeros(len(annotations), np.int64)
+    for row, (items, token) in enumerate(
+        zip(annotations.to_pylist(), pc.cast(truth, pa.string()).to_pylist(), strict=True)
+    ):
+        tokens = [item["token"] for item in items or ()]
+        if token in tokens:
+            places[row] = tokens.index(token) + 1
+    return places
 
 
 def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

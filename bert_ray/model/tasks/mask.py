@@ -76,6 +76,7 @@ class Mask(Entities):
 
     kind: ClassVar[str] = "mask"
     truths: ClassVar[tuple[str, ...]] = ()
+    measured_as: ClassVar[str | None] = "entities"
     options_type: ClassVar[type[Options]] = MaskOptions
     architecture: ClassVar[str | None] = None
 

@@ -24,6 +24,7 @@ from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.base import Learning, Options, Outputs
 from bert_ray.model.tasks.classification import Classification, label_indices, labels_of
 from bert_ray.model.tasks.heads import SequenceOptions, SequenceTask, by_row, by_sample, weights_of
+from bert_ray.model.tasks.label_report import SCORED_LABELS, label_sets_report
 from bert_ray.model.tokenization import is_text
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.sections import Section
     from bert_ray.model.tokenization import Pieces
 
 # More distinct labels than this, and most of them in one list alone: free text, not labels.
@@ -70,6 +72,7 @@ class MultiLabel(SequenceTask):
     kind: ClassVar[str] = "multi-label"
     metric: ClassVar[str] = "micro_f1"
     options_type: ClassVar[type[Options]] = MultiLabelOptions
+    headline: ClassVar[str] = "finds the labels with a micro F1 of {micro_f1:.1%}"
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
@@ -227,6 +230,26 @@ class MultiLabel(SequenceTask):
         found = np.zeros((len(annotations), len(self.card.labels)), np.uint8)
         found[rows[over], labels[over]] = 1
         return found
+
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:
+        """The labels are the model's."""
+        self.held(truth[0])
+
+    def measuring(self) -> dict[str, Any]:
+        """With every label's score, for curves and average precision."""
+        return {"scores": True} if len(self.card.labels) <= SCORED_LABELS else {}
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """Figures by label, precision over recall, the surest mistakes."""
+        so, said, scores = self.held(truth[0]), self._said(annotations), None
+        if self.options.scores:
+            rows, flat = _flat(annotations)
+            scores = np.zeros(so.shape)
+            labels = label_indices(pc.struct_field(flat, "label"), self.card.labels)
+            scores[rows, labels] = pc.struct_field(flat, "score").to_numpy(zero_copy_only=False)
+        return label_sets_report(self.card.labels, so, said, scores, self.inputs, inputs, most)
 
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """Micro F1 of always saying the same labels: those with which that is best in training."""

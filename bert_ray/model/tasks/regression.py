@@ -19,13 +19,14 @@ from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.examples import Targets
 from bert_ray.model.tasks.base import Learning, Outputs
 from bert_ray.model.tasks.heads import SequenceTask, by_row, by_sample
-from bert_ray.model.tasks.numbers import correlations, numbers
+from bert_ray.model.tasks.numbers import correlations, numbers, numbers_report
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.sections import Section
     from bert_ray.model.tokenization import Pieces
 
 
@@ -35,6 +36,8 @@ class Regression(SequenceTask):
     kind: ClassVar[str] = "regression"
     inputs: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     metric: ClassVar[str] = "spearman"
+    headline: ClassVar[str] = "puts rows in order with a rank correlation of {spearman:.3f}"
+    plain_metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson", "mse")
 
     @classmethod
     def fits(cls, config: PretrainedConfig) -> bool:
@@ -111,6 +114,12 @@ class Regression(SequenceTask):
         """Spearman's and Pearson's correlation, and the mean squared error."""
         said, so = (numbers(array, self.kind).to_numpy(zero_copy_only=False) for array in (annotations, truth[0]))
         return correlations(said, truth[0]) | {"mse": float(np.square(said - so).mean()) if len(so) else 0.0}
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """What was said over what is so, the errors along the scale, the largest ones."""
+        return numbers_report(annotations, truth[0], self.inputs, inputs, most, same_units=True)
 
 
 def _values(truth: pa.Array) -> np.ndarray:

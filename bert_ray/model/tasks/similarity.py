@@ -9,15 +9,18 @@ Shapes: B rows, P distinct texts among both inputs, a piece each, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from bert_ray.model.tasks.base import Outputs
-from bert_ray.model.tasks.numbers import correlations, numbers
+from bert_ray.model.tasks.numbers import correlations, numbers, numbers_report
 from bert_ray.model.tasks.pooled import PooledTask
 from bert_ray.model.tokenization import Pieces, Tokenizer
+
+if TYPE_CHECKING:
+    from bert_ray.model.tasks.sections import Section
 
 
 class Similarity(PooledTask):
@@ -27,6 +30,8 @@ class Similarity(PooledTask):
     inputs: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     truths: ClassVar[tuple[str, ...]] = ("label",)
     metric: ClassVar[str] = "spearman"
+    headline: ClassVar[str] = "puts pairs in order with a rank correlation of {spearman:.3f}"
+    plain_metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson")
 
     @property
     def name(self) -> str:
@@ -62,3 +67,9 @@ class Similarity(PooledTask):
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
         """Rank and linear correlation with the scores in `label`, on any scale."""
         return correlations(annotations.to_numpy(zero_copy_only=False).astype(float), truth[0])
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """Cosines over scores, cosines along the scale, the pairs whose places in the two orders differ most."""
+        return numbers_report(annotations, truth[0], self.inputs, inputs, most, same_units=False)

@@ -25,11 +25,13 @@ import pyarrow.compute as pc
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs
 from bert_ray.model.tasks.classification import Classification
+from bert_ray.model.tasks.label_report import SCORED_LABELS, label_sets_report, majority, one_label_report
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
 from bert_ray.model.tokenization import Pieces, Ragged
 
 if TYPE_CHECKING:
     from bert_ray.model.annotator import Annotator
+    from bert_ray.model.tasks.sections import Constant, Section
 
 # Those of hosted ai_classify functions.
 _MOST_LABELS, _LABEL_CHARACTERS, _DESCRIPTION_CHARACTERS = 500, 100, 1000
@@ -51,6 +53,7 @@ class LabelsByEmbedding(PooledTask):
     blank_is_null: ClassVar[bool] = True
     split_by: ClassVar[str] = "text"
     architecture: ClassVar[str | None] = None
+    headline: ClassVar[str] = "says the right label for {accuracy:.1%} of rows"
 
     @property
     def names(self) -> list[str]:
@@ -98,6 +101,24 @@ class LabelsByEmbedding(PooledTask):
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """Accuracy of always saying the most frequent label."""
         return self.judge.baseline(train, truth)
+
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:
+        """The labels are these."""
+        self.indices(truth[0])
+
+    def measuring(self) -> dict[str, Any]:
+        """With every label's score."""
+        return {"scores": True} if len(self.names) <= SCORED_LABELS else {}
+
+    def constant(self, truth: Sequence[pa.Array]) -> Constant | None:
+        """Always the most frequent label."""
+        return majority(self.names, self.indices(truth[0]))
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """As of classification."""
+        return one_label_report(self.names, annotations, self.indices(truth[0]), self.inputs, inputs, most)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -264,6 +285,30 @@ class ZeroShot(LabelsByEmbedding):
     def baseline(self, train: Sequence[pa.Array], truth: Sequence[pa.Array]) -> float | None:
         """Accuracy of always saying the most frequent label; None with multilabel."""
         return None if self.options.multilabel else super().baseline(train, truth)
+
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:
+        """The labels are these."""
+        if self.options.multilabel:
+            self._sets(truth[0])
+        else:
+            super().check_truth(truth)
+
+    def measuring(self) -> dict[str, Any]:
+        """As of classification; several labels come without the other ones' scores."""
+        return {} if self.options.multilabel else super().measuring()
+
+    def constant(self, truth: Sequence[pa.Array]) -> Constant | None:
+        """As of classification; None with multilabel."""
+        return None if self.options.multilabel else super().constant(truth)
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """As of classification, or of multi-label."""
+        if not self.options.multilabel:
+            return super().report(annotations, inputs, truth, most)
+        so, said = self._sets(truth[0]), self._sets(pc.list_flatten(annotations).field("label"), annotations)
+        return label_sets_report(self.names, so, said, None, self.inputs, inputs, most)
 
 
 def parse_labels(labels: Any) -> dict[str, str]:
