@@ -1,4 +1,4 @@
-"""Training curves as inline SVG, drawn by matplotlib, coloured by the page.
+"""Drawings as inline SVG, made by matplotlib, coloured by the page: training curves, lines over shares, scatters.
 
 The page has a light and a dark form, so colours must come from its style sheet: matplotlib draws with stand-in colours
 that are then replaced by CSS variables. Text stays text (svg.fonttype none), in the page's font.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from bert_ray.model.tasks.sections import Curve, Scatter
 
 # Stand-in colour in matplotlib's drawing -> variable of the page's style sheet.
 _COLOURS = {
@@ -59,10 +62,6 @@ def curves(
     Returns:
         An `<svg>` element; empty where there is nothing to draw.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     series = {}
     for key, label in lines.items():
         points = [
@@ -74,10 +73,10 @@ def curves(
             series[label] = points
     if not series:
         return ""
-    with rc_context(_STYLE):
-        # A Figure without pyplot: no display, no global state.
-        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-        axes = figure.add_subplot()
+
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         for points, colour in zip(series.values(), _LINES, strict=False):
             epochs, values = zip(*points, strict=True)
             axes.plot(epochs, values, color=colour, marker="o", markersize=5)
@@ -89,6 +88,53 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(x=0.04, y=0.18)
         _name_lines(axes, series)
+
+    return _drawing(name, draw)
+
+
+def shares(curve: Curve) -> str:
+    """Draw a Curve, both axes from 0 to 1."""
+
+    def draw(axes: Any) -> None:
+        for line, colour in zip(curve.lines, _LINES, strict=False):
+            axes.plot(line.x, line.y, color=colour)
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_ylim(-0.02, 1.03)
+        axes.set_xlabel(curve.x, color=_FAINT)
+        axes.set_ylabel(curve.y, color=_FAINT)
+        named = {line.name: [(float(line.x[-1]), float(line.y[-1]))] for line in curve.lines if line.name}
+        _name_lines(axes, named)
+
+    return _drawing(curve.key, draw)
+
+
+def scatter(points: Scatter) -> str:
+    """Draw a Scatter."""
+
+    def draw(axes: Any) -> None:
+        if points.same_units and len(points.so):
+            both = (min(points.so.min(), points.said.min()), max(points.so.max(), points.said.max()))
+            axes.plot(both, both, color=_FAINT, linewidth=1.4, linestyle=(0, (4, 4)))
+        axes.plot(points.so, points.said, linestyle="none", marker="o", markersize=4.5, alpha=0.45, color=_LINES[0])
+        axes.set_xlabel("what is so", color=_FAINT)
+        axes.set_ylabel("said", color=_FAINT)
+        axes.margins(0.04)
+
+    return _drawing(points.key, draw)
+
+
+def _drawing(name: str, draw: Callable[[Any], None]) -> str:
+    """What `draw` puts on axes, as an `<svg>` element with ids of its own."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE), warnings.catch_warnings():
+        # Text stays text, in the page's font: what matplotlib's own font lacks is no matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        # A Figure without pyplot: no display, no global state.
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(name, buffer.getvalue())
@@ -106,7 +152,10 @@ def _name_lines(axes: Any, series: Mapping[str, Sequence[tuple[float, float]]]) 
         at = max(value, above + gap)
         above = at
         place = (series[label][-1][0], at)
-        axes.annotate(label, place, xytext=(9, 0), textcoords="offset points", va="center", color=colour)
+        # A label is a user's text: a dollar sign in it begins no formula.
+        axes.annotate(
+            label, place, xytext=(9, 0), textcoords="offset points", va="center", color=colour, parse_math=False
+        )
 
 
 def _inline(name: str, drawing: str) -> str:

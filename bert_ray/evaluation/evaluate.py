@@ -3,59 +3,41 @@
     evaluation = evaluate(EvaluateJob(model="models/sentiment", table="test.parquet"))
     print(evaluation.text())
 
-The rows go through the same `Annotator` that annotates a lake, so the figures are those of the product.
-Shapes: N rows with a text and a label, C labels.
+The rows go through the same `Annotator` that annotates a lake, so the figures are those of the product. What is
+measured and shown is the task's to say (`Task.metrics`, `Task.report`); nothing here knows a task.
+
+Shapes: B rows that can be compared, C labels.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
-from bert_ray.errors import BundleError, ColumnError, LakeError
-from bert_ray.evaluation.metrics import Scores, score
+from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.evaluation.leakage import rows_also_trained_on
+from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
+from bert_ray.evaluation.rows import Rows, open_table, read_rows
 from bert_ray.model.tasks.base import Task
-from bert_ray.model.tasks.classification import Classification
+from bert_ray.model.tasks.sections import Cases, Confusion, Constant, Section, as_data
 
 if TYPE_CHECKING:
     from bert_ray.evaluation.job import EvaluateJob
     from bert_ray.model.annotator import Annotator
+    from bert_ray.model.bundle import Bundle
 
-# Rows read and annotated at a time: enough for the packing to find equal lengths, little enough for memory.
+# Rows annotated at a time: enough for the packing to find equal lengths, few enough for the bar to move.
 _BATCH_ROWS = 4_096
-# A mistake's text is shown up to here: enough to judge by, and the report stays small.
-_SHOWN_CHARACTERS = 700
+# A confusion matrix of more labels is too wide to print.
+PRINTED_LABELS = 16
 # The annotation's name while measuring: one that no column of a real table has.
 _COLUMN = "bert_ray evaluation"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mistake:
-    """A row whose label was not said.
-
-    Attributes:
-        row: its number in the table, from 0.
-        text: the task's inputs, cut at some hundred characters.
-        label: what is so.
-        said: what the model said.
-        score: the probability it gave that.
-    """
-
-    row: int
-    text: str
-    label: str
-    said: str
-    score: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,161 +45,133 @@ class Evaluation:
     """What came out.
 
     Attributes:
-        scores: the figures.
-        mistakes: the most confident ones, surest first.
-        without_label: rows whose label is null; they are not counted.
-        without_text: rows with a label whose text is null or blank, which get no annotation; they are not counted.
-        seconds: time to read and annotate, without loading the model.
+        figures: metric -> value, as the task gives them.
+        constant: the best answer that is always the same, on these rows; None where there is none.
+        rows: rows compared.
+        without_label: rows whose truth is null; they are not counted.
+        without_text: rows with a truth whose text is null or blank, which get no annotation; they are not counted.
+        faulty: reason -> further rows that are not counted.
+        sections: what the report shows; rows of examples are numbers in the table, from 0.
+        fit: whether the model overfits, by its training's history.
+        warnings: what makes the figures doubtful.
+        seconds: time to annotate, without reading and loading the model.
         report: path of report.html.
         metrics: path of metrics.json.
     """
 
-    scores: Scores
-    mistakes: tuple[Mistake, ...]
+    figures: dict[str, float]
+    constant: Constant | None
+    rows: int
     without_label: int
     without_text: int
+    faulty: dict[str, int]
+    sections: tuple[Section, ...]
+    fit: Fit
+    warnings: tuple[str, ...] = ()
     seconds: float
     report: Path
     metrics: Path
 
-    def text(self) -> str:
-        """What `bert-ray evaluate` prints: `name value`, one a line, and the confusion matrix."""
-        values = {name: f"{value:.4f}" for name, value in self.scores.figures().items()}
-        values |= {
-            "majority_label": self.scores.majority_label,
-            "rows": str(self.scores.rows),
-            "rows_without_label": str(self.without_label),
-            "rows_without_text": str(self.without_text),
-        }
-        lines = [f"{name} {value}" for name, value in values.items()]
-        lines += ["", "confusion matrix (a row: the label; a column: what the model said)"]
-        return "\n".join([*lines, *_matrix(self.scores), "", f"report {self.report}", f"metrics {self.metrics}"])
+    def section(self, key: str) -> Any:
+        """A section of the report by its key.
 
+        Raises:
+            KeyError: there is no such.
+        """
+        for item in self.sections:
+            if item.key == key:
+                return item
+        raise KeyError(key)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """What came out for a task that is not classification: its own metrics.
-
-    Attributes:
-        figures: name -> value, as the task gives them.
-        rows: rows compared.
-        notes: rows that were left out, and why.
-        seconds: time to annotate, without loading the model.
-        metrics: path of metrics.json.
-    """
-
-    figures: dict[str, float]
-    rows: int
-    notes: tuple[str, ...]
-    seconds: float
-    metrics: Path
+    def values(self) -> dict[str, float | str | int]:
+        """Name -> value of all that is a figure: metrics, the baseline's, rows."""
+        found: dict[str, float | str | int] = dict(self.figures)
+        if self.constant is not None:
+            found |= {f"{self.constant.name}_{name}": value for name, value in self.constant.figures.items()}
+            if self.constant.says:
+                found[f"{self.constant.name}_label"] = self.constant.says
+        found |= {"rows": self.rows, "rows_without_label": self.without_label, "rows_without_text": self.without_text}
+        if self.faulty:
+            found["rows_left_out_for_faults"] = sum(self.faulty.values())
+        return found
 
     def text(self) -> str:
-        """What `bert-ray evaluate` prints: `name value`, one a line."""
-        lines = [f"{name} {value:.4f}" for name, value in self.figures.items()]
-        return "\n".join([*lines, f"rows {self.rows}", *self.notes, "", f"metrics {self.metrics}"])
+        """What `bert-ray evaluate` prints: `name value`, one a line; then words; the report's path last."""
+        lines = _lines(self.values())
+        for item in self.sections:
+            if isinstance(item, Confusion) and len(item.labels) <= PRINTED_LABELS:
+                lines += ["", "confusion matrix (a row: the label; a column: what the model said)", *_matrix(item)]
+        lines += ["", *_lines(self.fit.figures), self.fit.words]
+        lines += [] if self.fit.verdict == "unknown" else [CAVEAT]
+        lines += [line for warning in self.warnings for line in ("", f"warning: {warning}")]
+        return "\n".join([*lines, "", f"metrics {self.metrics}", f"report {self.report}"])
 
 
-def evaluate(job: EvaluateJob) -> Evaluation | Measured:
-    """Annotate a labelled table, compare, and write metrics.json; for classification also report.html.
+def evaluate(job: EvaluateJob) -> Evaluation:
+    """Annotate a labelled table, compare, and write metrics.json and report.html.
 
     Raises:
-        BundleError: the model cannot be loaded, or its task has no labels.
+        BundleError: the model cannot be loaded, or its task has nothing to measure it by.
         ColumnError: a column is missing or of the wrong type, or a label is none of the model's.
-        LakeError: the table cannot be read, or no row of it has a text and a label.
+        LakeError: the table cannot be read, or no row of it can be compared.
     """
     from bert_ray.evaluation.report import write_report
 
-    table = _open(job.table)
+    table = open_table(job.table)
     annotator = _annotator(job)
-    if not (isinstance(annotator.task, Classification) and pa.types.is_struct(annotator.output_field.type)):
-        return _measure(annotator, job)
-    labels = annotator.bundle.card.labels
+    task = annotator.task
     annotator.check(table.schema)
-    truth = _truth(annotator, table, job)
+    rows = read_rows(table, job.table, task, _columns(job, task))
+    warnings = _warnings(annotator, rows, job)
     started = time.perf_counter()
-    predicted, mistakes = _annotate(annotator, table, truth, job)
+    annotations = _annotate(annotator, rows.inputs)
     seconds = time.perf_counter() - started
-    counted = (truth >= 0) & (predicted >= 0)
-    if not counted.any():
-        raise LakeError(f"{job.table}: none of its {len(truth):,} rows has both a text and a label; nothing to measure")
+    figures = task.metrics(annotations, rows.inputs, rows.truth)
+    sections = task.report(annotations, rows.inputs, rows.truth, job.mistakes)
     output = Path(job.output)
     output.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation(
-        scores=score(labels, truth[counted], predicted[counted]),
-        mistakes=tuple(mistakes),
-        without_label=int((truth < 0).sum()),
-        without_text=int(((truth >= 0) & (predicted < 0)).sum()),
+        figures=figures,
+        constant=task.constant(rows.truth),
+        rows=len(annotations),
+        without_label=rows.without_label,
+        without_text=rows.without_text,
+        faulty=rows.faulty,
+        sections=tuple(_in_table(section, rows) for section in sections),
+        fit=_fit(annotator, figures, rows),
+        warnings=tuple(warnings),
         seconds=seconds,
         report=output / "report.html",
         metrics=output / "metrics.json",
     )
-    evaluation.metrics.write_text(json.dumps(_as_json(evaluation, annotator, job), indent=2, ensure_ascii=False) + "\n")
-    write_report(evaluation, annotator.bundle, job.table)
+    value = json.dumps(_as_json(evaluation, annotator, job), indent=2, ensure_ascii=False)
+    evaluation.metrics.write_text(value + "\n", "utf-8")
+    write_report(evaluation, annotator, job.table)
     return evaluation
-
-
-def _measure(annotator: Annotator, job: EvaluateJob) -> Measured:
-    """Annotate the rows that the task can be compared on, and let it compare."""
-    from bert_ray.training.data import read_labelled
-
-    task = annotator.task
-    columns = dict(job.columns or {})
-    if job.column is not None:
-        columns[task.inputs[0]] = job.column
-    if job.label != "label" and "label" in task.truths:
-        columns["label"] = job.label
-    found = read_labelled(job.table, task, columns)
-    started = time.perf_counter()
-    annotations = annotator.annotate(found.inputs)
-    seconds = time.perf_counter() - started
-    output = Path(job.output)
-    output.mkdir(parents=True, exist_ok=True)
-    measured = Measured(
-        figures=task.metrics(annotations, found.inputs, found.truth),
-        rows=len(annotations),
-        notes=tuple(found.notes),
-        seconds=seconds,
-        metrics=output / "metrics.json",
-    )
-    value = {"model": job.model, "fingerprint": annotator.fingerprint, "table": job.table, **measured.figures}
-    value |= {"rows": measured.rows, "notes": list(measured.notes), "seconds": round(seconds, 3)}
-    measured.metrics.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    return measured
-
-
-def _open(path: str) -> pads.Dataset:
-    if not Path(path).exists():
-        raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
-    try:
-        table = pads.dataset(path, format="parquet", partitioning="hive")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(f"{path} cannot be read as Parquet: {error}") from error
-    if not table.files:
-        raise LakeError(f"no Parquet file in {path}")
-    return table
 
 
 def _annotator(job: EvaluateJob) -> Annotator:
     from bert_ray.model.annotator import AnnotatorSpec
     from bert_ray.model.bundle import load_bundle
 
-    bundle = load_bundle(job.model)
-    asked = AnnotatorSpec(model=job.model, task=job.task, options=job.options)
-    task = asked.task_of(bundle)
+    task = AnnotatorSpec(model=job.model, task=job.task, options=job.options).task_of(load_bundle(job.model))
     if not task.truths or type(task).metrics is Task.metrics:
-        raise BundleError(f"{job.model} annotates with {task.kind}, which has nothing to measure it by")
-    columns = tuple((name, column) for name, column in (job.columns or {}).items() if name in task.inputs)
+        other = f": measure it with --task {task.measured_as}" if task.measured_as else ""
+        raise BundleError(f"{job.model} annotates with {task.kind}, which has nothing to measure it by{other}")
+    columns = {name: column for name, column in (job.columns or {}).items() if name in task.inputs}
+    if strange := sorted(set(job.columns or {}) - {*task.inputs, *task.truths}):
+        known = ", ".join([*task.inputs, *task.truths])
+        raise ColumnError(f"columns names {strange[0]!r}; task {task.kind} compares {known}")
     if job.column is not None:
         if len(task.inputs) > 1:
             raise ColumnError(f"{task.kind} has the inputs {', '.join(task.inputs)}: name each with --columns.INPUT")
-        columns = ((task.inputs[0], job.column),)
+        columns = {task.inputs[0]: job.column}
     return AnnotatorSpec(
         model=job.model,
-        columns=columns,
+        columns=tuple(columns.items()),
         name=_COLUMN,
         task=job.task,
-        options=job.options,
+        options={**task.measuring(), **job.options},
         batch_tokens=job.batch_tokens,
         threads=job.threads,
         device=job.device,
@@ -225,90 +179,99 @@ def _annotator(job: EvaluateJob) -> Annotator:
     ).build()
 
 
-def _truth(annotator: Annotator, table: pads.Dataset, job: EvaluateJob) -> np.ndarray:
-    """Every row's label as its position, -1 for null: int64.
-
-    All of it is read first, so that a label which the model does not know is found before an hour of annotating.
-    """
-    if job.label not in table.schema.names:
-        near = difflib.get_close_matches(job.label, table.schema.names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {table.schema.names}."
-        raise ColumnError(f"{job.table} has no label column {job.label!r}; {hint} Name it with --label")
-    chunks = [batch.column(0) for batch in _batches(table, [job.label], job.table)]
-    column = pa.chunked_array(chunks, table.schema.field(job.label).type).combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # Older versions keep the chunks of a column without rows.
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    truth = np.full(len(column), -1, np.int64)
-    assert isinstance(annotator.task, Classification)
-    if not pa.types.is_null(column.type):
-        known = column.is_valid().to_numpy(zero_copy_only=False)
-        truth[known] = annotator.task.indices(column.drop_null())
-    return truth
+def _columns(job: EvaluateJob, task: Task) -> dict[str, str]:
+    """The table's columns by the task's inputs and truths."""
+    names = {name: name for name in (*task.inputs, *task.truths)} | (job.columns or {})
+    if job.column is not None:
+        names[task.inputs[0]] = job.column
+    # `label` names the truth, however the task calls it, where there is but one.
+    if job.label != "label" and (len(task.truths) == 1 or "label" in task.truths):
+        names["label" if "label" in task.truths else task.truths[0]] = job.label
+    return names
 
 
-def _annotate(
-    annotator: Annotator, table: pads.Dataset, truth: np.ndarray, job: EvaluateJob
-) -> tuple[np.ndarray, list[Mistake]]:
-    """Every row's prediction as its position (-1: none), and the surest mistakes."""
+def _annotate(annotator: Annotator, inputs: Sequence[pa.Array]) -> pa.Array:
+    """Annotations of B rows."""
     from tqdm import tqdm
 
-    from bert_ray.model.tokenization import as_strings
-
-    labels = annotator.bundle.card.labels
-    predicted, scores = np.full(len(truth), -1, np.int64), np.zeros(len(truth), np.float32)
-    mistakes: list[Mistake] = []
-    start = 0
-    # disable=None: no bar where nobody watches, in a log or a pipe.
-    with tqdm(total=len(truth), desc="evaluate", unit=" rows", unit_scale=True, disable=None) as bar:
-        for batch in _batches(table, list(annotator.input_columns), job.table):
-            rows = slice(start, start + len(batch))
-            # A row without a label is not worth a forward pass.
-            labelled = np.flatnonzero(truth[rows] >= 0)
-            inputs = [as_strings(batch.column(name), name).take(pa.array(labelled)) for name in annotator.input_columns]
-            annotation = annotator.annotate(inputs)
-            known = np.flatnonzero(annotation.is_valid().to_numpy(zero_copy_only=False))
-            valid, at = annotation.drop_null(), start + labelled[known]
-            said = pc.index_in(valid.field("label"), pa.array(labels, pa.string()))
-            predicted[at] = said.to_numpy(zero_copy_only=False)
-            scores[at] = valid.field("score").to_numpy(zero_copy_only=False)
-            wrong = np.flatnonzero(predicted[at] != truth[at])
-            for index in wrong[np.argsort(-scores[at[wrong]], kind="stable")][: job.mistakes]:
-                row = int(at[index])
-                mistakes.append(
-                    Mistake(
-                        row=row,
-                        text=_shown([array[int(known[index])] for array in inputs]),
-                        label=labels[truth[row]],
-                        said=labels[predicted[row]],
-                        score=float(scores[row]),
-                    )
-                )
-            mistakes = sorted(mistakes, key=lambda mistake: -mistake.score)[: job.mistakes]
-            start += len(batch)
-            bar.update(len(batch))
-    return predicted, mistakes
+    rows, found = len(inputs[0]), []
+    # None: no bar where nobody watches, in a log or a pipe.
+    with tqdm(total=rows, desc="evaluate", unit=" rows", unit_scale=True, disable=None) as bar:
+        for start in range(0, rows, _BATCH_ROWS):
+            found.append(annotator.annotate([array.slice(start, _BATCH_ROWS) for array in inputs]))
+            bar.update(len(found[-1]))
+    return pa.concat_arrays(found)
 
 
-def _shown(inputs: list[pa.Scalar]) -> str:
-    # Bytes that are no UTF-8 are shown as the model saw them, as U+FFFD.
-    text = " | ".join(value.cast(pa.large_binary()).as_py().decode("utf-8", "replace") for value in inputs)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+def _warnings(annotator: Annotator, rows: Rows, job: EvaluateJob) -> list[str]:
+    """What makes the figures doubtful, found before an hour of annotating."""
+    task, provenance, found = annotator.task, annotator.bundle.card.provenance, []
+    total = len(rows.numbers)
+    if shared := rows_also_trained_on(rows.inputs, task, provenance):
+        found.append(
+            f"{shared:,} of the {total:,} rows also stand in the training data, {provenance['data']['train']}: the "
+            "figures flatter the model; measure it on rows that it has not seen"
+        )
+    tokenizer = task.tokenizer(annotator.bundle.tokenizer())
+    for name, array in zip(task.inputs, rows.inputs, strict=True):
+        if note := tokenizer.unknown_note(array):
+            found.append(f"{job.table}: {name}: {note}")
+    return found
 
 
-def _batches(table: pads.Dataset, columns: list[str], name: str) -> Iterator[pa.RecordBatch]:
-    """Record batches in the table's order, so that two passes see the same rows at the same places."""
+def _fit(annotator: Annotator, figures: dict[str, float], rows: Rows) -> Fit:
+    """What the card's history says; the metric on this table counts where the bundle's own task was measured."""
+    bundle = annotator.bundle
+    provenance, own = bundle.card.provenance, bundle.task
+    return judge(
+        provenance.get("history") or [],
+        provenance.get("best_epoch"),
+        own.metric,
+        levers_of(bundle, rows.truth),
+        baseline=provenance.get("majority_baseline"),
+        tested=figures.get(own.metric) if own.kind == annotator.task.kind else None,
+    )
+
+
+def levers_of(bundle: Bundle, truth: Sequence[pa.Array]) -> Levers:
+    """What the bundle's training has set, and what it may set.
+
+    Args:
+        bundle: the model.
+        truth: of any rows, to ask the bundle's task by whether it takes label smoothing.
+    """
+    job, task = bundle.card.provenance.get("job") or {}, bundle.task
+    # An encoder-decoder has its layers and rates in two configurations.
+    config = getattr(bundle.config, "encoder", bundle.config)
+    refused = set() if task.distortable else {"augmentation"}
     try:
-        yield from table.to_batches(columns=columns, batch_size=_BATCH_ROWS, fragment_readahead=1)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(f"{name} cannot be read: {error}") from error
+        task.learning_for(0.1, "none", truth)
+    except JobError:
+        refused.add("label_smoothing")
+    except ColumnError:  # The table was made for another task that runs on the bundle.
+        pass
+    # The configuration was saved with the rate that the job gave; DistilBERT calls it otherwise.
+    rate = getattr(config, "hidden_dropout_prob", None)
+    rate = getattr(config, "dropout", 0.0) if rate is None else rate
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    return Levers(job=job, refused=refused, dropout=float(rate or 0.0), layers=layers)
 
 
-def _matrix(scores: Scores) -> list[str]:
-    names = [item.label for item in scores.labels]
+def _in_table(section: Section, rows: Rows) -> Section:
+    """A section whose examples bear the numbers of their rows in the table."""
+    if not isinstance(section, Cases):
+        return section
+    return replace(section, cases=tuple(replace(case, row=int(rows.numbers[case.row])) for case in section.cases))
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    return [f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+
+
+def _matrix(confusion: Confusion) -> list[str]:
+    names = confusion.labels
     width = max(len(name) for name in names)
-    cells = [[f"{count}" for count in row] for row in scores.confusion]
+    cells = [[f"{count}" for count in row] for row in confusion.counts]
     widths = [max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(names)]
     header = " " * width + "".join(f"  {name:>{wide}}" for name, wide in zip(names, widths, strict=True))
     body = [
@@ -319,16 +282,15 @@ def _matrix(scores: Scores) -> list[str]:
 
 
 def _as_json(evaluation: Evaluation, annotator: Annotator, job: EvaluateJob) -> dict[str, object]:
+    fit = evaluation.fit
     return {
         "model": job.model,
         "fingerprint": annotator.fingerprint,
         "table": job.table,
-        **evaluation.scores.figures(),
-        "majority_label": evaluation.scores.majority_label,
-        "rows": evaluation.scores.rows,
-        "rows_without_label": evaluation.without_label,
-        "rows_without_text": evaluation.without_text,
+        **evaluation.values(),
+        "faults": evaluation.faulty,
         "seconds": round(evaluation.seconds, 3),
-        "labels": [asdict(item) for item in evaluation.scores.labels],
-        "confusion": evaluation.scores.confusion.tolist(),
+        "warnings": list(evaluation.warnings),
+        "fit": {"verdict": fit.verdict, "words": fit.words, **fit.figures},
+        **{section.key: data for section in evaluation.sections if (data := as_data(section)) is not None},
     }

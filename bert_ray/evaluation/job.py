@@ -10,7 +10,7 @@ from bert_ray.errors import JobError
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateJob:
-    """Measure a model on a labelled table: metrics beside the majority baseline, and report.html.
+    """Measure a model on a labelled table: its task's metrics beside a baseline, warnings, and report.html.
 
     Attributes:
         model: a bundle reference.
@@ -19,9 +19,10 @@ class EvaluateJob:
         columns: table columns by the task's inputs and truths (`label`, `answer_text`, …), where their names differ.
         task: another task to run with the model than its own: `similarity` or `zero-shot` on an encoder, say.
         options: of the task, over those on the model's card.
-        label: the label column: strings, or integers and booleans, which are positions in the model's labels.
+        label: the column that holds what is so, where the task compares with one: labels (strings, or integers and
+            booleans, which are positions in the model's labels), numbers, entities, ids.
         output: directory for report.html and metrics.json; made where it is missing, those two files replaced.
-        mistakes: how many of the most confident mistakes the report shows.
+        mistakes: how many mistakes the report shows; a quarter as many rows that are right.
         batch_tokens: tokens in a packed batch; default: what suits the device.
         threads: torch threads; default: torch's own choice.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".

@@ -33,14 +33,16 @@ def test_the_figures_are_those_of_the_annotations(tmp_path: Path, tiny_bundle: P
     result = evaluate(EvaluateJob(model=str(tiny_bundle), table=str(path), output=str(tmp_path)))
     said = bert_ray.load(str(tiny_bundle))(uci_sample)["sentiment"].combine_chunks().field("label").to_pylist()
     right = [one == other for one, other in zip(said, uci_sample["label"].to_pylist(), strict=True)]
-    assert result.scores.rows == 300
-    assert result.scores.accuracy == pytest.approx(sum(right) / 300)
-    assert len(result.mistakes) == 20
-    assert [item.score for item in result.mistakes] == sorted((item.score for item in result.mistakes), reverse=True)
-    for item in result.mistakes:
+    assert result.rows == 300
+    assert result.figures["accuracy"] == pytest.approx(sum(right) / 300)
+    mistakes = result.section("mistakes").cases
+    assert len(mistakes) == 20
+    scores = [float(item.detail.removesuffix(" %")) for item in mistakes]
+    assert scores == sorted(scores, reverse=True)
+    for item in mistakes:
         row = uci_sample.slice(item.row, 1).to_pylist()[0]
-        assert (row["text"], row["label"]) == (item.text, item.label)
-        assert said[item.row] == item.said != item.label
+        assert ((("text", row["text"]),), row["label"]) == (item.texts, item.so)
+        assert said[item.row] == item.said != item.so
 
 
 def test_batches_make_no_difference(
@@ -52,8 +54,10 @@ def test_batches_make_no_difference(
     whole = evaluate(job)
     monkeypatch.setattr(room, "_BATCH_ROWS", 7)
     parts = evaluate(job)
-    assert parts.scores.figures() == whole.scores.figures()
-    assert [item.row for item in parts.mistakes] == [item.row for item in whole.mistakes]
+    assert parts.figures == whole.figures
+    assert [item.row for item in parts.section("mistakes").cases] == [
+        item.row for item in whole.section("mistakes").cases
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,32 +71,34 @@ def test_batches_make_no_difference(
     ],
 )
 def test_labels_by_name_or_position(tmp_path: Path, tiny_bundle: Path, labels: pa.Array) -> None:
-    expected = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": LABELS}).scores
-    found = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": labels}).scores
-    assert found.figures() == expected.figures()
-    assert [item.rows for item in found.labels] == [2, 2]
+    expected = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": LABELS})
+    found = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": labels})
+    assert found.figures == expected.figures
+    assert [row[1] for row in found.section("labels").rows] == [2, 2]
 
 
 def test_nulls_and_blanks_are_counted_and_left_out(tmp_path: Path, tiny_bundle: Path) -> None:
     columns = {"text": [*TEXTS, None, "  ", "no label", None], "label": [*LABELS, "positive", "negative", None, None]}
     result = run(tmp_path, tiny_bundle, columns)
-    assert (result.scores.rows, result.without_text, result.without_label) == (4, 2, 2)
+    assert (result.rows, result.without_text, result.without_label) == (4, 2, 2)
     assert "rows 4\nrows_without_label 2\nrows_without_text 2" in result.text()
     kept = json.loads(result.metrics.read_text())
     assert (kept["rows"], kept["rows_without_text"], kept["rows_without_label"]) == (4, 2, 2)
-    assert kept["accuracy"] == result.scores.accuracy
+    assert kept["accuracy"] == result.figures["accuracy"]
+    assert kept["confusion"] == result.section("confusion").counts.tolist()
+    assert [item["label"] for item in kept["labels"]] == ["negative", "positive"]
 
 
 def test_a_hive_directory_and_other_column_names(tmp_path: Path, tiny_bundle: Path, uci_lake: Path) -> None:
     whole = evaluate(EvaluateJob(model=str(tiny_bundle), table=str(uci_lake), output=str(tmp_path)))
-    assert whole.scores.rows > 2000
+    assert whole.rows > 2000
     named = run(tmp_path, tiny_bundle, {"review": TEXTS, "stars": LABELS}, column="review", label="stars")
-    assert named.scores.rows == 4
+    assert named.rows == 4
 
 
 def test_a_column_of_the_annotations_name_is_no_hindrance(tmp_path: Path, tiny_bundle: Path) -> None:
     # A table that was annotated before can be measured.
-    assert run(tmp_path, tiny_bundle, {"text": TEXTS, "sentiment": TEXTS, "label": LABELS}).scores.rows == 4
+    assert run(tmp_path, tiny_bundle, {"text": TEXTS, "sentiment": TEXTS, "label": LABELS}).rows == 4
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,8 @@ def test_a_column_of_the_annotations_name_is_no_hindrance(tmp_path: Path, tiny_b
         ({"text": TEXTS, "label": pa.nulls(4)}, {}, LakeError, "none of its 4 rows has both"),
         ({"text": pa.nulls(4), "label": LABELS}, {}, LakeError, "none of its 4 rows has both"),
         ({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}, {}, LakeError, "none of its 0 rows"),
+        ({"text": LABELS}, {"label": "text"}, ColumnError, "both column 'text'"),
+        ({"text": TEXTS, "label": LABELS}, {"columns": {"texts": "text"}}, ColumnError, "columns names 'texts'"),
         ({"text": TEXTS, "label": LABELS}, {"column": "a", "columns": {"text": "b"}}, JobError, "both given"),
         ({"text": TEXTS, "label": LABELS}, {"mistakes": -1}, JobError, "mistakes is -1"),
     ],
@@ -117,6 +125,19 @@ def test_bad_input_has_a_stated_outcome(
     with pytest.raises(error, match=message):
         run(tmp_path, tiny_bundle, columns, **options)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_label_that_the_model_does_not_know_is_found_before_annotating(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_annotate", lambda *_: pytest.fail("it annotates"))
+    with pytest.raises(ColumnError, match="unknown labels"):
+        run(tmp_path, tiny_bundle, {"text": TEXTS, "label": ["good", *LABELS[1:]]})
+
+
+def test_the_baseline_is_that_of_the_table(tmp_path: Path, tiny_bundle: Path) -> None:
+    values = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": ["negative", *LABELS[1:]]}).values()
+    assert (values["majority_label"], values["majority_accuracy"]) == ("negative", 0.75)
 
 
 def test_bad_tables_are_named(tmp_path: Path, tiny_bundle: Path) -> None:

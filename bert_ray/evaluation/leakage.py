@@ -1,0 +1,72 @@
+"""Rows of a test table that also stand in the training data: what is measured on them flatters the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from bert_ray.errors import BertRayError
+from bert_ray.model.tokenization import to_python_strings
+
+if TYPE_CHECKING:
+    from bert_ray.model.tasks.base import Task
+
+# Training data larger than this on disk are not looked at: measuring a small table should not read a lake. A quarter
+# of a GiB of Parquet holds about a million reviews and is read in seconds.
+MOST_BYTES = 256 * 2**20
+
+
+def rows_also_trained_on(
+    inputs: Sequence[pa.Array], task: Task, provenance: Mapping[str, Any], most_bytes: int = MOST_BYTES
+) -> int | None:
+    """How many rows have inputs that stand, to the letter, in a row of the training data.
+
+    Args:
+        inputs: as the task reads them, (B,) each.
+        task: says how a column is read.
+        provenance: of the bundle's card: where the training data lie, and how their columns are called.
+        most_bytes: the largest training data to look at.
+
+    Returns:
+        The count; None where the training data cannot be looked at: not known, gone, too large, or without these
+        columns.
+    """
+    path = (provenance.get("data") or {}).get("train")
+    named = ((provenance.get("job") or {}).get("data") or {}).get("columns") or {}
+    if not isinstance(path, str) or not Path(path).exists():
+        return None
+    columns = [named.get(name, name) for name in task.inputs]
+    try:
+        table = pads.dataset(path, format="parquet", partitioning="hive")
+        if sum(Path(file).stat().st_size for file in table.files) > most_bytes:
+            return None
+        if not set(columns) <= set(table.schema.names):
+            return None
+        seen = _seen(inputs, task, table, columns)
+    except (pa.ArrowException, OSError, BertRayError):
+        return None
+    rows = zip(*(to_python_strings(array) for array in inputs), strict=True)
+    return sum(row in seen for row in rows)
+
+
+def _seen(inputs: Sequence[pa.Array], task: Task, table: pads.Dataset, columns: Sequence[str]) -> set[tuple[str, ...]]:
+    """The rows of the training data that have each of their inputs somewhere in the test table."""
+    seen: set[tuple[str, ...]] = set()
+    for batch in table.to_batches(columns=list(dict.fromkeys(columns))):
+        read = [
+            task.read(name, batch.column(column), column) for name, column in zip(task.inputs, columns, strict=True)
+        ]
+        known = np.ones(len(batch), bool)
+        for array, wanted in zip(read, inputs, strict=True):
+            # A null is in no list here: it is no text that could be known by heart.
+            known &= pc.is_in(array, wanted, skip_nulls=True).to_numpy(zero_copy_only=False)
+        if known.any():
+            which = pa.array(known)
+            seen.update(zip(*(to_python_strings(array.filter(which)) for array in read), strict=True))
+    return seen

@@ -1,0 +1,153 @@
+"""A labelled table as what a task compares: inputs and truth, rows that cannot be compared counted and left out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from bert_ray.errors import ColumnError, LakeError
+from bert_ray.model.tokenization import is_blank
+
+if TYPE_CHECKING:
+    from bert_ray.model.tasks.base import Task
+
+
+@dataclass(kw_only=True, slots=True)
+class Rows:
+    """What is compared.
+
+    Attributes:
+        inputs: as the task reads them, (B,) each, none null.
+        truth: the task's truth columns, (B,) each.
+        numbers: int64 (B,), each row's number in the table, from 0.
+        without_label: rows whose truth is null.
+        without_text: rows with a truth whose input is null, or blank where the task gives such a row no annotation.
+        faulty: reason -> further rows that the task finds fault with.
+    """
+
+    inputs: list[pa.Array]
+    truth: list[pa.Array]
+    numbers: np.ndarray
+    without_label: int
+    without_text: int
+    faulty: dict[str, int] = field(default_factory=dict)
+
+
+def open_table(path: str) -> pads.Dataset:
+    """A Parquet file or directory.
+
+    Raises:
+        LakeError: there is none.
+    """
+    if not Path(path).exists():
+        raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
+    try:
+        table = pads.dataset(path, format="parquet", partitioning="hive")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise LakeError(f"{path} cannot be read as Parquet: {error}") from error
+    if not table.files:
+        raise LakeError(f"no Parquet file in {path}")
+    return table
+
+
+def read_rows(table: pads.Dataset, path: str, task: Task, columns: Mapping[str, str]) -> Rows:
+    """Read a task's input and truth columns, and leave out what cannot be compared.
+
+    Args:
+        table: of `open_table`.
+        path: what the user calls it.
+        task: says which columns.
+        columns: the table's columns by the task's inputs and truths.
+
+    Raises:
+        ColumnError: a column is missing or of the wrong type, or the truth is not what the model says.
+        LakeError: the table cannot be read, or no row of it can be compared.
+    """
+    for name in task.truths:
+        _check(columns[name], name, table.schema.names, path)
+        if columns[name] in [columns[item] for item in task.inputs]:
+            raise ColumnError(
+                f"{path}: {name} and an input are both column {columns[name]!r}; name the one that holds what is so"
+            )
+    try:
+        read = table.to_table(columns=list(dict.fromkeys(columns.values())))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        raise LakeError(f"{path} cannot be read: {error}") from error
+    try:
+        truth, inputs = task.read_truth(
+            [_plain(read.column(columns[name])) for name in task.truths],
+            [_plain(read.column(columns[name])) for name in task.inputs],
+        )
+        rows = _comparable(task, list(inputs), list(truth))
+        if len(rows.numbers):
+            task.check_truth(rows.truth)
+    except ColumnError as error:
+        raise ColumnError(f"{path}: {error}") from error
+    if not len(rows.numbers):
+        reasons = "".join(f"; {count} with {what}" for what, count in rows.faulty.items())
+        raise LakeError(
+            f"{path}: none of its {read.num_rows:,} rows has both a text and a label{reasons}; nothing to measure"
+        )
+    return rows
+
+
+def _check(column: str, name: str, known: list[str], path: str) -> None:
+    if column in known:
+        return
+    near = difflib.get_close_matches(column, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {known}."
+    flag = "--label" if name == "label" else f"--columns.{name}"
+    raise ColumnError(f"{path} has no {name} column {column!r}; {hint} Name it with {flag}")
+
+
+def _comparable(task: Task, inputs: list[pa.Array], truth: list[pa.Array]) -> Rows:
+    """Leave out rows without a truth or an input, and those that the task finds fault with."""
+    labelled = np.ones(len(inputs[0]), bool)
+    if not task.truth_may_be_null:
+        for array in truth:
+            labelled &= _mask(array.is_valid())
+    keep = labelled.copy()
+    for array in inputs:
+        keep &= _mask(array.is_valid())
+        if task.blank_is_null:
+            keep &= ~_mask(pc.fill_null(is_blank(array), True))
+    rows = Rows(
+        inputs=[array.filter(pa.array(keep)) for array in inputs],
+        truth=[array.filter(pa.array(keep)) for array in truth],
+        numbers=np.flatnonzero(keep),
+        without_label=int((~labelled).sum()),
+        without_text=int((labelled & ~keep).sum()),
+    )
+    if not len(rows.numbers):
+        return rows
+    good = np.ones(len(rows.numbers), bool)
+    for what, where in task.faults(rows.inputs, rows.truth).items():
+        if count := int((where & good).sum()):
+            rows.faulty[what] = count
+            good &= ~where
+    if not good.all():
+        rows.inputs, rows.truth = (
+            [array.filter(pa.array(good)) for array in arrays] for arrays in (rows.inputs, rows.truth)
+        )
+        rows.numbers = rows.numbers[good]
+    return rows
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    """One array, dictionaries written out."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # Older versions keep the chunks of a column without rows.
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
+
+
+def _mask(values: pa.BooleanArray) -> np.ndarray:
+    return values.to_numpy(zero_copy_only=False).astype(bool)
