@@ -116,7 +116,7 @@ class Answer(Task):
     split_by: ClassVar[str] = "context"
     options_type: ClassVar[type[Options]] = AnswerOptions
     architecture: ClassVar[str | None] = "ForQuestionAnswering"
-    headline: ClassVar[str] = "answers with an F1 of {f1:.1%}"
+    headline: ClassVar[str] = "reaches an F1 of {f1:.1%}"
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None

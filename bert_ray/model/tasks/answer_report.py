@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.model.tasks.answer_metrics import exact_match, f1
-from bert_ray.model.tasks.sections import Case, Cases, Mark, Section, Table, excerpt, shown, strings_at
+from bert_ray.model.tasks.sections import MARKS, Case, Cases, Mark, Section, Table, excerpt, shown, strings_at
 from bert_ray.model.tokenization import to_python_strings
 
 _NOTHING = "no answer"
@@ -60,7 +60,7 @@ def answers_report(
             for row, (question, context) in zip(order, texts, strict=True)
         )
         if cases:
-            found.append(Cases(key=key, title=title, cases=cases, long=True))
+            found.append(Cases(key=key, title=title, cases=cases, long=True, note=MARKS if key == "mistakes" else ""))
     return found
 
 

@@ -97,7 +97,7 @@ class Entities(Task):
     piece_is_sample: ClassVar[bool] = True
     options_type: ClassVar[type[Options]] = EntitiesOptions
     architecture: ClassVar[str | None] = "ForTokenClassification"
-    headline: ClassVar[str] = "finds entities with an F1 of {f1:.1%}"
+    headline: ClassVar[str] = "reaches an F1 of {f1:.1%}"
 
     @classmethod
     def labels_of(cls, config: PretrainedConfig) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from bert_ray.model.tasks import entity_truth
-from bert_ray.model.tasks.sections import Case, Cases, Mark, Section, Table, excerpt, shown, strings_at
+from bert_ray.model.tasks.sections import MARKS, Case, Cases, Mark, Section, Table, excerpt, shown, strings_at
 from bert_ray.model.tasks.spans import plain
 
 # (start, end, type) of an entity, in code points of its row.
@@ -51,7 +51,7 @@ def entities_report(
             _case(row, plain(text), said[row], so[row]) for row, text in zip(rows, strings_at(texts, rows), strict=True)
         )
         if cases:
-            found.append(Cases(key=key, title=title, cases=cases))
+            found.append(Cases(key=key, title=title, cases=cases, note=MARKS if key == "mistakes" else ""))
     return found
 
 

@@ -19,6 +19,10 @@ from bert_ray.model.tokenization import to_python_strings
 
 # A text is shown up to here: enough to judge by, and the report stays small.
 SHOWN_CHARACTERS = 700
+# What a page draws marks as, for the notes of sections that have them.
+MARKS = (
+    "In the texts, what was found rightly is green, what was said wrongly is red, what was missed has a dashed line."
+)
 # Points of a line or a scatter: the eye sees no more, and a drawing of so many stays under 100 kB.
 LINE_POINTS, SCATTER_POINTS = 200, 600
 
