@@ -32,6 +32,7 @@ from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.generation import Generator
 from bert_ray.model.tasks.answer_spans import take_pieces
 from bert_ray.model.tasks.base import Options, Outputs, Task, one_of, set_dropout
+from bert_ray.model.tasks.sections import Section, text_cases
 from bert_ray.model.tasks.translation_start import TARGET_TOKENIZER, make_start
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, to_python_strings
 
@@ -131,6 +132,7 @@ class Translation(Task):
     options_type: ClassVar[type[Options]] = TranslationOptions
     inherits: ClassVar[tuple[str, ...]] = ("source_language", "target_language")
     architecture: ClassVar[str | None] = "EncoderDecoderModel"
+    plain_metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf")
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
@@ -333,6 +335,17 @@ class Translation(Task):
             "bleu": float(BLEU(tokenize=words).corpus_score(said, [so]).score),
             "chrf": float(CHRF().corpus_score(said, [so]).score),
         }
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """Translations beside the references, the worst by chrF and some of the best."""
+        from sacrebleu.metrics import CHRF
+
+        said, so = ([text or "" for text in to_python_strings(array)] for array in (annotations, truth[0]))
+        scorer = CHRF()
+        values = [scorer.sentence_score(one, [other]).score / 100 for one, other in zip(said, so, strict=True)]
+        return text_cases(self.inputs, inputs, said, so, values, most, "chrF")
 
     def _is_chinese(self, texts: Sequence[str]) -> bool:
         """Whether words cannot be told by blanks: as the language says, else where most translations hold hanzi."""
