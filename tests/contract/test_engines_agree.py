@@ -40,27 +40,25 @@ def bulk_job(lake: Path, model: Path, output: Path, **more: Any) -> AnnotateJob:
     return AnnotateJob(input=str(lake), model=str(model), output=str(output), unit_rows=8, name="annotation", **more)
 
 
+# Without scores: the fault tests, whose tables both engines write.
 @pytest.mark.parametrize("engine", ["ray", "spark"])
-@pytest.mark.parametrize("scores", [False, True])
 def test_bulk_classification(
-    engine: str, scores: bool, lake: Path, tiny_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
+    engine: str, lake: Path, tiny_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
-    here = bulk_job(lake, tiny_bundle, tmp_path / "local", scores=scores)
+    here = bulk_job(lake, tiny_bundle, tmp_path / "local", scores=True)
     there = dataclasses.replace(here, engine=engine, output=str(tmp_path / engine))
     summaries = [bulk.run(job) for job in (here, there)]
     assert [(summary.exit_status, summary.rows, summary.done) for summary in summaries] == [(0, 48, 8)] * 2
     one, other = read_output(tmp_path / "local"), read_output(tmp_path / engine)
     assert_same_table(one, other, "annotation")
-    assert one.schema.field("annotation").type == there_type(scores)
+    scores = pa.map_(pa.string(), pa.float32())
+    assert one.schema.field("annotation").type == pa.struct(
+        [("label", pa.string()), ("score", pa.float32()), ("scores", scores)]
+    )
     # The very same files, too: a run may change engines in the middle.
     names = [sorted(path.name for path in (tmp_path / run).rglob("part-*")) for run in ("local", engine)]
     assert names[0] == names[1]
-
-
-def there_type(scores: bool) -> pa.DataType:
-    fields = [("label", pa.string()), ("score", pa.float32())]
-    return pa.struct([*fields, ("scores", pa.map_(pa.string(), pa.float32()))] if scores else fields)
 
 
 @pytest.mark.parametrize("engine", ["ray", "spark"])
@@ -81,6 +79,7 @@ def test_pipeline_on_ray(table: pa.Table, ray_dataset: Any, tiny_bundle: Path) -
 
     expected = local.annotate(table, str(tiny_bundle), name="annotation")
     dataset = ray_data.annotate(ray_dataset(table), str(tiny_bundle), name="annotation", batch_rows=3)
+    dataset = dataset.materialize()  # Or schema and rows would each be computed, with actors of their own.
     assert dataset.schema().base_schema == expected.schema
     assert_same_table(expected, collected(dataset).sort_by("id"), "annotation")
 
@@ -88,11 +87,12 @@ def test_pipeline_on_ray(table: pa.Table, ray_dataset: Any, tiny_bundle: Path) -
 def test_pipeline_on_ray_of_no_rows(table: pa.Table, ray_dataset: Any, tiny_bundle: Path) -> None:
     from bert_ray.inference import ray_data
 
-    dataset = ray_data.annotate(ray_dataset(table.slice(0, 0)), str(tiny_bundle), name="annotation")
+    settings = {"name": "annotation", "workers": 1}
+    dataset = ray_data.annotate(ray_dataset(table.slice(0, 0)), str(tiny_bundle), **settings).materialize()
     assert dataset.schema().names == ["id", "text", "annotation"]
     assert dataset.count() == 0
     filtered = ray_dataset(table).filter(fn=lambda row: False)
-    assert collected(ray_data.annotate(filtered, str(tiny_bundle))).num_rows == 0
+    assert collected(ray_data.annotate(filtered, str(tiny_bundle), **settings)).num_rows == 0
 
 
 def test_pipeline_on_ray_names_a_missing_column(table: pa.Table, ray_dataset: Any, tiny_bundle: Path) -> None:

@@ -82,9 +82,9 @@ def test_ray_agrees(kind: str, tiny: Make, ray_session: None) -> None:
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     it = tiny(kind)
-    dataset = ray_data.annotate(
-        ray.data.from_arrow(it.table), it.model, task=it.task, options=it.options, name="annotation", batch_rows=3
-    )
+    # One actor: each is a process that imports torch and transformers, and a second one would say the same.
+    settings = {"task": it.task, "options": it.options, "name": "annotation", "batch_rows": 3, "workers": 1}
+    dataset = ray_data.annotate(ray.data.from_arrow(it.table), it.model, **settings)
     tables = [ray.get(reference) for reference in dataset.to_arrow_refs()]
     assert_same_table(here(it), pa.concat_tables(tables).sort_by("id"), "annotation")
 

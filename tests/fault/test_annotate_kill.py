@@ -5,13 +5,15 @@ Each test first asserts that the kill fell in the middle, then compares.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,30 +145,39 @@ def test_driver_killed_on_one_engine_and_finished_on_the_other(
     assert_same_table(read_output(output), undisturbed)
 
 
-@pytest.mark.parametrize("engine", ["ray", "spark"])
-def test_worker_killed_and_its_unit_done_again(
-    engine: str, lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table
-) -> None:
-    output = tmp_path / "out"
-    process = drive(lake, tiny_bundle, output, engine)
+def kill_a_worker(output: Path) -> tuple[str, int] | None:
+    """Kill a worker that is at a unit; which unit, and the worker's process. None: try again.
+
+    It is stopped first, and killed only if it is still at that unit then: it might have ended it meanwhile.
+    """
+    if len(journal_names(output, "receipts")) < 2 or not (found := under_way(output)):
+        return None
+    unit, pid = found
     try:
-        wait_for(lambda: len(journal_names(output, "receipts")) >= 2, process)
-        unit, pid = wait_for(lambda: under_way(output), process)
-        os.kill(pid, signal.SIGKILL)
-        assert_in_the_middle(output)
-        assert pid != process.pid, "that was the driver"
-        assert process.wait(240) == 0, "the engine did not start another worker"
-    finally:
-        process.kill()
-    again = {note["unit"]: note["pid"] for note in receipts(output)}[unit]
-    assert again != pid, "the unit was finished by the process that was to be killed"
-    assert_same_table(read_output(output), undisturbed)
-    assert len(list(output.rglob("part-*.parquet"))) == UNITS
+        os.kill(pid, signal.SIGSTOP)
+    except ProcessLookupError:
+        return None
+    until = time.monotonic() + 10
+    while _state(pid) not in "TZX" and time.monotonic() < until:  # In a system call it stops a moment later.
+        time.sleep(0.001)
+    if found != under_way(output, unit) or unit in journal_names(output, "receipts"):
+        os.kill(pid, signal.SIGCONT)
+        return None
+    os.kill(pid, signal.SIGKILL)
+    return found
 
 
-def under_way(output: Path) -> tuple[str, int] | None:
-    """A unit that a worker is at, and the worker's process."""
-    for unit in journal_names(output, "started"):
+def _state(pid: int) -> str:
+    """A process's state as /proc has it: R running, S sleeping, T stopped, Z dead, X gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
+def under_way(output: Path, *units: str) -> tuple[str, int] | None:
+    """A unit (of these, or any) that a worker is at, and the worker's process."""
+    for unit in units or journal_names(output, "started"):
         try:
             words = (output / "_bert_ray" / "started" / unit).read_text().split()
         except FileNotFoundError:  # It ended meanwhile.
@@ -176,26 +187,69 @@ def under_way(output: Path) -> tuple[str, int] | None:
     return None
 
 
-def test_worker_killed_in_a_session_that_does_not_retry(
-    lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table, spark: Any
-) -> None:
-    """The user's own session on local[2] gives up at the first dead worker: the run says so, and a re-run ends it."""
-    import threading
-
-    output, killed = tmp_path / "out", []
+@contextlib.contextmanager
+def killer(output: Path) -> Iterator[list[tuple[str, int]]]:
+    """While the block runs in this process, kills one worker; gives the unit that it was at, and its process."""
+    killed: list[tuple[str, int]] = []
+    over = threading.Event()
 
     def kill_one() -> None:
-        until = time.monotonic() + 240
-        while not killed and time.monotonic() < until:
-            if len(journal_names(output, "receipts")) >= 2 and (found := under_way(output)):
-                os.kill(found[1], signal.SIGKILL)
+        while not over.is_set() and not killed:
+            if found := kill_a_worker(output):
                 killed.append(found)
             time.sleep(0.005)
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    summary = bulk.run(job(lake, tiny_bundle, output, "spark"))
-    thread.join()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def assert_done_again(output: Path, unit: str, killed: int, undisturbed: pa.Table) -> None:
+    again = {note["unit"]: note["pid"] for note in receipts(output)}[unit]
+    assert again != killed, "the unit was finished by the process that was to be killed"
+    assert_same_table(read_output(output), undisturbed)
+    assert len(list(output.rglob("part-*.parquet"))) == UNITS
+
+
+def test_ray_worker_killed_and_its_unit_done_again(
+    lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table, ray_session: None
+) -> None:
+    output = tmp_path / "out"
+    with killer(output) as killed:
+        summary = bulk.run(job(lake, tiny_bundle, output, "ray"))
+    ((unit, pid),) = killed
+    assert pid != os.getpid(), "that was the driver"
+    assert summary.exit_status == 0, "Ray did not start another worker"
+    assert_done_again(output, unit, pid, undisturbed)
+
+
+def test_spark_worker_killed_and_its_unit_done_again(
+    lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table
+) -> None:
+    """In a driver of its own, whose session tries again."""
+    output = tmp_path / "out"
+    process = drive(lake, tiny_bundle, output, "spark")
+    try:
+        unit, pid = wait_for(lambda: kill_a_worker(output), process)
+        assert_in_the_middle(output)
+        assert pid != process.pid, "that was the driver"
+        assert process.wait(240) == 0, "Spark did not start another worker"
+    finally:
+        process.kill()
+    assert_done_again(output, unit, pid, undisturbed)
+
+
+def test_worker_killed_in_a_session_that_does_not_retry(
+    lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table, spark: Any
+) -> None:
+    """The user's own session on local[2] gives up at the first dead worker: the run says so, and a re-run ends it."""
+    output = tmp_path / "out"
+    with killer(output) as killed:
+        summary = bulk.run(job(lake, tiny_bundle, output, "spark"))
     assert killed
     assert_in_the_middle(output)
     assert summary.exit_status == 1

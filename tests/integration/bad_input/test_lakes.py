@@ -135,6 +135,21 @@ def test_damaged_files_fail_their_units_and_the_others_go_on(tmp_path: Path, out
     assert "runs failures" in str(summary)
 
 
+@pytest.mark.parametrize("engine", ["ray", "spark"])
+def test_on_error_fail_stops_an_engine_at_the_first(
+    engine: str, tmp_path: Path, out: Path, tiny_bundle: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
+    lake = make_lake(tmp_path / "lake", partitions=1, files=30, group=12, repeat=60)
+    damaged = lake / "source=s0" / "f0.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    summary = bulk.run(job(lake, tiny_bundle, out, engine=engine, unit_rows=12, on_error="fail"))
+    assert (summary.exit_status, summary.failed) == (1, 1)
+    assert "f0.parquet cannot be read" in summary.stopped
+    assert summary.left > 0, "every unit was tried after the failure"
+    assert "f0.parquet cannot be read" in runs.failures(out).text
+
+
 def test_only_damaged_files(tmp_path: Path, out: Path, tiny_bundle: Path) -> None:
     (tmp_path / "lake").mkdir()
     (tmp_path / "lake" / "a.parquet").touch()
@@ -217,7 +232,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
         noise = ["".join(chr(code) for code in random.integers(97, 123, 4000)) for _ in range(20)]
         ids = list(range(20 * index, 20 * index + 20))
         pq.write_table(pa.table({"id": ids, "text": noise}), lake / f"{index}.parquet")
-    asked = job(lake, tiny_bundle, small_disk / "out", engine=engine)
+    asked = job(lake, tiny_bundle, small_disk / "out", engine=engine, workers=1)
     summary = bulk.run(asked)
     assert summary.exit_status == 1
     assert "No space left on device" in summary.stopped
@@ -256,7 +271,8 @@ def test_an_altered_bundle_starts_nothing(tmp_path: Path, out: Path, tiny_bundle
 # Ctrl-C
 
 
-@pytest.mark.parametrize("engine", ["local", "ray", "spark"])
+# The local engine: tests/unit/test_cli.py.
+@pytest.mark.parametrize("engine", ["ray", "spark"])
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(engine: str, tmp_path: Path, out: Path, tiny_bundle: Path) -> None:
     if engine == "spark" and shutil.which("java") is None:
         pytest.skip("Spark needs Java")
