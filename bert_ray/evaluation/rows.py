@@ -15,6 +15,7 @@ import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, LakeError
 from bert_ray.model.tokenization import is_blank
+from bert_ray.training.data import as_mask, one_array
 
 if TYPE_CHECKING:
     from bert_ray.model.tasks.base import Task
@@ -83,8 +84,8 @@ def read_rows(table: pads.Dataset, path: str, task: Task, columns: Mapping[str, 
         raise LakeError(f"{path} cannot be read: {error}") from error
     try:
         truth, inputs = task.read_truth(
-            [_plain(read.column(columns[name])) for name in task.truths],
-            [_plain(read.column(columns[name])) for name in task.inputs],
+            [one_array(read.column(columns[name])) for name in task.truths],
+            [one_array(read.column(columns[name])) for name in task.inputs],
         )
         rows = _comparable(task, list(inputs), list(truth))
         if len(rows.numbers):
@@ -113,12 +114,12 @@ def _comparable(task: Task, inputs: list[pa.Array], truth: list[pa.Array]) -> Ro
     labelled = np.ones(len(inputs[0]), bool)
     if not task.truth_may_be_null:
         for array in truth:
-            labelled &= _mask(array.is_valid())
+            labelled &= as_mask(array.is_valid())
     keep = labelled.copy()
     for array in inputs:
-        keep &= _mask(array.is_valid())
+        keep &= as_mask(array.is_valid())
         if task.blank_is_null:
-            keep &= ~_mask(pc.fill_null(is_blank(array), True))
+            keep &= ~as_mask(pc.fill_null(is_blank(array), True))
     rows = Rows(
         inputs=[array.filter(pa.array(keep)) for array in inputs],
         truth=[array.filter(pa.array(keep)) for array in truth],
@@ -139,15 +140,3 @@ def _comparable(task: Task, inputs: list[pa.Array], truth: list[pa.Array]) -> Ro
         )
         rows.numbers = rows.numbers[good]
     return rows
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """One array, dictionaries written out."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # Older versions keep the chunks of a column without rows.
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
-
-
-def _mask(values: pa.BooleanArray) -> np.ndarray:
-    return values.to_numpy(zero_copy_only=False).astype(bool)

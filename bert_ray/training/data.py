@@ -109,8 +109,8 @@ def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = Non
         raise JobError(f"{path} has no rows: there is nothing to learn from")
     try:
         truth, inputs = task.read_truth(
-            [_plain(table.column(names[name])) for name in task.truths],
-            [_plain(table.column(names[name])) for name in task.inputs],
+            [one_array(table.column(names[name])) for name in task.truths],
+            [one_array(table.column(names[name])) for name in task.inputs],
         )
     except ColumnError as error:
         raise ColumnError(f"{path}: {error}") from error
@@ -156,12 +156,12 @@ def _usable(table: LabelledTable, task: Task) -> LabelledTable:
             reasons.append(f"{int(fresh.sum())} with {what}")
 
     for name, array in zip(task.inputs, table.inputs, strict=True):
-        leave_out(f"no {name} (null)", _mask(pc.is_null(array)))
+        leave_out(f"no {name} (null)", as_mask(pc.is_null(array)))
         if task.blank_is_null:
-            leave_out(f"a blank {name}", _mask(pc.fill_null(is_blank(array), False)))
+            leave_out(f"a blank {name}", as_mask(pc.fill_null(is_blank(array), False)))
     if not task.truth_may_be_null:
         for name, array in zip(task.truths, table.truth, strict=True):
-            leave_out(f"no {name} (null)", _mask(pc.is_null(array)))
+            leave_out(f"no {name} (null)", as_mask(pc.is_null(array)))
     kept = table.filter(keep)
     if keep.any():
         places = np.flatnonzero(keep)
@@ -219,7 +219,7 @@ def training_data(
         notes += validation.notes
         same = np.ones(len(validation.inputs[0]), bool)
         for one, other in zip(validation.inputs, train.inputs, strict=True):
-            same &= _mask(pc.is_in(one, other))
+            same &= as_mask(pc.is_in(one, other))
         if shared := int(same.sum()):
             notes.append(
                 f"{shared} of the {len(same)} rows in {validation.path} also stand in {table.path}: the validation "
@@ -310,13 +310,14 @@ def read_columns(path: str, names: Mapping[str, str], optional: Collection[str] 
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """One array, dictionaries written out."""
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, dictionaries written out."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # A column without rows keeps its chunks.
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
 
 
-def _mask(values: pa.BooleanArray) -> np.ndarray:
+def as_mask(values: pa.BooleanArray) -> np.ndarray:
+    """An array without nulls as bool (N,)."""
     return values.to_numpy(zero_copy_only=False).astype(bool)
