@@ -36,6 +36,7 @@ bench: setup
 	@scripts/setup.sh bench
 	@$(PY) benchmarks/annotate.py $(ARGS)
 	@$(PY) benchmarks/train.py
+	@$(PY) benchmarks/tasks.py
 
 quality: setup
 	@$(PY) benchmarks/quality.py $(ARGS)
