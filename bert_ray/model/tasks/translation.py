@@ -59,7 +59,7 @@ class TranslationOptions(Options):
     Attributes:
         source_language: code of the language translated from (`en`, `zh`); it stands on the card, for whoever looks.
         target_language: of the language translated to; it decides how BLEU splits words and how sentences are joined.
-        beams: hypotheses that are kept at each step; 1 takes the likeliest token always (greedy), several times faster.
+        beams: hypotheses that are kept at each step; 1 takes the likeliest token always (greedy).
         length_penalty: exponent of the length by which a hypothesis' log probability is divided; above 1 favours long
             ones.
         max_target_tokens: longest translation of a sentence.
