@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "jobs" / "demo"
@@ -37,6 +38,9 @@ os.environ.update(
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+if TYPE_CHECKING:
+    from tests.tiny_tasks import Tiny
 
 TINY_SEED = 20
 TINY_HIDDEN = 32
@@ -203,3 +207,19 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, uci_sample: pa.Table) 
     card = Card(task="classification", name="sentiment", labels=list(TINY_LABELS), max_length=TINY_MAX_LENGTH)
     save_bundle(directory, model, tokenizer, card)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Callable[[str], Tiny]:
+    """Makes each task's tiny bundle, by the task's kind, once."""
+    from tests.tiny_tasks import MAKERS
+
+    root, made = tmp_path_factory.mktemp("tasks"), {}
+
+    def make(kind: str) -> Tiny:
+        if kind not in made:
+            (root / kind).mkdir()
+            made[kind] = MAKERS[kind](root / kind, str(tiny_encoder))
+        return made[kind]
+
+    return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,20 +14,6 @@ from tests.lakes import assert_same_table
 from tests.tiny_tasks import MAKERS, Tiny
 
 Make = Callable[[str], Tiny]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Make:
-    """Makes each task's bundle once."""
-    root, made = tmp_path_factory.mktemp("tasks"), {}
-
-    def make(kind: str) -> Tiny:
-        if kind not in made:
-            (root / kind).mkdir()
-            made[kind] = MAKERS[kind](root / kind, str(tiny_encoder))
-        return made[kind]
-
-    return make
 
 
 def here(it: Tiny, table: pa.Table | None = None) -> pa.Table:

@@ -163,6 +163,22 @@ def test_evaluate_prints_name_value_lines_and_the_report(table: Path, tiny_bundl
     assert Path(values["report"]).is_file()
 
 
+def interrupted(words: list[object], begun: Callable[[], bool], within_sec: float) -> str:
+    """Run a command, stop it by Ctrl-C once it has begun, see that it ends as it should; what it said of that."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bert_ray", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + within_sec
+    while not begun() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "Traceback" not in errors
+    return errors
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_bundle: Path) -> None:
     lake = tmp_path / "lake"
     lake.mkdir()
@@ -170,18 +186,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_bundle: Path) -> None:
     for number in range(40):
         pq.write_table(texts.append_column("part", pa.array([number] * 100)), lake / f"{number}.parquet")
     words = ["annotate", "--input", lake, "--model", tiny_bundle, "--output", tmp_path / "out"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bert_ray", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     receipts = tmp_path / "out" / "_bert_ray" / "receipts"
-    deadline = time.monotonic() + 90
-    while not (receipts.is_dir() and any(receipts.iterdir())) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED, errors
-    assert "Traceback" not in errors
+    errors = interrupted(words, lambda: receipts.is_dir() and any(receipts.iterdir()), 90)
     assert "bert-ray annotate --input" in errors
     assert f"bert-ray runs resume {tmp_path / 'out'}" in errors
     done = len(list(receipts.iterdir()))
@@ -193,18 +199,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_bundle: Path) -> None:
 def test_ctrl_c_in_training_says_how_to_go_on(tmp_path: Path, tiny_encoder: Path, uci_train: Path) -> None:
     words = ["train", "--model", tiny_encoder, "--output", tmp_path / "model", "--data.train", uci_train]
     words += ["--engine", "local", "--threads", 1, "--epochs", 200, "--checkpoint.every_steps", 5]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bert_ray", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     checkpoints = tmp_path / "model.run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED, errors
-    assert "Traceback" not in errors
+    errors = interrupted(words, lambda: bool(list(checkpoints.glob("step-*"))), 120)
     assert "stopped" in errors
     assert f"bert-ray train --model {tiny_encoder}" in errors
     # It came in the middle: there is a checkpoint to go on from, and no bundle yet.

@@ -88,19 +88,6 @@ Measure = Callable[[str], Evaluation]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Callable[[str], Tiny]:
-    root, made = tmp_path_factory.mktemp("tasks"), {}
-
-    def make(kind: str) -> Tiny:
-        if kind not in made:
-            (root / kind).mkdir()
-            made[kind] = MAKERS[kind](root / kind, str(tiny_encoder))
-        return made[kind]
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Tiny]) -> Measure:
     """Measures each task's tiny bundle once."""
     root, made = tmp_path_factory.mktemp("reports"), {}
