@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROWS, SEEDS = 500, 5
+TOGETHER = "all that help alone, together"
 RUNS = common.ROOT / "out" / "overfitting"
 RESULTS = common.RESULTS / "overfitting.json"
 
@@ -120,7 +121,7 @@ def write_table(results: dict[str, Any]) -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         gain, reach = 100 * (mean(found["runs"]) - mean(none)), f"{min(values):.4f} to {max(values):.4f}"
         lines.append(f"| {name} | {len(values)} | {mean(found['runs']):.4f} | {spread:.4f} | {reach} | {gain:+.1f} |")
-    if min(len(found["runs"]) for found in results.values()) < SEEDS or "together" not in " ".join(results):
+    if min(len(found["runs"]) for found in results.values()) < SEEDS or TOGETHER not in results:
         lines += ["", f"Not complete: {SEEDS} seeds of each, and all that help together, are what will tell.", ""]
         (common.RESULTS / "overfitting.md").write_text("\n".join(lines), "utf-8")
         return
@@ -155,7 +156,7 @@ def main() -> None:
     helping = [
         measure for name, measure in alone.items() if mean(results[name]["runs"]) > mean(results["none"]["runs"])
     ]
-    measure_all({"all that help alone, together": together(helping)}, results, options)
+    measure_all({TOGETHER: together(helping)}, results, options)
     print((common.RESULTS / "overfitting.md").read_text())
 
 

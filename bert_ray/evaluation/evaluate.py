@@ -24,6 +24,7 @@ from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.evaluation.leakage import rows_also_trained_on
 from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
+from bert_ray.model.bundle import encoder_config
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.sections import Cases, Confusion, Constant, Section, as_data
 
@@ -212,9 +213,8 @@ def _warnings(annotator: Annotator, rows: Rows, job: EvaluateJob) -> list[str]:
             f"{shared:,} of the {total:,} rows also stand in the training data, {provenance['data']['train']}: the "
             "figures flatter the model; measure it on rows that it has not seen"
         )
-    tokenizer = task.tokenizer(annotator.bundle.tokenizer())
     for name, array in zip(task.inputs, rows.inputs, strict=True):
-        if note := tokenizer.unknown_note(array):
+        if note := annotator.tokenizer.unknown_note(array):
             found.append(f"{job.table}: {name}: {note}")
     return found
 
@@ -241,8 +241,7 @@ def levers_of(bundle: Bundle, truth: Sequence[pa.Array]) -> Levers:
         truth: of any rows, to ask the bundle's task by whether it takes label smoothing.
     """
     job, task = bundle.card.provenance.get("job") or {}, bundle.task
-    # An encoder-decoder has its layers and rates in two configurations.
-    config = getattr(bundle.config, "encoder", bundle.config)
+    config = encoder_config(bundle.config)
     refused = set() if task.distortable else {"augmentation"}
     try:
         task.learning_for(0.1, "none", truth)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_ray.evaluation.charts import curves, scatter, shares
 from bert_ray.evaluation.overfitting import CAVEAT, metrics_of
+from bert_ray.model.bundle import encoder_config
 from bert_ray.model.tasks.sections import Case, Confusion, Curve, Mark, Scatter, Section
 
 if TYPE_CHECKING:
@@ -183,8 +184,7 @@ def _cell(value: str | int | float, as_share: bool) -> str:
 def _card(bundle: Bundle) -> list[tuple[str, str]]:
     """The model card as (name, value) pairs; nested provenance becomes dotted names."""
     card = bundle.card
-    # An encoder-decoder has its layers in two configurations.
-    layers = getattr(getattr(bundle.config, "encoder", bundle.config), "num_hidden_layers", None)
+    layers = getattr(encoder_config(bundle.config), "num_hidden_layers", None)
     pairs = [
         ("reference", bundle.reference),
         ("task", card.task),

@@ -296,10 +296,9 @@ def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
             with contextlib.closing(rows):
                 batches += [batch.slice(0, _JUDGED_ROWS) for batch in itertools.islice(rows, 1)]
     found = []
-    tokenize = annotator.task.tokenizer(annotator.bundle.tokenizer())
     for task_input, column in zip(annotator.task.inputs, annotator.input_columns, strict=True):
         texts = [annotator.task.read(task_input, batch.column(column), column) for batch in batches]
-        if texts and (note := tokenize.unknown_note(pa.concat_arrays(texts))):
+        if texts and (note := annotator.tokenizer.unknown_note(pa.concat_arrays(texts))):
             found.append(f"column {column!r}: {note}")
     return found
 

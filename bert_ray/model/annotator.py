@@ -28,7 +28,7 @@ from bert_ray.model.bundle import Bundle, load_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.inference_encoder import InferenceEncoder
 from bert_ray.model.packing import pack_rows, plan
-from bert_ray.model.tasks import Task, get_task
+from bert_ray.model.tasks import Task
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tokenization import Pieces, is_blank
 
@@ -90,9 +90,7 @@ class AnnotatorSpec:
         options = json.loads(str(self.options)) if self.options else {}
         if self.scores:
             options["scores"] = True
-        task = get_task(bundle.card, bundle.config, kind=self.task, options=options)
-        task.attach(bundle)
-        return task
+        return bundle.bind(kind=self.task, options=options)
 
     def build(self) -> Annotator:
         """The annotator of this description, built once per process."""
@@ -110,6 +108,7 @@ class Annotator:
     Attributes:
         bundle: the bundle.
         task: what is done with it.
+        tokenizer: the bundle's, as the task uses it.
         model: its weights, with the task's head.
         output_field: name and Arrow type of the annotation, as the task declares it.
         input_columns: the columns read, one per task input.
@@ -132,7 +131,7 @@ class Annotator:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         self.device, self.dtype = _device_and_dtype(spec.device, spec.dtype)
-        self._tokenizer = self.task.tokenizer(bundle.tokenizer())
+        self.tokenizer = self.task.tokenizer(bundle.tokenizer())
         self.model = bundle.model(self.task).to(self.device, self.dtype)
         self._encoder = InferenceEncoder(self.model)
         self.batch_tokens = spec.batch_tokens or self.task.tiles * self._encoder.batch_tokens
@@ -209,7 +208,7 @@ class Annotator:
 
     def outputs(self, inputs: Sequence[pa.Array]) -> Outputs:
         """What the model says of rows none of which is null: the task's outputs, not yet decoded."""
-        return self.outputs_of(self.task.encode(self._tokenizer, inputs))
+        return self.outputs_of(self.task.encode(self.tokenizer, inputs))
 
     def _encoded(self, distinct: list[pa.Array]) -> Iterator[tuple[int, int, Pieces]]:
         """Stretches of encoded rows (start, size, pieces), the next one made while the caller works on this one."""
@@ -218,7 +217,7 @@ class Annotator:
             pending = None
             for start, size in windows:
                 inputs = [array.slice(start, size) for array in distinct]
-                upcoming = (start, size, thread.submit(self.task.encode, self._tokenizer, inputs))
+                upcoming = (start, size, thread.submit(self.task.encode, self.tokenizer, inputs))
                 if pending:
                     yield pending[0], pending[1], pending[2].result()
                 pending = upcoming

@@ -76,13 +76,28 @@ def group_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> li
 
 
 def _fill_up(group: Group, lengths: torch.Tensor, device: torch.device | str) -> None:
-    places = torch.arange(group.length)
+    gather, real, bias = filled_up(lengths, group.length)
+    group.gather, group.bias = gather.to(device), bias.to(device)
+    group.real = real.view(-1).nonzero()[:, 0].to(device)
+
+
+def filled_up(lengths: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows that lie end to end, as a rectangle of places.
+
+    Args:
+        lengths: int64 (N,), tokens of each row.
+        longest: L, places of each row.
+
+    Returns:
+        the token of each place, int64 (N * L,), counted from the first row's first; whether a place is one, bool
+        (N, L); and the bias of keys, (N, 1, 1, L), 0 for a token and -∞ for a filled-up place.
+    """
+    places = torch.arange(longest, device=lengths.device)
     real = places < lengths[:, None]
     starts = lengths.cumsum(0) - lengths
     # A filled-up place repeats its row's last token: any finite values do, since nothing reads them.
-    group.gather = (starts[:, None] + torch.minimum(places, lengths[:, None] - 1)).view(-1).to(device)
-    group.real = real.view(-1).nonzero()[:, 0].to(device)
-    group.bias = torch.where(real, 0.0, -torch.inf)[:, None, None, :].to(device)
+    tokens = (starts[:, None] + torch.minimum(places, lengths[:, None] - 1)).view(-1)
+    return tokens, real, torch.where(real, 0.0, -torch.inf)[:, None, None, :]
 
 
 def packed_attention(

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -110,9 +110,25 @@ class Bundle:
     @cached_property
     def task(self) -> Task:
         """The task that the card names, bound to this card."""
+        return self.bind()
+
+    def bind(
+        self, card: Card | None = None, *, kind: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> Task:
+        """A task on this bundle's model and files.
+
+        Args:
+            card: of a bundle that is to be trained from this one; None: this one's.
+            kind: another task than the card's.
+            options: over those of the card.
+
+        Raises:
+            BundleError: no such task, or one that cannot run on this model.
+            JobError: an option that the task does not have.
+        """
         from bert_ray.model.tasks import get_task
 
-        task = get_task(self.card, self.config)
+        task = get_task(card or self.card, self.config, kind=kind, options=options)
         task.attach(self)
         return task
 

@@ -16,24 +16,13 @@ import torch
 from torch import nn
 
 from bert_ray.model.dropout import dropout
-from bert_ray.model.encoder import Layer, bert_layer
+from bert_ray.model.encoder import Attention, Layer, bert_attention, bert_layer
 from bert_ray.model.ragged_attention import RaggedAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
-
-
-@dataclass(kw_only=True, slots=True)
-class Cross:
-    """Attention to the source in one decoder layer: the modules of a transformers layer under common names."""
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    mix: nn.Linear
-    mix_norm: nn.LayerNorm
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +38,7 @@ class Decoder:
     positions: nn.Embedding
     types: nn.Embedding
     norm: nn.LayerNorm
-    layers: list[tuple[Layer, Cross]]
+    layers: list[tuple[Layer, Attention]]
     head: nn.Module
     heads: int
     activation: Callable[[torch.Tensor], torch.Tensor]
@@ -70,23 +59,16 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
         positions=embeddings.position_embeddings,
         types=embeddings.token_type_embeddings,
         norm=embeddings.LayerNorm,
-        layers=[(bert_layer(layer), _cross(layer.crossattention)) for layer in decoder.bert.encoder.layer],
+        layers=[
+            (bert_layer(layer), Attention(**bert_attention(layer.crossattention)))
+            for layer in decoder.bert.encoder.layer
+        ],
         head=decoder.cls,
         heads=config.num_attention_heads,
         activation=ACT2FN[config.hidden_act],
         is_gelu=config.hidden_act == "gelu",
         dropout=config.hidden_dropout_prob,
         attention_dropout=config.attention_probs_dropout_prob,
-    )
-
-
-def _cross(attention: Any) -> Cross:
-    return Cross(
-        query=attention.self.query,
-        key=attention.self.key,
-        value=attention.self.value,
-        mix=attention.output.dense,
-        mix_norm=attention.output.LayerNorm,
     )
 
 

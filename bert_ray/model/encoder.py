@@ -29,14 +29,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True)
-class Layer:
-    """One encoder layer: the modules of a transformers layer under common names."""
+class Attention:
+    """The attention part of a layer: the modules of a transformers layer under common names."""
 
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
     mix: nn.Linear
     mix_norm: nn.LayerNorm
+
+
+@dataclass(kw_only=True, slots=True)
+class Layer(Attention):
+    """One layer: attention over the row itself, and the feed-forward part."""
+
     up: nn.Linear
     down: nn.Linear
     down_norm: nn.LayerNorm
@@ -89,17 +95,23 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
 
 def bert_layer(layer: nn.Module) -> Layer:
     """A layer of BERT or RoBERTa, also of a decoder (its attention to a source left out)."""
-    attention = layer.attention
     return Layer(
-        query=attention.self.query,
-        key=attention.self.key,
-        value=attention.self.value,
-        mix=attention.output.dense,
-        mix_norm=attention.output.LayerNorm,
+        **bert_attention(layer.attention),
         up=layer.intermediate.dense,
         down=layer.output.dense,
         down_norm=layer.output.LayerNorm,
     )
+
+
+def bert_attention(attention: nn.Module) -> dict[str, nn.Module]:
+    """The modules of BERT's attention, over a row itself or over a source, by the names of Attention."""
+    return {
+        "query": attention.self.query,
+        "key": attention.self.key,
+        "value": attention.self.value,
+        "mix": attention.output.dense,
+        "mix_norm": attention.output.LayerNorm,
+    }
 
 
 def _distil_layer(layer: nn.Module) -> Layer:

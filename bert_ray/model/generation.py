@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bert_ray.model.attention import filled_up
 from bert_ray.model.decoder import Decoder, decoder_of
 from bert_ray.model.linear import Linear
 
@@ -94,7 +95,7 @@ class Generator:
             )
             for layer, over in decoder.layers
         ]
-        self._head = _packed_head(decoder, linear) if packed else decoder.head
+        self._head = _head(decoder, linear)
 
     def _widened(self, linear: Callable[..., Callable[[torch.Tensor], torch.Tensor]], layer: Layer) -> Callable:
         product = linear(layer.up.weight, layer.up.bias)
@@ -117,40 +118,35 @@ class Generator:
         Returns:
             int64 (B, longest), without the first token, -1 behind the last.
         """
-        caches, bias = self._read(memory, lengths)
-        search = _Search(len(lengths), beams, longest, self.end, length_penalty, memory.device)
-        last = torch.full((len(lengths) * beams,), self.begin, device=memory.device)
+        caches, bias = self._read(memory, lengths, beams)
+        search = _Search(len(lengths), beams, longest, self.begin, self.end, length_penalty, memory.device)
         for position in range(longest):
-            logits = self._say(last, position, caches, bias, beams)
+            logits = self._say(search.last, position, caches, bias, beams)
             order = search.step(logits.float().log_softmax(1), position)
             if search.done:
                 break
             if (alive := search.shrink()) is not None:
+                # The hypotheses of the rows that are left, by their numbers in the caches as these are before.
+                order = order.view(-1, beams)[alive].view(-1)
                 bias = bias[alive]
-                order = order.view(-1, beams)[alive]
                 for cache in caches:
                     cache.source = cache.source[:, alive]
-                # Hypotheses by the rows that are left: their numbers in the caches as these are before.
-                order = order.reshape(-1)
             if beams > 1 or alive is not None:
                 for cache in caches:
                     cache.own = cache.own.index_select(1, order)
-            last = search.last
         return search.result
 
-    def _read(self, memory: torch.Tensor, lengths: Sequence[int]) -> tuple[list[_Cache], torch.Tensor]:
+    def _read(self, memory: torch.Tensor, lengths: Sequence[int], beams: int) -> tuple[list[_Cache], torch.Tensor]:
         """What every layer needs of the source, and the bias (B, 1, 1, L) that leaves out filled-up places."""
-        heads, longest, device = self._decoder.heads, max(lengths), memory.device
-        sizes = torch.tensor(lengths, device=device)
-        places = torch.arange(longest, device=device)
-        real = places < sizes[:, None]
-        tokens = (sizes.cumsum(0) - sizes)[:, None] + torch.minimum(places, sizes[:, None] - 1)
+        rows, heads, longest = len(lengths), self._decoder.heads, max(lengths)
+        tokens, _, bias = filled_up(torch.tensor(lengths, device=memory.device), longest)
         caches = []
         for layer in self._layers:
-            both = layer.source_kv(memory)[tokens].view(len(lengths), longest, 2, heads, -1)
-            caches.append(_Cache(own=memory.new_empty(0), source=both.permute(2, 0, 3, 1, 4).contiguous()))
+            both = layer.source_kv(memory)[tokens].view(rows, longest, 2, heads, -1)
+            own = both.new_empty(2, rows * beams, heads, 0, both.shape[-1])
+            caches.append(_Cache(own=own, source=both.permute(2, 0, 3, 1, 4).contiguous()))
         # In the keys' own type: autocast may have made it another than the hidden states'.
-        return caches, torch.where(real, 0.0, -torch.inf)[:, None, None, :].to(caches[0].source.dtype)
+        return caches, bias.to(caches[0].source.dtype)
 
     def _say(
         self, last: torch.Tensor, position: int, caches: list[_Cache], bias: torch.Tensor, beams: int
@@ -161,7 +157,7 @@ class Generator:
         hidden = decoder.norm(hidden)
         for layer, cache in zip(self._layers, caches, strict=True):
             q, k, v = layer.qkv(hidden).view(len(last), 3, decoder.heads, 1, -1).unbind(1)
-            self._make_room(cache, k, position)
+            self._make_room(cache, position)
             cache.own[0, :, :, position], cache.own[1, :, :, position] = k[:, :, 0], v[:, :, 0]
             said = cache.own[:, :, :, : position + 1]
             mixed = F.scaled_dot_product_attention(q, said[0], said[1]).view(len(last), -1)
@@ -174,15 +170,12 @@ class Generator:
         return self._head(hidden)
 
     @staticmethod
-    def _make_room(cache: _Cache, like: torch.Tensor, position: int) -> None:
-        room = cache.own.shape[3] if cache.own.dim() == 5 else 0
-        if position < room:
-            return
-        rows, heads, _, d_k = like.shape
-        wider = like.new_empty(2, rows, heads, max(_FIRST_ROOM_TOKENS, 2 * room), d_k)
-        if room:
+    def _make_room(cache: _Cache, position: int) -> None:
+        two, rows, heads, room, d_k = cache.own.shape
+        if position == room:
+            wider = cache.own.new_empty(two, rows, heads, max(_FIRST_ROOM_TOKENS, 2 * room), d_k)
             wider[:, :, :, :room] = cache.own
-        cache.own = wider
+            cache.own = wider
 
 
 class _Search:
@@ -195,7 +188,7 @@ class _Search:
     """
 
     def __init__(
-        self, rows: int, beams: int, longest: int, end: int, length_penalty: float, device: torch.device
+        self, rows: int, beams: int, longest: int, begin: int, end: int, length_penalty: float, device: torch.device
     ) -> None:
         self._beams, self._longest, self._end, self._penalty = beams, longest, end, length_penalty
         self._rows = torch.arange(rows, device=device)  # Which rows of the result these are.
@@ -204,7 +197,8 @@ class _Search:
         self._said = torch.zeros((rows, beams, 0), dtype=torch.int64, device=device)
         self._ended_scores = torch.full((rows, beams), -torch.inf, device=device)
         self._ended = torch.full((rows, beams, longest), -1, dtype=torch.int64, device=device)
-        self.last = self._rows
+        self._full = torch.zeros(rows, dtype=torch.bool, device=device)  # Rows of which K have ended.
+        self.last = torch.full((rows * beams,), begin, device=device)
         self.result = torch.full((rows, longest), -1, dtype=torch.int64, device=device)
         self.done = False
 
@@ -273,8 +267,8 @@ def _plain(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor],
     return lambda x: F.linear(x, weight, bias)
 
 
-def _packed_head(decoder: Decoder, linear: Callable[..., Callable]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """BERT's masked-language-model head (transformers' `BertLMPredictionHead`), its products packed."""
+def _head(decoder: Decoder, linear: Callable[..., Callable]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """BERT's masked-language-model head (transformers' `BertLMPredictionHead`), its products by `linear`."""
     head = decoder.head.predictions
     transform = linear(head.transform.dense.weight, head.transform.dense.bias)
     vocabulary = linear(head.decoder.weight, head.decoder.bias)

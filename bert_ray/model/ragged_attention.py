@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from bert_ray.model.attention import filled_up
+
 # The scores of a rectangle are at most so many times those of its pairs; filled-up ones are computed in vain.
 _MOST_FILLED = 2.0
 # Rectangles of so few scores are never split further: a call costs more than they do.
@@ -138,9 +140,8 @@ class RaggedAttention:
 
     def _rectangle(self, rows: slice, q_start: int, k_start: int, longest_q: int, longest_k: int) -> _Rectangle:
         q_lengths, k_lengths = self._query_lengths[rows], self._key_lengths[rows]
-        queries, real = _places(q_lengths, longest_q)
-        keys, known = _places(k_lengths, longest_k)
-        bias = torch.where(known, 0.0, -torch.inf)[:, None, None, :]
+        queries, real, _ = filled_up(q_lengths, longest_q)
+        keys, _, bias = filled_up(k_lengths, longest_k)
         if self.causal:
             bias = bias + torch.full((longest_q, longest_k), -torch.inf).triu(1)
         return _Rectangle(
@@ -150,14 +151,6 @@ class RaggedAttention:
             real=real.view(-1).nonzero()[:, 0].to(self._device),
             bias=bias.to(self._device),
         )
-
-
-def _places(lengths: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each place of rows (N,) filled up to `longest`: its token, counted from the first, and whether it is one."""
-    places = torch.arange(longest)
-    starts = lengths.cumsum(0) - lengths
-    tokens = starts[:, None] + torch.minimum(places, lengths[:, None] - 1)
-    return tokens.view(-1), places < lengths[:, None]
 
 
 def _heads(packed: torch.Tensor, places: torch.Tensor, rows: int, heads: int) -> torch.Tensor:

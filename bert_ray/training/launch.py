@@ -107,15 +107,16 @@ def train(
     job = _absolute(job)
     output, directory = Path(job.output), Path(f"{job.output}.run")
     base = load_bundle(job.model)
-    if new_task(job, base).builds:
+    task = new_task(job, base)
+    if task.builds:
         from bert_ray.training.build import build
 
         return build(job, base, tell)
     asked = base.fingerprint
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
     try:
-        table = read_labelled(job.data.train, new_task(job, base), job.data.columns)
-        if new_task(job, base).start(base, table.inputs, table.truth, fresh):
+        table = read_labelled(job.data.train, task, job.data.columns)
+        if task.start(base, table.inputs, table.truth, fresh):
             base = load_bundle(fresh)
         card, data, notes = prepare(job, base, table)
         identity = job.identity() | {"base": asked, "rows": data.digest()}
@@ -186,7 +187,6 @@ def _keep_start(fresh: Path, place: Path) -> Bundle:
 def new_task(job: TrainJob, base: Bundle) -> Task:
     """The task of a job, bound to the card of the bundle to come."""
     from bert_ray.model.bundle import Card, encoder_config, max_positions
-    from bert_ray.model.tasks import get_task
 
     limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers
     if job.freeze_layers > layers:
@@ -203,11 +203,10 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
         normalize=base.card.normalize,
         options=dict(job.options),
     )
-    task = get_task(card, base.config)
+    task = base.bind(card)
     if inherited := {name: base.card.options[name] for name in task.inherits if name in base.card.options}:
         card.options = inherited | card.options
-        task = get_task(card, base.config)
-    task.attach(base)
+        task = base.bind(card)
     if job.augmentation.any and not task.distortable:
         raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
     task.choose_inputs(job.data.columns or ())

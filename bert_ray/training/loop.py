@@ -112,11 +112,8 @@ def new_module(
     learning: Learning | None = None,
 ) -> TaskModel:
     """The model to train: the base's encoder with a fresh head, or the weights of a checkpoint."""
-    from bert_ray.model.tasks import get_task
-
     torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE, 0))
-    task = get_task(card, base.config)
-    task.attach(base)
+    task = base.bind(card)
     task.learning = learning or task.learning
     model = task.new_model(base, job.dropout, job.attention_dropout)
     freeze(model, job.freeze_layers)

@@ -227,7 +227,7 @@ class Faq(PooledTask):
         self.check_truth(truth)
         right = truth[0].cast(pa.string())
         # The annotations hold the best pair alone; the right one's rank takes another look at the questions.
-        pieces = self.encode(self.tokenizer(self._annotator.bundle.tokenizer()), [pc.fill_null(inputs[0], "")])
+        pieces = self.encode(self._annotator.tokenizer, [pc.fill_null(inputs[0], "")])
         vectors = self._vectors(self._annotator.outputs_of(pieces), pieces)
         ranks = self.index.ranks(vectors, self.options.match, right)
         return {

@@ -119,8 +119,7 @@ def label_sets_report(
     if len(names) > 1:
         measured = precision_recall_fscore_support(so, said, labels=every, zero_division=0.0)
     else:  # scikit-learn takes one column for a question of two answers.
-        one = precision_recall_fscore_support(so[:, 0], said[:, 0], labels=[1], zero_division=0.0)
-        measured = one
+        measured = precision_recall_fscore_support(so[:, 0], said[:, 0], labels=[1], zero_division=0.0)
     found: list[Section] = [_by_label(names, measured, said.sum(axis=0, dtype=np.int64), so, scores)]
     if scores is not None:
         found += _curve(names, so.astype(bool), scores, every)

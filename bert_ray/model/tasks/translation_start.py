@@ -67,8 +67,8 @@ def make_start(
     texts = to_python_strings(source[:_VOCABULARY_TEXTS])
     model, _ = read_model(AutoModel, base.directory)
     draw = torch.Generator().manual_seed(_SEED)
-    tokenizer, added = spelling(base.tokenizer(), texts)
-    known = _known_tokens(base.tokenizer())
+    plain = base.tokenizer()
+    tokenizer, added = spelling(plain, texts)
     if added:
         _widen(model, len(tokenizer), draw)
     backend = target_vocabulary(to_python_strings(target[:_VOCABULARY_TEXTS]), vocabulary)
@@ -76,7 +76,7 @@ def make_start(
     both = EncoderDecoderModel(encoder=model, decoder=decoder)
     _fill(decoder_of(both), encoder_of(model), draw)
     with torch.no_grad():
-        _embed(decoder_of(both).words.weight, encoder_of(model).words.weight, backend, base.tokenizer(), known, draw)
+        _embed(decoder_of(both).words.weight, encoder_of(model).words.weight, backend, plain, draw)
     both.tie_weights()
     ids = {name: backend.token_to_id(token) for name, token in (("pad", PAD), ("begin", BEGIN), ("end", END))}
     for config in (both.config, both.generation_config):
@@ -209,24 +209,18 @@ def _fill(decoder: Decoder, encoder: Encoder, draw: torch.Generator) -> None:
             module.bias.zero_()
 
 
-def _known_tokens(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Ids whose embeddings mean something: all but the special ones."""
-    return set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-
-
 def _embed(
     weight: torch.Tensor,
     base: torch.Tensor,
     backend: Backend,
     tokenizer: PreTrainedTokenizerFast,
-    known: set[int],
     draw: torch.Generator,
 ) -> None:
     """Embeddings (V, D): the mean over the base's pieces of each token's text; fresh where it has none."""
     weight.copy_(torch.randn(weight.shape, generator=draw) * base.std())
     names = [(backend.id_to_token(index) or "").replace("▁", " ").strip() for index in range(len(weight))]
     spelt = tokenizer.backend_tokenizer.encode_batch(names, add_special_tokens=False)
+    special = set(tokenizer.all_special_ids)  # The unknown token among them: it stands for no text.
     for index, encoding in enumerate(spelt):
-        pieces = [piece for piece in encoding.ids if piece in known]
-        if pieces and len(pieces) == len(encoding.ids):
-            weight[index] = base[pieces].mean(0)
+        if encoding.ids and special.isdisjoint(encoding.ids):
+            weight[index] = base[encoding.ids].mean(0)

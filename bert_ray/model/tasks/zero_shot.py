@@ -208,7 +208,7 @@ class ZeroShot(LabelsByEmbedding):
         phrases = list(parse_labels(self.options.labels).values())
         templates = self.options.templates()
         texts = [template.replace("{}", phrase) for template in templates for phrase in phrases]
-        pieces = self.encode(self.tokenizer(annotator.bundle.tokenizer()), [pa.array(texts, pa.large_string())])
+        pieces = self.encode(annotator.tokenizer, [pa.array(texts, pa.large_string())])
         self._check_distinct(pieces)
         vectors = unit(self.vectors(annotator.outputs_of(pieces), pieces))
         self._labels = unit(vectors.reshape(len(templates), len(phrases), -1).mean(axis=0))
