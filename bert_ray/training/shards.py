@@ -1,0 +1,384 @@
+"""A corpus on disk: tokenised documents in shards that can be read from any position.
+
+    CORPUS/
+      corpus.json             the manifest, written last: a corpus without it is not finished
+      tokenizer/              the tokenizer that the ids belong to, as transformers saves it
+      train/00000.arrow …     shards: Arrow IPC files, memory-mapped, one row a document
+      train/index.arrow       the length of every document, in the order of the shards
+      validation/…            likewise
+
+A shard's columns are `id`, `tokens` (ids without special tokens) and `word_starts` (whether a token begins a word).
+
+Shapes: D documents of a split, T tokens of one document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from bert_ray.errors import LakeError
+from bert_ray.model.examples import ranges
+
+MANIFEST_FILE, TOKENIZER_FOLDER, INDEX_FILE = "corpus.json", "tokenizer", "index.arrow"
+SPLITS = ("train", "validation")
+# The layout; one that a later version cannot read is refused by name rather than misread.
+FORMAT = 1
+
+INDEX_SCHEMA = pa.schema([pa.field("length", pa.uint32(), nullable=False)])
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+def shard_schema(vocabulary: int) -> pa.Schema:
+    """The columns of a shard; ids of a vocabulary of up to 65,536 take two bytes each."""
+    ids = pa.uint16() if vocabulary <= 2**16 else pa.uint32()
+    return pa.schema(
+        [
+            pa.field("id", pa.binary(16), nullable=False),
+            pa.field("tokens", pa.large_list(pa.field("item", ids, nullable=False)), nullable=False),
+            pa.field("word_starts", pa.large_list(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
+        ]
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Shard:
+    """One shard as the manifest has it.
+
+    Attributes:
+        path: below the corpus directory, with /.
+        documents, tokens: in it.
+        bytes: the file's size.
+        sha256: of the file, in hex.
+    """
+
+    path: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Split:
+    """What is to be trained on, or to be judged by.
+
+    Attributes:
+        shards: in order; document numbers run through them.
+        index_sha256: of the split's index, in hex; None where it has no documents.
+        words: as whitespace and the tokenizer's own rules part them.
+    """
+
+    shards: list[Shard] = field(default_factory=list)
+    index_sha256: str | None = None
+    words: int = 0
+
+    @property
+    def documents(self) -> int:
+        """In all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """In all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """What a corpus is.
+
+    Attributes:
+        splits: `train` and `validation`.
+        vocabulary: tokens that the tokenizer knows.
+        tokenizer_sha256: of its tokenizer.json, in hex.
+        job: what it was made by: settings that decide its contents.
+        dropped: documents left out, by reason.
+        provenance: versions, date, and what else is worth knowing.
+    """
+
+    splits: dict[str, Split]
+    vocabulary: int
+    tokenizer_sha256: str
+    job: dict[str, Any] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this corpus from others: a hash over the hashes of its shards and its tokenizer, 16 hex digits."""
+        hashes = [shard.sha256 for name in SPLITS for shard in self.splits[name].shards]
+        return hashlib.sha256(" ".join([self.tokenizer_sha256, *hashes]).encode()).hexdigest()[:16]
+
+    def write(self, corpus: Path) -> None:
+        """Finish a corpus: whole or not at all."""
+        fresh = corpus / f".{MANIFEST_FILE}.new"
+        content = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, corpus / MANIFEST_FILE)
+
+
+def read_manifest(corpus: Path) -> Manifest:
+    """What a corpus is.
+
+    Raises:
+        LakeError: there is no finished corpus, or one of another layout.
+    """
+    path = corpus / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content.get("format") != FORMAT:
+            raise LakeError(f"{path} is of format {content.get('format')}, this version reads {FORMAT}: make it anew")
+        splits = {
+            name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+            for name, split in content["splits"].items()
+        }
+        known = {name: content[name] for name in ("vocabulary", "tokenizer_sha256", "job", "dropped", "provenance")}
+        return Manifest(splits={name: splits[name] for name in SPLITS}, **known)
+    except FileNotFoundError:
+        raise LakeError(
+            f"{corpus} holds no finished corpus (no {MANIFEST_FILE}): make it with `bert-ray corpus`, or run that "
+            "again where it was cut off"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LakeError(f"{path} is damaged ({error}): make the corpus anew") from error
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether a directory is a finished corpus."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> tuple[int, int]:
+    """Write a shard to `path` and bring it to the disk; putting it in its place is the caller's.
+
+    Args:
+        path: a temporary name.
+        schema: of `shard_schema`.
+        batches: of that schema; one at a time is held in memory.
+
+    Returns:
+        documents and tokens written.
+    """
+    documents = tokens = 0
+    with pa.OSFile(str(path), "wb") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                documents += batch.num_rows
+                tokens += len(batch.column("tokens").flatten())
+        file.flush()
+    _sync(path)
+    return documents, tokens
+
+
+def describe(corpus: Path, path: str, documents: int, tokens: int) -> Shard:
+    """The manifest's entry of a shard that stands in its place."""
+    place = corpus / path
+    return Shard(path=path, documents=documents, tokens=tokens, bytes=place.stat().st_size, sha256=file_sha256(place))
+
+
+def write_index(path: Path, lengths: Iterable[pa.Array]) -> str:
+    """Write a split's index to `path`, document lengths shard by shard; returns its sha256."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
+        for part in lengths:
+            writer.write_batch(pa.record_batch([part.cast(pa.uint32())], schema=INDEX_SCHEMA))
+    _sync(path)
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+class Documents:
+    """The documents of one split, memory-mapped: opened in the time of its index, whatever its size.
+
+    Attributes:
+        lengths: tokens of each document, uint32 (D,), also of those that cannot be read.
+        skipped: what is wrong with the shards that are left out; their documents are not `readable`.
+    """
+
+    def __init__(self, corpus: Path, split: str, on_bad_shard: Literal["stop", "skip"] = "stop") -> None:
+        """Open a split.
+
+        Raises:
+            LakeError: a file is missing, cut short or altered, and `on_bad_shard` does not say to skip it.
+        """
+        self.corpus, self.split = corpus, split
+        manifest = read_manifest(corpus)
+        part = manifest.splits[split]
+        self._shards = part.shards
+        self.first = np.concatenate([[0], np.cumsum([shard.documents for shard in part.shards])]).astype(np.int64)
+        self.lengths = self._read_index(part)
+        self.skipped: dict[str, str] = {}
+        for shard in part.shards:
+            if reason := _fault(corpus / shard.path, shard):
+                if on_bad_shard == "stop":
+                    raise LakeError(
+                        f"{corpus / shard.path} {reason}: restore it, or make the corpus anew; data.on_bad_shard=skip "
+                        f"trains without its {shard.documents} documents"
+                    )
+                self.skipped[shard.path] = reason
+        # Arrow's memory maps, opened at first use: a corpus of thousands of shards costs no thousand files at once.
+        self._open: dict[int, _OpenShard] = {}
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "readable")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = {}
+
+    @cached_property
+    def readable(self) -> np.ndarray | None:
+        """Which documents can be read, bool (D,); None: all."""
+        if not self.skipped:
+            return None
+        good = [shard.path not in self.skipped for shard in self._shards]
+        return np.repeat(good, np.diff(self.first))
+
+    def shard_of(self, documents: np.ndarray) -> list[str]:
+        """The paths of the shards that hold the given documents, each once, in order."""
+        found = np.unique(np.searchsorted(self.first, documents, side="right") - 1)
+        return [self._shards[number].path for number in found.tolist()]
+
+    def take(self, documents: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stretches of documents, end to end.
+
+        Args:
+            documents: int64 (N,), numbers of documents.
+            start: int64 (N,), the first token of each stretch in its document.
+            stop: int64 (N,), one behind its last.
+
+        Returns:
+            token ids, int64 (sum of stop - start,), and whether each begins a word, bool likewise.
+        """
+        sizes = stop - start
+        ends = np.cumsum(sizes)
+        ids, starts = np.empty(int(ends[-1]) if len(ends) else 0, np.int64), np.empty(0, bool)
+        starts = np.empty(len(ids), bool)
+        where = np.searchsorted(self.first, documents, side="right") - 1
+        for number in np.unique(where).tolist():
+            chosen = np.flatnonzero(where == number)
+            shard = self._shard(number)
+            begin = shard.offsets[documents[chosen] - self.first[number]] + start[chosen]
+            take = ranges(begin, begin + sizes[chosen])
+            put = ranges(ends[chosen] - sizes[chosen], ends[chosen])
+            ids[put] = shard.tokens[take]
+            starts[put] = (shard.bits[take >> 3] >> (take & 7).astype(np.uint8)) & 1
+        return ids, starts
+
+    def _read_index(self, part: Split) -> np.ndarray:
+        if not part.shards:
+            return np.empty(0, np.uint32)
+        path = self.corpus / self.split / INDEX_FILE
+        try:
+            if file_sha256(path) != part.index_sha256:
+                raise LakeError(f"{path} has another hash than when it was written: make the corpus anew")
+            with pa.memory_map(str(path)) as file:
+                return pa.ipc.open_file(file).read_all().column("length").to_numpy()
+        except (OSError, pa.ArrowException) as error:
+            raise LakeError(f"{path} cannot be read ({error}): make the corpus anew") from error
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number not in self._open:
+            self._open[number] = _OpenShard(self.corpus / self._shards[number].path)
+        return self._open[number]
+
+
+class _OpenShard:
+    """A shard's tokens as flat arrays over the memory map; several record batches are laid end to end.
+
+    Attributes:
+        offsets: where each document begins in `tokens`, int64 (documents + 1,).
+        tokens: ids, (T,).
+        bits: whether each begins a word, uint8 (T / 8,), the lowest bit first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        lists = table.column("tokens")
+        self.offsets = np.zeros(table.num_rows + 1, np.int64)
+        np.cumsum(np.concatenate([chunk.value_lengths().to_numpy() for chunk in lists.chunks]), out=self.offsets[1:])
+        flat = [chunk.flatten() for chunk in lists.chunks]
+        self.tokens = flat[0].to_numpy() if len(flat) == 1 else np.concatenate([part.to_numpy() for part in flat])
+        flags = [chunk.flatten() for chunk in table.column("word_starts").chunks]
+        if len(flags) == 1 and flags[0].offset == 0:
+            self.bits = np.frombuffer(flags[0].buffers()[1], np.uint8)
+        else:
+            whole = np.concatenate([part.to_numpy(zero_copy_only=False) for part in flags])
+            self.bits = np.packbits(whole, bitorder="little")
+
+
+def _fault(path: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard's file; None: nothing."""
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            return f"has {size} bytes of {shard.bytes}"
+        if file_sha256(path) != shard.sha256:
+            return "has another hash than when it was written"
+    except OSError as error:
+        return f"cannot be read ({os.strerror(error.errno) if error.errno else error})"
+    return None
+
+
+def _sync(path: Path) -> None:
+    """Bring a file to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def batches_of(
+    schema: pa.Schema, documents: Iterator[tuple[bytes, Sequence[int] | np.ndarray, np.ndarray]], tokens: int = 2**20
+) -> Iterator[pa.RecordBatch]:
+    """Documents (id, token ids, word starts) as record batches of about `tokens` tokens."""
+    ids: list[bytes] = []
+    parts: list[np.ndarray] = []
+    flags: list[np.ndarray] = []
+    count = 0
+
+    def batch() -> pa.RecordBatch:
+        offsets = pa.array(np.cumsum([0, *map(len, parts)]), pa.int64())
+        values = pa.array(np.concatenate(parts), schema.field("tokens").type.value_type)
+        lists = pa.LargeListArray.from_arrays(offsets, values, type=schema.field("tokens").type)
+        starts = pa.LargeListArray.from_arrays(
+            offsets, pa.array(np.concatenate(flags), pa.bool_()), type=schema.field("word_starts").type
+        )
+        return pa.record_batch([pa.array(ids, pa.binary(16)), lists, starts], schema=schema)
+
+    for name, tokens_of, starts_of in documents:
+        ids.append(name)
+        parts.append(np.asarray(tokens_of, np.uint32))
+        flags.append(np.asarray(starts_of, bool))
+        count += len(parts[-1])
+        if count >= tokens:
+            yield batch()
+            ids, parts, flags, count = [], [], [], 0
+    if ids:
+        yield batch()
