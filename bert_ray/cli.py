@@ -8,6 +8,7 @@ Exit status:
     2    the command, the job file, the model or the table is at fault; nothing was started
     70   a bug in bert_ray: a traceback is shown (EX_SOFTWARE of sysexits.h; Python's own 1 would mean failed rows)
     130  stopped by Ctrl-C; what is done stays done, and the same command goes on
+    143  a training that was asked to stop (SIGTERM) and left a checkpoint; the same command goes on
 
 Every command imports what it needs when it runs: `bert-ray --help` loads neither torch nor an engine.
 """
@@ -24,9 +25,9 @@ from typing import Any, Literal, NamedTuple
 
 from bert_ray import __version__
 from bert_ray.config import load_job
-from bert_ray.errors import BertRayError, JobError
+from bert_ray.errors import BertRayError, JobError, Stopped
 
-DONE, FAILED, AT_FAULT, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, ASKED_TO_STOP = 0, 1, 2, 70, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BertRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return AT_FAULT
+    except Stopped as error:
+        print(f"{error}. The same command goes on:\n  {shlex.join(['bert-ray', *words])}", file=sys.stderr)
+        return ASKED_TO_STOP
     except KeyboardInterrupt:
         goes_on = words[:1] in (["annotate"], ["train"], ["runs"])
         hint = f"; the same command goes on where it stopped:\n  {shlex.join(['bert-ray', *words])}" if goes_on else ""
@@ -249,7 +253,7 @@ def _help() -> str:
         "Flags (--key value) and key=value mean the same and win over the job file.",
         "",
         "exit status: 0 done; 1 ended with rows or units that failed; 2 command, job file or model at fault;",
-        "             130 stopped by Ctrl-C; 70 a bug",
+        "             130 stopped by Ctrl-C, 143 by SIGTERM; 70 a bug",
     ]
     return "\n".join(lines)
 

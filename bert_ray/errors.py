@@ -23,3 +23,7 @@ class LakeError(BertRayError):
 
 class JobError(BertRayError, ValueError):
     """A job file, flag or setting is wrong."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop (SIGTERM) and did, with a checkpoint to go on from; the message says where."""

@@ -239,7 +239,9 @@ def save_card(directory: Path, card: Card) -> None:
     """Write the card of a bundle that is not in its place yet; its `files` and `fingerprint` are filled in here."""
     card.files = _hash_files(directory)
     card.fingerprint = _fingerprint(card.files, card)
-    (directory / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    fresh = directory / f".{CARD_FILE}.new"
+    fresh.write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(fresh, directory / CARD_FILE)
 
 
 def encoder_config(config: PretrainedConfig) -> PretrainedConfig:

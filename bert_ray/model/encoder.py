@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bert_ray.model.attention import packed_attention
 from bert_ray.model.bundle import ENCODER_DECODER, positions_follow_padding
@@ -127,15 +128,21 @@ def _distil_layer(layer: nn.Module) -> Layer:
     )
 
 
-def encode(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Hidden states of a packed batch, (T, D). Dropout is active when the model is in training mode."""
-    return encode_with(encoder_of(model), batch, training=model.training)
+def encode(model: PreTrainedModel, batch: PackedBatch, recompute: bool = False) -> torch.Tensor:
+    """Hidden states of a packed batch, (T, D). Dropout is active when the model is in training mode.
+
+    Args:
+        model: with or without a task's head.
+        batch: T tokens.
+        recompute: in training mode keep only each layer's input, and compute the layer again in the backward pass
+            (Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174).
+    """
+    return encode_with(encoder_of(model), batch, training=model.training, recompute=recompute and model.training)
 
 
-def encode_with(encoder: Encoder, batch: PackedBatch, training: bool) -> torch.Tensor:
+def encode_with(encoder: Encoder, batch: PackedBatch, training: bool, recompute: bool = False) -> torch.Tensor:
     """As `encode`, with the encoder already found: a loop over many batches finds it once."""
     drop = encoder.dropout if training else 0.0
-    drop_attention = encoder.attention_dropout if training else 0.0
     words = lookup(encoder.words.weight, batch.input_ids)
     hidden = words + encoder.positions(batch.position_ids + encoder.first_position)
     if encoder.types is not None:
@@ -144,12 +151,22 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool) -> torch.T
         hidden = hidden + (encoder.types.weight[0] if types is None else encoder.types(types))
     hidden = dropout(encoder.norm(hidden), drop)
     for layer in encoder.layers:
-        # One matrix product for queries, keys and values: (T, D) x (D, 3D).
-        weight = torch.cat((layer.query.weight, layer.key.weight, layer.value.weight))
-        bias = torch.cat((layer.query.bias, layer.key.bias, layer.value.bias))
-        qkv = F.linear(hidden, weight, bias)
-        mixed = packed_attention(qkv, batch.lengths, batch.cu_seqlens, encoder.heads, drop_attention)
-        hidden = layer.mix_norm(hidden + dropout(layer.mix(mixed), drop))
-        wide = encoder.activation(layer.up(hidden))
-        hidden = layer.down_norm(hidden + dropout(layer.down(wide), drop))
+        if recompute:
+            hidden = checkpoint(_through, layer, hidden, encoder, batch, training, use_reentrant=False)
+        else:
+            hidden = _through(layer, hidden, encoder, batch, training)
     return hidden
+
+
+def _through(layer: Layer, hidden: torch.Tensor, encoder: Encoder, batch: PackedBatch, training: bool) -> torch.Tensor:
+    """One layer: hidden states (T, D) -> (T, D)."""
+    drop = encoder.dropout if training else 0.0
+    drop_attention = encoder.attention_dropout if training else 0.0
+    # One matrix product for queries, keys and values: (T, D) x (D, 3D).
+    weight = torch.cat((layer.query.weight, layer.key.weight, layer.value.weight))
+    bias = torch.cat((layer.query.bias, layer.key.bias, layer.value.bias))
+    qkv = F.linear(hidden, weight, bias)
+    mixed = packed_attention(qkv, batch.lengths, batch.cu_seqlens, encoder.heads, drop_attention)
+    hidden = layer.mix_norm(hidden + dropout(layer.mix(mixed), drop))
+    wide = encoder.activation(layer.up(hidden))
+    return layer.down_norm(hidden + dropout(layer.down(wide), drop))

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +25,14 @@ from bert_ray.training.order import held_out
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    import torch
+
+    from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.examples import Examples
     from bert_ray.model.tasks import Task
     from bert_ray.model.tokenization import Tokenizer
     from bert_ray.training.job import TrainJob
+    from bert_ray.training.sources import Source
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +62,21 @@ class LabelledTable:
         )
 
 
+class Data(Protocol):
+    """What a run learns from, wherever it stems from; attributes as TrainingData has them."""
+
+    baseline: float | None
+    train_rows: int
+    validation_rows: int
+    learning: Learning
+
+    def sources(self, job: TrainJob, base: Bundle, card: Card, device: torch.device) -> tuple[Source, Source]:
+        """What to train on, and what to be judged by."""
+
+    def digest(self) -> str:
+        """Tells these data from others."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainingData:
     """What a run learns from and is judged by.
@@ -76,6 +95,19 @@ class TrainingData:
     train_rows: int
     validation_rows: int
     learning: Learning = field(default_factory=Learning)
+
+    def sources(self, job: TrainJob, base: Bundle, card: Card, device: torch.device) -> tuple[Source, Source]:
+        """What to train on, and what to be judged by."""
+        from bert_ray.training.augmentation import Augmentation
+        from bert_ray.training.sources import TableSource
+
+        augmentation = None
+        if job.augmentation.any:
+            augmentation = Augmentation(job.augmentation, base.tokenizer(), card.max_length, job.seed, device)
+        train = TableSource(
+            self.train, batch_size=job.batch_size, epochs=job.epochs, seed=job.seed, augmentation=augmentation
+        )
+        return train, TableSource(self.validation)
 
     def digest(self) -> str:
         """Tells these data from others."""

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bert_ray.training.optim import MOMENTS, TaskModel, adam_state, adamw, clip, named_state, restore_moments, set_rate
+from bert_ray.training.optim import (
+    MOMENTS,
+    TaskModel,
+    adam_state,
+    clip,
+    make_optimizer,
+    named_state,
+    restore_moments,
+    set_rate,
+)
+from bert_ray.training.order import pieces_of_step
 
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
@@ -49,10 +59,11 @@ class DeepSpeedStepper:
         self._deepspeed = deepspeed
         elements = sum(weight.numel() for weight in module.parameters())
         bucket = min(_BUCKET_ELEMENTS, elements)
+        _, pieces = pieces_of_step(job, world)
         config: dict[str, Any] = {
-            "train_batch_size": world * job.gradient_accumulation,
+            "train_batch_size": world * pieces,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": job.gradient_accumulation,
+            "gradient_accumulation_steps": pieces,
             # ZeRO clips its shares itself; at stage 0 the gradient is whole and `clip` is faster.
             "gradient_clipping": job.clip if self._stage else 0.0,
             "zero_allow_untested_optimizer": True,
@@ -66,6 +77,12 @@ class DeepSpeedStepper:
                 "stage3_param_persistence_threshold": 0,
             },
         }
+        if job.offload != "none":
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
+            # torch's fused AdamW serves on the CPU too; DeepSpeed's own would be compiled at first use.
+            config["zero_force_ds_cpu_optimizer"] = False
+        if job.offload == "parameters":
+            config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
         if module.autocast is not None:
             # No module's weights are communicated in half precision: sums stay as exact as in fp32.
             config["torch_autocast"] = {
@@ -73,7 +90,7 @@ class DeepSpeedStepper:
                 "dtype": str(module.autocast).removeprefix("torch."),
                 "lower_precision_safe_modules": [],
             }
-        optimizer = adamw(module.model, job.weight_decay, job.layer_decay)
+        optimizer = make_optimizer(module.model, job.weight_decay, job.layer_decay, job.optimizer)
         self.engine, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -100,12 +117,17 @@ class DeepSpeedStepper:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float) -> torch.Tensor | None:
         """See Stepper."""
         set_rate(self._wrapped, rate)
+        norm = None
         if not self._stage and self._clip:
-            clip(list(self._trained.values()), self._clip)
+            norm = clip(list(self._trained.values()), self._clip)
         self.engine.step()
+        if self._stage and self._clip:
+            found = self.engine.get_global_grad_norm()
+            norm = None if found is None else torch.as_tensor(found)
+        return norm
 
     def whole(self) -> AbstractContextManager[Any]:
         """See Stepper."""

@@ -12,7 +12,20 @@ from bert_ray.options import RayOptions
 
 # Keys that may change between the start of a run and its resumption: they say where and how fast the work is done,
 # not what comes out of it.
-_FREE = ("output", "engine", "workers", "threads", "zero_stage", "checkpoint", "max_failures", "ray")
+_FREE = (
+    "output",
+    "engine",
+    "workers",
+    "threads",
+    "zero_stage",
+    "offload",
+    "activation_checkpointing",
+    "checkpoint",
+    "max_failures",
+    "timeout_minutes",
+    "loss_spike",
+    "ray",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,20 +33,24 @@ class DataOptions:
     """What to learn from.
 
     Attributes:
-        train: Parquet file or directory (hive partitions become columns) with the texts and their labels.
+        train: Parquet file or directory (hive partitions become columns) with the texts and their labels; for
+            task `pretraining` the directory of a corpus, as `bert-ray corpus` makes it.
         validation: the same for validation; None: a part of `train`, chosen by a hash of the text, is held out.
         validation_fraction: the part of `train` held out where `validation` is None. 0 trains on everything and
             keeps the last epoch's model.
         columns: the table's columns by the task's inputs and truths, where their names differ: `{text: review, label:
             stars}`. Each task's page in the documentation says what it learns from.
+        on_bad_shard: what to do when a corpus's shard is cut short or altered: `stop`, or `skip` its documents.
     """
 
     train: str
     validation: str | None = None
     validation_fraction: float = 0.1
     columns: dict[str, str] | None = None
+    on_bad_shard: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
+        _one_of("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
         _check(self.train != "", "data.train is empty: give a Parquet file or directory")
         _check(
             0.0 <= self.validation_fraction <= 0.5,
@@ -47,11 +64,13 @@ class CheckpointOptions:
 
     Attributes:
         every_steps: optimiser steps between two checkpoints; 0: only at the end of each epoch.
-        keep: how many checkpoints to keep; 2 leaves one behind should the newest be damaged.
+        keep: how many checkpoints to keep, the newest; 2 leaves one behind should the newest be damaged.
+        directory: where they lie, also on a store (`s3://bucket/run`); None: in `<output>.run`, beside the output.
     """
 
     every_steps: int = 500
     keep: int = 2
+    directory: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}; give 0 or more")
@@ -95,15 +114,73 @@ class AugmentationOptions:
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainJob:
-    """Fine-tune an encoder.
+class ArchitectureOptions:
+    """The shape of a BERT that starts from random weights (`model: new`); the rest is as in BERT.
 
     Attributes:
-        model: reference of the bundle to start from; its encoder is taken, the task's head is made anew.
+        layers: of the encoder.
+        hidden_size: D, a multiple of the heads.
+        heads: of attention.
+        intermediate_size: width of the feed-forward part; None: four times D.
+        max_positions: the longest row that it can read, in tokens.
+    """
+
+    layers: int = 12
+    hidden_size: int = 768
+    heads: int = 12
+    intermediate_size: int | None = None
+    max_positions: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_size", "heads"):
+            _check(getattr(self, name) >= 1, f"architecture.{name} is {getattr(self, name)}; give 1 or more")
+        _check(
+            self.hidden_size % self.heads == 0,
+            f"architecture.hidden_size {self.hidden_size} is no multiple of architecture.heads {self.heads}",
+        )
+        _check(self.max_positions >= 8, f"architecture.max_positions is {self.max_positions}; give 8 or more tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainingOptions:
+    """What task `pretraining` has a model guess.
+
+    Attributes:
+        mask_rate: share of each row's tokens that it has to guess: 0.15 in BERT, 0.3 in MosaicBERT.
+        whole_words: mask words whole, not token by token.
+        sentences: what it has to say of a row's two parts besides: `none`; `next`: whether the second follows the
+            first or stems from another row (BERT); `order`: whether they stand in their order (ALBERT, arXiv
+            1909.11942).
+        validation_rows: so many of the corpus's validation rows are judged by.
+    """
+
+    mask_rate: float = 0.15
+    whole_words: bool = False
+    sentences: Literal["none", "next", "order"] = "none"
+    validation_rows: int = 2000
+
+    def __post_init__(self) -> None:
+        _one_of("pretraining.sentences", self.sentences, ("none", "next", "order"))
+        _check(
+            0.0 < self.mask_rate <= 0.8,
+            f"pretraining.mask_rate is {self.mask_rate}; give a share above 0, at most 0.8, such as 0.15",
+        )
+        _check(
+            self.validation_rows >= 0, f"pretraining.validation_rows is {self.validation_rows}; give 0 (none) or more"
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainJob:
+    """Pretrain or fine-tune an encoder.
+
+    Attributes:
+        model: reference of the bundle to start from; its encoder is taken, the task's head is made anew. With task
+            `pretraining` also `new`: random weights in the shape of `architecture`.
         output: directory of the trained bundle. It appears when the run has ended; until then the run's checkpoints
             lie beside it, in `<output>.run`.
         data: see DataOptions.
-        task: what to train: a task's kind, `classification`, `entities`, …
+        task: what to train: a task's kind, `classification`, `entities`, …, or `pretraining`.
         options: of the task, kept on the bundle's card as what it does unless a call says otherwise.
         name: the name of the annotation the model will make (`sentiment`); None: the task's own.
         labels: the labels in the order of the model's outputs; None: those of the training data. Integer labels are
@@ -113,8 +190,19 @@ class TrainJob:
         threads: torch threads of each process; None: the machine's cores shared out among its workers.
         epochs: passes over the training rows.
         batch_size: rows of one optimiser step, over all workers.
+        steps: optimiser steps of a pretraining; None: as many as `epochs` passes over the corpus have.
+        batch_tokens: tokens of one optimiser step of a pretraining, over all workers.
+        batch_warmup: share of a pretraining's steps in which `batch_tokens` rises to its value from an eighth of it.
+        evaluate_every: steps of a pretraining between two evaluations.
+        pretraining: see PretrainingOptions.
+        architecture: see ArchitectureOptions.
         gradient_accumulation: pieces in which each worker computes its part of a step, for want of memory; the
             result is the same.
+        micro_batches: pieces in which all workers together compute a step, instead: their number, and so the noise of
+            dropout, is the same for any number of workers.
+        activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less
+            memory for a third more work.
+        optimizer: `adamw`, or `lamb` for very large batches (You et al., arXiv 1904.00962), which needs zero_stage 0.
         learning_rate: the peak.
         weight_decay: decoupled (AdamW; Loshchilov and Hutter, arXiv 1711.05101), on matrices, not on biases and
             layer norms.
@@ -132,7 +220,8 @@ class TrainJob:
         dropout: rate for hidden states; None: the base model's.
         attention_dropout: rate for attention weights; None: the base model's. 0 keeps attention on its fast kernels.
         warmup: share of all steps in which the learning rate rises from 0.
-        schedule: how it falls afterwards; linear and cosine end at 0.
+        schedule: how it falls afterwards; linear and cosine end at 0, trapezoidal stays and falls at the end.
+        cooldown: share of all steps in which a trapezoidal schedule falls.
         clip: largest norm of the gradient; 0: not clipped.
         max_length: tokens to which texts are cut; None: the base model's limit.
         seed: of sample order, dropout and the new head.
@@ -141,7 +230,11 @@ class TrainJob:
         precision: `auto`: bf16 on a GPU that has it, else fp32. Weights and optimiser are always fp32.
         zero_stage: DeepSpeed ZeRO, what the workers share out among them: 0 nothing, 1 the optimiser's state, 2 also
             gradients, 3 also weights.
+        offload: what of ZeRO's shares lies in the machine's memory instead of the GPU's: `none`; `optimizer`: its
+            state (zero_stage 1 or more); `parameters`: also weights (zero_stage 3).
+        loss_spike: say so when a step's loss is this many times the median of those before it; 0: never.
         max_failures: how often workers may die and be replaced before engine ray gives up.
+        timeout_minutes: a worker that the others wait for so long is taken for dead.
         ray: see RayOptions.
     """
 
@@ -157,7 +250,16 @@ class TrainJob:
     threads: int | None = None
     epochs: int = 3
     batch_size: int = 32
+    steps: int | None = None
+    batch_tokens: int = 32_768
+    batch_warmup: float = 0.0
+    evaluate_every: int = 500
+    pretraining: PretrainingOptions = field(default_factory=PretrainingOptions)
+    architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
     gradient_accumulation: int = 1
+    micro_batches: int | None = None
+    activation_checkpointing: bool = False
+    optimizer: Literal["adamw", "lamb"] = "adamw"
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     l1: float = 0.0
@@ -169,7 +271,8 @@ class TrainJob:
     dropout: float | None = None
     attention_dropout: float | None = 0.0
     warmup: float = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "trapezoidal"] = "linear"
+    cooldown: float = 0.2
     clip: float = 1.0
     max_length: int | None = None
     seed: int = 0
@@ -177,7 +280,10 @@ class TrainJob:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    loss_spike: float = 0.0
     max_failures: int = 3
+    timeout_minutes: float = 30.0
     ray: RayOptions = field(default_factory=RayOptions)
 
     def __post_init__(self) -> None:
@@ -185,11 +291,37 @@ class TrainJob:
         _check(self.output != "", "output is empty: give the directory of the trained bundle")
         _check(self.name != "", "name is empty: give the annotation a name, for example sentiment")
         _one_of("engine", self.engine, ("local", "ray"))
-        _one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
+        _one_of("schedule", self.schedule, ("linear", "cosine", "constant", "trapezoidal"))
+        _one_of("optimizer", self.optimizer, ("adamw", "lamb"))
+        _one_of("offload", self.offload, ("none", "optimizer", "parameters"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
-        for name in ("workers", "epochs", "batch_size", "gradient_accumulation"):
+        for name in ("workers", "epochs", "batch_size", "gradient_accumulation", "batch_tokens", "evaluate_every"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("steps", "micro_batches"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"{name} is {value}; give 1 or more")
+        for name in ("batch_warmup", "cooldown"):
+            share = getattr(self, name)
+            _check(0.0 <= share < 1.0, f"{name} is {share}; give a share of the steps, from 0 to below 1")
+        _check(self.timeout_minutes > 0, f"timeout_minutes is {self.timeout_minutes}; give a number above 0")
+        _check(
+            self.loss_spike == 0 or self.loss_spike > 1,
+            f"loss_spike is {self.loss_spike}; give 0 (say nothing) or a factor above 1, such as 1.5",
+        )
+        _check(
+            self.micro_batches is None or self.gradient_accumulation == 1,
+            "micro_batches and gradient_accumulation say the same in two ways: give one of them",
+        )
+        _check(
+            self.optimizer == "adamw" or self.zero_stage == 0,
+            "optimizer lamb scales each matrix's step by its norm, which ZeRO's shares do not know: give zero_stage 0",
+        )
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        _check(
+            self.zero_stage >= least,
+            f"offload {self.offload} is a part of ZeRO: give zero_stage {least}" + (" or more" if least < 3 else ""),
+        )
         for name in ("weight_decay", "l1", "clip", "early_stopping", "max_failures", "seed", "freeze_layers"):
             _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more")
         for name in ("dropout", "attention_dropout"):

@@ -20,19 +20,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError, JobError
+from bert_ray.errors import BundleError, JobError, Stopped
+from bert_ray.lake.lock import exclusive
 from bert_ray.training.job import TrainJob
 from bert_ray.training.progress import duration, show
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.tasks import Task
-    from bert_ray.training.data import LabelledTable, TrainingData
+    from bert_ray.training.data import Data, LabelledTable, TrainingData
     from bert_ray.training.loop import Callback, Position
 
 RUN_FILE = "run.json"
 # In a run's directory: the bundle that training starts from, where the task made one of its own.
 START = "start"
+# As a job's model: random weights.
+NEW = "new"
 
 _PACKAGES = ("bert-ray", "torch", "transformers", "pyarrow", "ray", "deepspeed")
 
@@ -99,26 +102,49 @@ def train(
         JobError: settings or data are at fault, the output is taken, or the loss stopped being finite.
         ColumnError: a column is missing or of the wrong type.
         BundleError: the base cannot be used.
+        LakeError: a corpus is damaged, or another run works on the same output.
+        Stopped: the run was asked to stop, and has written a checkpoint.
     """
-    from bert_ray.model.bundle import load_bundle
-    from bert_ray.training.data import read_labelled
-
     started = time.perf_counter()
     job = _absolute(job)
     output, directory = Path(job.output), Path(f"{job.output}.run")
-    base = load_bundle(job.model)
-    task = new_task(job, base)
-    if task.builds:
-        from bert_ray.training.build import build
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(output.with_name(f".{output.name}.lock"), f"the training run of {output}"):
+        return _train(job, output, directory, callbacks, tell, started)
 
-        return build(job, base, tell)
-    asked = base.fingerprint
+
+def _train(
+    job: TrainJob,
+    output: Path,
+    directory: Path,
+    callbacks: Sequence[Callback],
+    tell: Callable[[dict[str, Any]], None],
+    started: float,
+) -> TrainResult:
+    """`train`, while no other run works on the same output."""
+    from bert_ray.model.bundle import load_bundle
+
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
     try:
-        table = read_labelled(job.data.train, task, job.data.columns)
-        if task.start(base, table.inputs, table.truth, fresh):
-            base = load_bundle(fresh)
-        card, data, notes = prepare(job, base, table)
+        base, asked = _base(job, fresh)
+        task = new_task(job, base)
+        if task.builds:
+            from bert_ray.training.build import build
+
+            return build(job, base, tell)
+        if task.reads_corpus:
+            from bert_ray.training.pretraining import corpus_data
+
+            data: Data
+            data, notes = corpus_data(job, base)
+            card = task.card
+        else:
+            from bert_ray.training.data import read_labelled
+
+            table = read_labelled(job.data.train, task, job.data.columns)
+            if task.start(base, table.inputs, table.truth, fresh):
+                base = load_bundle(fresh)
+            card, data, notes = prepare(job, base, table)
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if output.exists() and any(output.iterdir()):
             return _finished(output, identity, data, time.perf_counter() - started)
@@ -141,10 +167,12 @@ def train(
             }
         )
         raise
+    if position.stopped:
+        raise Stopped(f"stopped as asked, at step {position.curve[-1][0]:.0f}; a checkpoint is in {directory}")
     if position.diverged is not None:
         raise JobError(_divergence(job, position, output, directory))
     seconds = time.perf_counter() - started
-    _publish(directory, output, position, seconds)
+    _publish(job, directory, output, position, seconds)
     return TrainResult(
         bundle=output,
         metrics=load_bundle(output).card.metrics,
@@ -156,6 +184,24 @@ def train(
         seconds=seconds,
         tokens_per_second=position.tokens / max(1e-9, position.seconds),
     )
+
+
+def _base(job: TrainJob, fresh: Path) -> tuple[Bundle, str]:
+    """The bundle that the job names, and its fingerprint; of new weights one that is made at `fresh`."""
+    from bert_ray.model.bundle import load_bundle
+
+    if job.model != NEW:
+        base = load_bundle(job.model)
+        return base, base.fingerprint
+    from bert_ray.training.pretraining import new_bundle
+    from bert_ray.training.shards import is_corpus
+
+    if job.task != "pretraining":
+        raise JobError(f"model new is for task pretraining; for task {job.task} give a pretrained model")
+    if not is_corpus(Path(job.data.train)):
+        raise JobError(f"{job.data.train} holds no finished corpus: make it with `bert-ray corpus`")
+    new_bundle(job, fresh)
+    return load_bundle(fresh), NEW
 
 
 def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> tuple[Card, TrainingData, list[str]]:
@@ -187,14 +233,18 @@ def _keep_start(fresh: Path, place: Path) -> Bundle:
 def new_task(job: TrainJob, base: Bundle) -> Task:
     """The task of a job, bound to the card of the bundle to come."""
     from bert_ray.model.bundle import Card, encoder_config, max_positions
+    from bert_ray.model.tasks import TASKS
 
+    kind = TASKS.get(job.task)
+    if job.steps is not None and not (kind and kind.reads_corpus):
+        raise JobError(f"steps is for task pretraining; task {job.task} takes epochs and batch_size")
     limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers
     if job.freeze_layers > layers:
         raise JobError(f"freeze_layers is {job.freeze_layers}, but {job.model} has {layers} layers")
     if job.max_length is not None and job.max_length > limit:
         raise JobError(f"max_length is {job.max_length}, but {job.model} has {limit} positions: give at most {limit}")
     card = Card(
-        task=job.task,
+        task=(kind and kind.leaves) or job.task,
         name=job.name,
         labels=job.labels or [],
         inputs=[],
@@ -203,10 +253,10 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
         normalize=base.card.normalize,
         options=dict(job.options),
     )
-    task = base.bind(card)
+    task = base.bind(card, kind=job.task)
     if inherited := {name: base.card.options[name] for name in task.inherits if name in base.card.options}:
         card.options = inherited | card.options
-        task = base.bind(card)
+        task = base.bind(card, kind=job.task)
     if job.augmentation.any and not task.distortable:
         raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
     task.choose_inputs(job.data.columns or ())
@@ -214,13 +264,13 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     return task
 
 
-def provenance(job: TrainJob, base: str, data: TrainingData, identity: dict[str, Any]) -> dict[str, Any]:
+def provenance(job: TrainJob, base: str, data: Data, identity: dict[str, Any]) -> dict[str, Any]:
     """Where a bundle comes from, for its card; `base` is the fingerprint of what the job names."""
     return {
         "base": {"reference": job.model, "fingerprint": base},
         "data": {
             "train": job.data.train,
-            "validation": job.data.validation or f"{job.data.validation_fraction} of train, by hash of the text",
+            "validation": _validation_of(job),
             "train_rows": data.train_rows,
             "validation_rows": data.validation_rows,
         },
@@ -232,6 +282,13 @@ def provenance(job: TrainJob, base: str, data: TrainingData, identity: dict[str,
     }
 
 
+def _validation_of(job: TrainJob) -> str:
+    """Where validation rows stem from, in words."""
+    if job.task == "pretraining":
+        return "the corpus's own"
+    return job.data.validation or f"{job.data.validation_fraction} of train, by hash of the text"
+
+
 def versions() -> dict[str, str | None]:
     """Of Python and the packages that decide what comes out."""
     return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
@@ -241,7 +298,7 @@ def _run_local(
     job: TrainJob,
     base: Bundle,
     card: Card,
-    data: TrainingData,
+    data: Data,
     directory: Path,
     callbacks: Sequence[Callback],
     tell: Callable[[dict[str, Any]], None],
@@ -249,6 +306,7 @@ def _run_local(
     import torch
 
     from bert_ray.training.loop import Loop
+    from bert_ray.training.notice import heeded
     from bert_ray.training.optim import PlainStepper
     from bert_ray.training.peers import Peers
 
@@ -256,7 +314,7 @@ def _run_local(
     torch.set_num_threads(job.threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return Loop(
+        loop = Loop(
             job=job,
             base=base,
             card=card,
@@ -267,7 +325,9 @@ def _run_local(
             make_stepper=lambda module: PlainStepper(module, job, device),
             tell=tell,
             callbacks=callbacks,
-        ).run()
+        )
+        with heeded(directory):
+            return loop.run()
     finally:
         torch.set_num_threads(before)
 
@@ -316,7 +376,7 @@ def _enter(directory: Path, identity: dict[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def _finished(output: Path, identity: dict[str, Any], data: TrainingData, seconds: float) -> TrainResult:
+def _finished(output: Path, identity: dict[str, Any], data: Data, seconds: float) -> TrainResult:
     """The result of a run that ended before."""
     card = ended(output, identity)
     return TrainResult(
@@ -369,18 +429,24 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _publish(directory: Path, output: Path, position: Position, seconds: float) -> None:
+def _publish(job: TrainJob, directory: Path, output: Path, position: Position, seconds: float) -> None:
     """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
-    from bert_ray.model.bundle import load_bundle, save_bundle
+    from bert_ray.model.bundle import load_bundle, save_card
+    from bert_ray.training.checkpoints import Checkpoints
 
-    best = load_bundle(directory / "best")
-    best.card.provenance |= {
+    best = directory / "best"
+    card = load_bundle(best).card
+    card.provenance |= {
         "history": position.history,
         "best_epoch": position.best_epoch,
+        "curve": position.curve,
         "tokens_per_second": position.tokens / max(1e-9, position.seconds),
         "seconds": round(seconds, 1),
     }
-    save_bundle(output, best.model(), best.tokenizer(), best.card, task=best.task)
+    save_card(best, card)
+    os.replace(best, output)
+    if job.checkpoint.directory:
+        Checkpoints(job.checkpoint.directory, job.checkpoint.keep).remove()
     shutil.rmtree(directory)
 
 
@@ -393,7 +459,7 @@ def _divergence(job: TrainJob, position: Position, output: Path, directory: Path
     if not position.best_epoch:
         shutil.rmtree(directory)
         return f"{what}, before an epoch had ended; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
-    _publish(directory, output, position, position.seconds)
+    _publish(job, directory, output, position, position.seconds)
     return (
         f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, "
         f"{remedy} and another output"

@@ -20,29 +20,35 @@ import torch
 from bert_ray.model.bundle import save_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.memory import keep_freed_memory
-from bert_ray.model.packing import pack_rows, plan
+from bert_ray.model.packing import plan
 from bert_ray.model.tasks.base import Outputs
-from bert_ray.training.augmentation import Augmentation
 from bert_ray.training.checkpoints import Checkpoints
+from bert_ray.training.notice import stop_asked
 from bert_ray.training.optim import PRECISIONS, TaskModel, freeze, load_weights
-from bert_ray.training.order import epoch_order, noise_seed, shares
+from bert_ray.training.order import noise_seed, pieces_of_step, shares
 from bert_ray.training.schedule import learning_rate
+from bert_ray.training.watch import Watch
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
-    from bert_ray.model.examples import Examples
     from bert_ray.model.packing import PackedBatch
     from bert_ray.model.tasks.base import Learning
-    from bert_ray.training.data import TrainingData
+    from bert_ray.training.data import Data
     from bert_ray.training.job import TrainJob
     from bert_ray.training.optim import Stepper
     from bert_ray.training.peers import Peers
+    from bert_ray.training.sources import Source
 
 # Tokens of a packed validation batch: enough to fill the cores, small enough to stay in a CPU's cache.
 _EVALUATION_TOKENS = 4096
 
-# The losses of so many steps are looked at together: one collective, and on a GPU one synchronisation.
+# The losses of at most so many steps are looked at together: one collective, and on a GPU one synchronisation. Where
+# steps are slow, so many as take about two seconds: soon enough for a notice to stop.
 _LOOK_EVERY = 10
+_LOOK_EVERY_SEC = 2.0
+
+# Points of a run's loss curve, at most; an even number.
+_CURVE_POINTS = 400
 
 # Where the rest of the seed space begins that seeds the head's weights; dropout's seeds are hashes.
 _HEAD_PIECE = -1
@@ -73,8 +79,8 @@ class Position:
     """Where a run is: all that a checkpoint holds besides tensors.
 
     Attributes:
-        epoch: epochs done.
-        index: steps done in the current epoch.
+        epoch: rounds done: epochs of a table, or what lies between two evaluations on a corpus.
+        index: steps done in the current round.
         loss: sum over the samples of the current epoch so far.
         weight: what these samples count for together.
         seconds: spent training (evaluation and checkpoints left out), over all sessions of the run.
@@ -86,6 +92,8 @@ class Position:
         history: one entry per epoch done.
         scaling: fp16's loss scaling.
         diverged: the step whose loss was not finite; None so far.
+        stopped: whether the run left early because it was asked to.
+        curve: (step, mean loss, gradient norm) of a few hundred stretches of the run, for a plot.
     """
 
     epoch: int = 0
@@ -101,6 +109,8 @@ class Position:
     history: list[dict[str, float]] = field(default_factory=list)
     scaling: dict[str, float] = field(default_factory=dict)
     diverged: int | None = None
+    stopped: bool = False
+    curve: list[list[float]] = field(default_factory=list)
 
 
 def new_module(
@@ -112,14 +122,15 @@ def new_module(
     learning: Learning | None = None,
 ) -> TaskModel:
     """The model to train: the base's encoder with a fresh head, or the weights of a checkpoint."""
-    torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE, 0))
-    task = base.bind(card)
+    torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE))
+    task = base.bind(card, kind=job.task)
     task.learning = learning or task.learning
     model = task.new_model(base, job.dropout, job.attention_dropout)
     freeze(model, job.freeze_layers)
     if state is not None:
         load_weights(model, state)
-    return TaskModel(model, task, job.l1, PRECISIONS[resolve_precision(job.precision, device)])
+    precision = PRECISIONS[resolve_precision(job.precision, device)]
+    return TaskModel(model, task, job.l1, precision, job.activation_checkpointing)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -138,7 +149,7 @@ class Loop:
         job: TrainJob,
         base: Bundle,
         card: Card,
-        data: TrainingData,
+        data: Data,
         directory: Path,
         peers: Peers,
         device: torch.device,
@@ -152,7 +163,7 @@ class Loop:
             job: what to do.
             base: the bundle to start from.
             card: of the bundle to come; its metrics and provenance are filled in as the run goes.
-            data: tokenised samples.
+            data: gives the samples.
             directory: the run's directory: checkpoints/ and best/.
             peers: the workers of the run.
             device: where this worker computes.
@@ -165,13 +176,10 @@ class Loop:
         self.job, self.base, self.card, self.data = job, base, card, data
         self.directory, self.peers, self.device = directory, peers, device
         self.tell, self.callbacks = tell, callbacks
-        self.checkpoints = Checkpoints(directory / "checkpoints", job.checkpoint.keep)
-        self.lengths = data.train.lengths
-        self.augmentation = None
-        if job.augmentation.any:
-            self.augmentation = Augmentation(job.augmentation, base.tokenizer(), card.max_length, job.seed, device)
-        self.epoch_steps = -(-len(data.train) // job.batch_size)
-        self.steps = self.epoch_steps * job.epochs
+        self.checkpoints = Checkpoints(job.checkpoint.directory or directory / "checkpoints", job.checkpoint.keep)
+        self.train, self.validation = data.sources(job, base, card, device)
+        self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
+        self.watch = Watch(job.loss_spike)
         found = self.checkpoints.latest()
         self.position = Position(**found.position) if found else Position()
         state = found.state() if found else None
@@ -182,26 +190,33 @@ class Loop:
             self.stepper.restore_scaling(self.position.scaling)
             _restore_rng(state, peers)
             self._tell("resumed", skipped=found.skipped)
-        self._unseen: list[tuple[int, float, torch.Tensor]] = []
-        self._told = time.monotonic()
+        # Of each step that was not looked at yet: its number, its weight, this worker's loss, the gradient's norm.
+        self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor | None]] = []
+        self._look_every = 1
+        self._told = self._looked = time.monotonic()
         self._recent = (time.monotonic(), self.position.tokens)
 
     @property
     def done(self) -> int:
         """Optimiser steps done."""
-        return self.position.epoch * self.epoch_steps + self.position.index
+        return self.position.epoch * self.train.round_steps + self.position.index
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.train.steps
 
     def run(self) -> Position:
-        """Train to the end, or until the metric no longer rises, or until the loss is not finite."""
+        """Train to the end, or until the metric no longer rises, the loss is not finite, or a stop is asked for."""
         position, job = self.position, self.job
-        while position.epoch < job.epochs and not self._stopping():
-            order = epoch_order(len(self.data.train), job.seed, position.epoch)
+        while self.done < self.steps and not self._satisfied():
+            last = min(self.train.round_steps, self.steps - position.epoch * self.train.round_steps)
             self.module.train()
-            while position.index < self.epoch_steps:
+            while position.index < last:
                 start = time.perf_counter()
-                self._step(order[position.index * job.batch_size : (position.index + 1) * job.batch_size])
+                self._step()
                 position.index += 1
-                if len(self._unseen) >= _LOOK_EVERY:
+                if len(self._unseen) >= self._look_every:
                     self._look()
                 spent = time.perf_counter() - start
                 position.seconds += spent
@@ -213,11 +228,11 @@ class Loop:
                         )
                     )
                 every = job.checkpoint.every_steps
-                if every and self.done % every == 0 and position.index < self.epoch_steps:
+                if position.stopped or (every and self.done % every == 0 and position.index < last):
                     self._look()
                     if position.diverged is None:
                         self._save()
-                if position.diverged is not None:
+                if position.diverged is not None or position.stopped:
                     return position
             self._look()
             if position.diverged is not None:
@@ -226,65 +241,86 @@ class Loop:
             self._save()
         return position
 
-    def _step(self, samples: np.ndarray) -> None:
-        """One optimiser step over `samples` (S,)."""
+    def _step(self) -> None:
+        """One optimiser step."""
         job, position, peers, step = self.job, self.position, self.peers, self.done
-        pieces = job.gradient_accumulation
-        parts = shares(samples, self.lengths, peers.world * pieces)
-        weight = max(1e-9, self.data.train.weigh(samples))
+        samples = self.train.select(step)
+        tokens = self.train.lengths_of(samples)
+        parts = shares(samples, tokens, self.pieces)
+        weight = max(1e-9, self.train.weigh(samples))
         total: torch.Tensor | float = 0.0
-        for piece in range(pieces):
-            mine = parts[peers.rank * pieces + piece]
+        for turn in range(self.pieces_each):
+            piece = turn * peers.world + peers.rank
+            mine = parts[piece] if piece < self.pieces else samples[:0]
             # DeepSpeed averages gradients over the workers; times their number, over all weights, is the mean.
             scale = peers.world / weight
             if len(mine) == 0:  # Nothing to compute, but the other workers wait in the same collectives.
                 mine, scale = samples[:1], 0.0
-            torch.manual_seed(noise_seed(job.seed, step, piece, peers.rank))
-            batch, targets = self._batch(self.data.train, mine, distorted=True)
-            loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / pieces)
+            torch.manual_seed(noise_seed(job.seed, step, piece))
+            batch, targets = self._batch(self.train, mine, step)
+            loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / self.pieces_each)
             self.stepper.backward(loss)
             total = total + (losses if scale else losses * 0.0)
-        self.stepper.step(learning_rate(step, self.steps, job.learning_rate, job.warmup, job.schedule))
+        rate = learning_rate(step, self.steps, job.learning_rate, job.warmup, job.schedule, job.cooldown)
+        norm = self.stepper.step(rate)
         assert isinstance(total, torch.Tensor)
-        self._unseen.append((step + 1, weight, total))
-        tokens = int(self.lengths[samples].sum())
-        position.tokens += tokens
-        position.epoch_tokens += tokens
+        self._unseen.append((step, weight, total, norm))
+        position.tokens += int(tokens.sum())
+        position.epoch_tokens += int(tokens.sum())
 
-    def _batch(
-        self, examples: Examples, samples: np.ndarray, distorted: bool = False
-    ) -> tuple[PackedBatch, torch.Tensor]:
-        pieces, owners = examples.pieces_of(samples)
-        if distorted and self.augmentation is not None:
-            tokens = self.augmentation(examples.pieces.tokens, pieces, self.position.epoch)
-            batch = pack_rows(tokens, np.arange(len(pieces)))
-            batch.rows = pieces
-        else:
-            batch = pack_rows(examples.pieces.tokens, pieces)
-        batch.samples = None if owners is None else torch.from_numpy(owners)
-        targets = torch.from_numpy(examples.targets.take(samples))
+    def _batch(self, source: Source, samples: np.ndarray, step: int | None) -> tuple[PackedBatch, torch.Tensor]:
+        batch, targets = source.batch(samples, step)
         return batch.to(self.device), targets.to(self.device, non_blocking=True)
 
     def _look(self) -> None:
-        """Add up the losses of the last steps over all workers, and see whether they are finite."""
+        """Add up the losses of the last steps over all workers; see whether they are finite, and who asks to stop."""
         if not self._unseen:
             return
-        sums = self.peers.sum(torch.stack([total.double() for _, _, total in self._unseen])).tolist()
-        for (step, weight, _), value in zip(self._unseen, sums, strict=True):
-            if not np.isfinite(value):
-                self.position.diverged = step
-                break
-            self.position.loss += value
-            self.position.weight += weight
-        self._unseen.clear()
+        position, peers = self.position, self.peers
+        asked = float(stop_asked(self.directory))
         now = time.monotonic()
+        mine = [*(total.double() for _, _, total, _ in self._unseen)]
+        more = torch.tensor([asked, now - self._looked], dtype=torch.float64, device=mine[0].device)
+        *sums, stops, seconds = peers.sum(torch.cat((torch.stack(mine), more))).tolist()
+        # The same number on every worker, since the sum is.
+        each = seconds / peers.world / len(sums)
+        self._look_every = max(1, min(_LOOK_EVERY, int(_LOOK_EVERY_SEC / max(1e-9, each))))
+        self._looked = now
+        losses, norms = [], []
+        for (step, weight, _, norm), value in zip(self._unseen, sums, strict=True):
+            size = None if norm is None else float(norm)
+            if not np.isfinite(value) or not (size is None or np.isfinite(size) or self.stepper.scaling()):
+                position.diverged = step + 1
+                self._tell("note", text=f"step {step + 1}: {self.train.where(self.train.select(step))}")
+                break
+            position.loss += value
+            position.weight += weight
+            losses.append(value / weight)
+            norms.append(size)
+            if note := self.watch(step + 1, value / weight, size):
+                self._tell("note", text=f"{note}; {self.train.where(self.train.select(step))}")
+        if losses:
+            self._draw(losses, norms)
+        position.stopped = stops > 0
+        self._unseen.clear()
         if now - self._told >= 2.0:
             self._tell("progress")
+
+    def _draw(self, losses: list[float], norms: list[float | None]) -> None:
+        """Add a stretch to the loss curve; a long run's curve is thinned out."""
+        sizes = [size for size in norms if size is not None]
+        curve = self.position.curve
+        curve.append([self.done, sum(losses) / len(losses), sum(sizes) / len(sizes) if sizes else 0.0])
+        if len(curve) == _CURVE_POINTS:
+            pairs = zip(curve[::2], curve[1::2], strict=True)
+            halves = [np.mean(pair, axis=0).tolist() for pair in pairs]
+            self.position.curve = [[round(half[0]), *half[1:]] for half in halves]
 
     def _end_epoch(self) -> None:
         """Evaluate, note the epoch, keep the model where it is the best so far."""
         position = self.position
-        rate = learning_rate(self.done - 1, self.steps, self.job.learning_rate, self.job.warmup, self.job.schedule)
+        job = self.job
+        rate = learning_rate(self.done - 1, self.steps, job.learning_rate, job.warmup, job.schedule, job.cooldown)
         entry = {
             "epoch": position.epoch + 1,
             "step": self.done,
@@ -293,8 +329,8 @@ class Loop:
             "tokens_per_second": position.epoch_tokens / max(1e-9, position.epoch_seconds),
         }
         metrics: dict[str, float] = {}
-        if len(self.data.validation):
-            loss, metrics = self.evaluate(self.data.validation)
+        if len(self.validation):
+            loss, metrics = self.evaluate(self.validation)
             entry |= {"validation_loss": loss, **metrics}
         value = metrics.get(self.module.task.metric)
         position.history.append(entry)
@@ -307,35 +343,36 @@ class Loop:
             self._keep_best(metrics)
         self._tell("epoch", **entry)
 
-    def evaluate(self, examples: Examples) -> tuple[float, dict[str, float]]:
-        """Mean loss and the task's metrics over `examples`, the same on every worker."""
+    def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
+        """Mean loss and the task's metrics over all samples of `source`, the same on every worker."""
         self.module.eval()
-        batches = plan(examples.lengths, _EVALUATION_TOKENS)
+        everything = np.arange(len(source))
+        batches = plan(source.lengths_of(everything), _EVALUATION_TOKENS)
         found: list[tuple[np.ndarray, np.ndarray, float]] = []
         world, rank = self.peers.world, self.peers.rank
         with torch.no_grad():
             for index in range(rank, -(-len(batches) // world) * world, world):
                 # Every worker makes as many passes: under ZeRO 3 each gathers weights from all.
-                batch, targets = self._batch(examples, batches[index] if index < len(batches) else batches[0][:1])
+                batch, targets = self._batch(source, batches[index] if index < len(batches) else batches[0][:1], None)
                 _, total, outputs = self.stepper.forward(batch, targets)
                 if index < len(batches):
                     found.append((batch.rows, outputs.cpu().numpy(), float(total)))
         everyone = [item for items in self.peers.gather(found) for item in items]
-        outputs = self._in_order(examples, everyone)
-        loss = sum(item[2] for item in everyone) / examples.weigh(np.arange(len(examples)))
-        task = self.module.task
+        outputs = self._in_order(source, everyone)
+        loss = sum(item[2] for item in everyone) / source.weigh(everything)
+        task, examples = self.module.task, source.examples
         if chosen := task.tune(outputs, examples):
             # Decided by all validation rows, so the same on every worker.
             self.card.options |= chosen
             task.options = replace(task.options, **chosen)
         return loss, task.validate(outputs, examples)
 
-    def _in_order(self, examples: Examples, found: list[tuple[np.ndarray, np.ndarray, float]]) -> Outputs:
+    def _in_order(self, source: Source, found: list[tuple[np.ndarray, np.ndarray, float]]) -> Outputs:
         """Outputs of all batches, in the order of the pieces."""
         order, values = np.concatenate([item[0] for item in found]), np.concatenate([item[1] for item in found])
         offsets = None
-        if self.module.task.level == "token":
-            offsets = examples.pieces.tokens.offsets
+        if self.module.task.level == "token" and source.examples is not None:
+            offsets = source.examples.pieces.tokens.offsets
             order = ranges(offsets[order], offsets[order + 1])
         ordered = np.empty_like(values)
         ordered[order] = values
@@ -362,7 +399,7 @@ class Loop:
             self.checkpoints.save(self.done, state, asdict(self.position))
         self.peers.wait()
 
-    def _stopping(self) -> bool:
+    def _satisfied(self) -> bool:
         patience, position = self.job.early_stopping, self.position
         return bool(patience) and position.epoch - position.best_epoch >= patience and position.epoch > 0
 
@@ -381,10 +418,9 @@ class Loop:
                 "seconds_left": left,
             }
         self._told, self._recent = now, (now, position.tokens)
+        rounds = -(-self.steps // self.train.round_steps)
         epoch = position.epoch + (what == "progress")
-        self.tell(
-            {"what": what, "step": self.done, "steps": self.steps, "epochs": self.job.epochs, "epoch": epoch} | more
-        )
+        self.tell({"what": what, "step": self.done, "steps": self.steps, "epochs": rounds, "epoch": epoch} | more)
 
 
 def _rng(device: torch.device) -> dict[str, torch.Tensor]:

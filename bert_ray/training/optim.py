@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from bert_ray.errors import JobError
 from bert_ray.model.encoder import encode, encoder_of
 
 if TYPE_CHECKING:
@@ -34,7 +35,14 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TaskModel(nn.Module):
     """A model with its task's loss: packed batch in, scaled loss or outputs out."""
 
-    def __init__(self, model: PreTrainedModel, task: Task, l1: float, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: Task,
+        l1: float,
+        autocast: torch.dtype | None,
+        recompute: bool = False,
+    ) -> None:
         """Wrap a model.
 
         Args:
@@ -42,12 +50,14 @@ class TaskModel(nn.Module):
             task: gives head, loss and metrics.
             l1: weight of the L1 penalty on matrices.
             autocast: dtype of matrix products; None: fp32.
+            recompute: keep only each layer's input for the backward pass, and compute the rest again there.
         """
         super().__init__()
         self.model = model
         self.task = task
         self.l1 = l1
         self.autocast = autocast
+        self.recompute = recompute
         self.penalised = decayed(model) if l1 else []
 
     def forward(
@@ -67,7 +77,7 @@ class TaskModel(nn.Module):
         """
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
-            hidden = encode(self.model, batch)
+            hidden = encode(self.model, batch, recompute=self.recompute)
             if targets is None:
                 return self.task.forward(self.model, hidden, batch).float()
             losses, outputs = self.task.losses(self.model, hidden, batch, targets)
@@ -94,8 +104,8 @@ class Stepper(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one piece of a step."""
 
-    def step(self, rate: float) -> None:
-        """Clip, update the weights at learning rate `rate`, forget the gradient."""
+    def step(self, rate: float) -> torch.Tensor | None:
+        """Clip, update the weights at learning rate `rate`, forget the gradient; gives its norm before, where known."""
 
     def whole(self) -> AbstractContextManager[Any]:
         """While open, the module's weights are whole on rank 0. All workers enter together."""
@@ -118,24 +128,28 @@ def decayed(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
 
 
-def adamw(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """AdamW in one fused kernel; `set_rate` before each step."""
+def make_optimizer(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """The optimiser of a job; `set_rate` before each step."""
     matrices = {id(weight) for weight in decayed(model)}
     factors = layer_factors(model, layer_decay)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for weight in model.parameters():
         if weight.requires_grad:
             groups.setdefault((factors.get(id(weight), 1.0), id(weight) in matrices), []).append(weight)
-    return torch.optim.AdamW(
-        [
-            {"params": weights, "weight_decay": weight_decay if is_matrix else 0.0, "factor": factor}
-            for (factor, is_matrix), weights in groups.items()
-        ],
-        lr=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        fused=True,
-    )
+    chosen: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": weight_decay if is_matrix else 0.0, "factor": factor}
+        for (factor, is_matrix), weights in groups.items()
+    ]
+    if kind == "lamb":
+        try:
+            from pytorch_optimizer import Lamb
+        except ImportError as error:
+            raise JobError("optimizer lamb needs pytorch-optimizer: pip install 'bert-ray[train]'") from error
+        return Lamb(chosen, lr=0.0, betas=(0.9, 0.999), eps=1e-6)
+    # One fused kernel.
+    return torch.optim.AdamW(chosen, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def set_rate(optimizer: Any, rate: float) -> None:
@@ -197,6 +211,9 @@ def restore_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], steps: int
 ) -> None:
     """The other way of `named_state`."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:  # LAMB counts for all parameters at once.
+            group["step"] = steps
     for name, weight in model.named_parameters():
         if f"{MOMENTS[0]}/{name}" in state:
             optimizer.state[weight] = adam_state(
@@ -218,7 +235,7 @@ class PlainStepper:
         self.device = device
         self._clip = job.clip
         self._weights = [weight for weight in module.parameters() if weight.requires_grad]
-        self._optimizer = adamw(module.model, job.weight_decay, job.layer_decay)
+        self._optimizer = make_optimizer(module.model, job.weight_decay, job.layer_decay, job.optimizer)
         # fp16's gradients would underflow; bf16 has fp32's range and needs no scaling.
         self._scaler = torch.amp.GradScaler(device.type, enabled=module.autocast is torch.float16)
 
@@ -230,15 +247,17 @@ class PlainStepper:
         """See Stepper."""
         self._scaler.scale(loss).backward()
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float) -> torch.Tensor | None:
         """See Stepper."""
         set_rate(self._optimizer, rate)
+        norm = None
         if self._clip:
             self._scaler.unscale_(self._optimizer)
-            clip(self._weights, self._clip)
+            norm = clip(self._weights, self._clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def whole(self) -> AbstractContextManager[Any]:
         """See Stepper."""
@@ -262,10 +281,14 @@ class PlainStepper:
             self._scaler.load_state_dict(state)
 
 
-def clip(weights: list[nn.Parameter], largest: float) -> None:
-    """Scale all gradients so that their joint norm is at most `largest`; no synchronisation with the device."""
+def clip(weights: list[nn.Parameter], largest: float) -> torch.Tensor:
+    """Scale all gradients so that their joint norm is at most `largest`; gives what it was.
+
+    No synchronisation with the device.
+    """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     torch.nn.utils.clip_grads_with_norm_(
         [weight for weight in weights if weight.grad is not None], largest, norm, foreach=True
     )
+    return norm

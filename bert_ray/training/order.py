@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from bert_ray.training.job import TrainJob
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -19,7 +23,7 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def shares(rows: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+def shares(rows: np.ndarray, tokens: np.ndarray, parts: int) -> list[np.ndarray]:
     """Share the rows of a step out in `parts` parts of about equally many tokens.
 
     Longest first, each to the part with the fewest tokens so far (Graham's LPT rule: at most 4/3 of the best
@@ -28,27 +32,38 @@ def shares(rows: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray
 
     Args:
         rows: int64 (B,), row numbers.
-        lengths: tokens of every row of the table.
+        tokens: int64 (B,), of each of them.
         parts: workers times pieces per worker.
 
     Returns:
         `parts` int64 arrays; some are empty where B < parts.
     """
-    ordered = rows[np.argsort(-lengths[rows], kind="stable")]
+    order = np.argsort(-tokens, kind="stable")
+    ordered = rows[order]
     if parts == 1:
         return [ordered]
     chosen: list[list[int]] = [[] for _ in range(parts)]
     loads = [(0, part) for part in range(parts)]
-    for row, length in zip(ordered.tolist(), lengths[ordered].tolist(), strict=True):
+    for row, length in zip(ordered.tolist(), tokens[order].tolist(), strict=True):
         load, part = loads[0]
         chosen[part].append(row)
         heapq.heapreplace(loads, (load + length, part))
     return [np.array(part, np.int64) for part in chosen]
 
 
-def noise_seed(seed: int, step: int, piece: int, rank: int) -> int:
-    """The seed of dropout for one piece of one step on one worker, below 2^63: noise is a function of the position."""
-    name = f"{seed}/{step}/{piece}/{rank}".encode()
+def pieces_of_step(job: TrainJob, world: int) -> tuple[int, int]:
+    """In how many pieces a step is computed: over all workers, and on each of them.
+
+    With `micro_batches` their number, and so the noise of each, does not depend on the number of workers.
+    """
+    if job.micro_batches is None:
+        return world * job.gradient_accumulation, job.gradient_accumulation
+    return job.micro_batches, -(-job.micro_batches // world)
+
+
+def noise_seed(seed: int, step: int, piece: int) -> int:
+    """The seed of dropout for one piece of one step, below 2^63: noise is a function of the position."""
+    name = f"{seed}/{step}/{piece}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 

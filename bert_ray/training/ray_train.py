@@ -23,11 +23,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from bert_ray.errors import BertRayError, JobError
 from bert_ray.training.job import TrainJob
 from bert_ray.training.loop import Callback, Position
+from bert_ray.training.notice import heeded
 from bert_ray.training.progress import following, writer
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
-    from bert_ray.training.data import TrainingData
+    from bert_ray.training.data import Data
 
 OUTCOME_FILE = "outcome.json"
 
@@ -36,7 +37,7 @@ def run(
     job: TrainJob,
     base: Bundle,
     card: Card,
-    data: TrainingData,
+    data: Data,
     directory: Path,
     callbacks: Sequence[Callback],
     tell: Callable[[dict[str, Any]], None],
@@ -69,7 +70,7 @@ def run(
                 "callbacks": tuple(callbacks),
                 "gpu": gpu,
             },
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=round(60 * job.timeout_minutes)),
             scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpu, resources_per_worker=_resources(gpu)),
             run_config=RunConfig(
                 # A name of its own each time: what there is to resume stands in our checkpoints, not in Ray's.
@@ -78,7 +79,7 @@ def run(
                 failure_config=FailureConfig(max_failures=job.max_failures),
             ),
         )
-        with following(directory, tell):
+        with heeded(directory), following(directory, tell):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str) -> float:
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str, cooldown: float = 0.2) -> float:
     """Learning rate of a step.
 
     Args:
@@ -14,12 +14,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
         peak: the highest rate.
         warmup: share of the steps in which the rate rises linearly to the peak, which the last of them has.
         schedule: `constant` stays there; `linear` falls on a line and `cosine` on half a cosine (Loshchilov and
-            Hutter, arXiv 1608.03983, eq. 5 without restarts), to reach 0 just after the last step.
+            Hutter, arXiv 1608.03983, eq. 5 without restarts), to reach 0 just after the last step; `trapezoidal` stays
+            there and falls on a line at the end (warm-up, stable, decay: Hägele et al., arXiv 2405.18392, section 3).
+        cooldown: share of the steps in which a trapezoidal schedule falls.
     """
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
     if schedule == "constant":
         return peak
+    if schedule == "trapezoidal":
+        falling = max(1, math.ceil(cooldown * steps))
+        return peak * min(1.0, (steps - step) / falling)
     done = (step - rising) / max(1, steps - rising)
     return peak * (1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))

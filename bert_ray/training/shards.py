@@ -17,17 +17,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import LakeError
 from bert_ray.model.examples import ranges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MANIFEST_FILE, TOKENIZER_FOLDER, INDEX_FILE = "corpus.json", "tokenizer", "index.arrow"
 SPLITS = ("train", "validation")
@@ -157,6 +160,13 @@ def read_manifest(corpus: Path) -> Manifest:
         raise LakeError(f"{path} is damaged ({error}): make the corpus anew") from error
 
 
+def read_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a corpus's ids belong to."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(corpus / TOKENIZER_FOLDER)
+
+
 def is_corpus(path: Path) -> bool:
     """Whether a directory is a finished corpus."""
     return (path / MANIFEST_FILE).is_file()
@@ -214,49 +224,56 @@ class Documents:
 
     Attributes:
         lengths: tokens of each document, uint32 (D,), also of those that cannot be read.
-        skipped: what is wrong with the shards that are left out; their documents are not `readable`.
     """
 
-    def __init__(self, corpus: Path, split: str, on_bad_shard: Literal["stop", "skip"] = "stop") -> None:
+    def __init__(self, corpus: Path, split: str, skip: Collection[str] = ()) -> None:
         """Open a split.
 
+        Args:
+            corpus: its directory.
+            split: "train" or "validation".
+            skip: paths of shards that are left out: their documents are not `readable`.
+
         Raises:
-            LakeError: a file is missing, cut short or altered, and `on_bad_shard` does not say to skip it.
+            LakeError: the manifest or the index is missing or damaged.
         """
         self.corpus, self.split = corpus, split
-        manifest = read_manifest(corpus)
-        part = manifest.splits[split]
-        self._shards = part.shards
+        part = read_manifest(corpus).splits[split]
+        self._shards, self._skip = part.shards, frozenset(skip)
         self.first = np.concatenate([[0], np.cumsum([shard.documents for shard in part.shards])]).astype(np.int64)
         self.lengths = self._read_index(part)
-        self.skipped: dict[str, str] = {}
-        for shard in part.shards:
-            if reason := _fault(corpus / shard.path, shard):
-                if on_bad_shard == "stop":
-                    raise LakeError(
-                        f"{corpus / shard.path} {reason}: restore it, or make the corpus anew; data.on_bad_shard=skip "
-                        f"trains without its {shard.documents} documents"
-                    )
-                self.skipped[shard.path] = reason
         # Arrow's memory maps, opened at first use: a corpus of thousands of shards costs no thousand files at once.
         self._open: dict[int, _OpenShard] = {}
+
+    def verify(self, on_bad_shard: Literal["stop", "skip"] = "stop") -> dict[str, str]:
+        """Read every shard and compare its hash with the manifest's.
+
+        Returns:
+            path of each bad shard -> what is wrong with it; empty where all are as they were written.
+
+        Raises:
+            LakeError: one is bad, and `on_bad_shard` is "stop".
+        """
+        found = {}
+        for shard in self._shards:
+            if reason := _fault(self.corpus / shard.path, shard):
+                if on_bad_shard == "stop":
+                    raise LakeError(
+                        f"{self.corpus / shard.path} {reason}: restore it, or make the corpus anew; "
+                        f"data.on_bad_shard=skip trains without its {shard.documents} documents"
+                    )
+                found[shard.path] = reason
+        return found
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "readable")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open = {}
-
     @cached_property
     def readable(self) -> np.ndarray | None:
         """Which documents can be read, bool (D,); None: all."""
-        if not self.skipped:
+        if not self._skip:
             return None
-        good = [shard.path not in self.skipped for shard in self._shards]
+        good = [shard.path not in self._skip for shard in self._shards]
         return np.repeat(good, np.diff(self.first))
 
     def shard_of(self, documents: np.ndarray) -> list[str]:
@@ -277,7 +294,7 @@ class Documents:
         """
         sizes = stop - start
         ends = np.cumsum(sizes)
-        ids, starts = np.empty(int(ends[-1]) if len(ends) else 0, np.int64), np.empty(0, bool)
+        ids = np.empty(int(ends[-1]) if len(ends) else 0, np.int64)
         starts = np.empty(len(ids), bool)
         where = np.searchsorted(self.first, documents, side="right") - 1
         for number in np.unique(where).tolist():
@@ -304,7 +321,14 @@ class Documents:
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            self._open[number] = _OpenShard(self.corpus / self._shards[number].path)
+            shard = self._shards[number]
+            path = self.corpus / shard.path
+            try:
+                if (size := path.stat().st_size) != shard.bytes:
+                    raise LakeError(f"{path} has {size} bytes of {shard.bytes}: restore it, or make the corpus anew")
+                self._open[number] = _OpenShard(path)
+            except (OSError, pa.ArrowException) as error:
+                raise LakeError(f"{path} cannot be read ({error}): restore it, or make the corpus anew") from error
         return self._open[number]
 
 

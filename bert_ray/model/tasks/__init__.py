@@ -17,6 +17,7 @@ from bert_ray.model.tasks.few_shot import FewShot
 from bert_ray.model.tasks.fill_mask import FillMask
 from bert_ray.model.tasks.mask import Mask
 from bert_ray.model.tasks.multilabel import MultiLabel
+from bert_ray.model.tasks.pretraining import Pretraining
 from bert_ray.model.tasks.regression import Regression
 from bert_ray.model.tasks.similarity import Similarity
 from bert_ray.model.tasks.translation import Translation
@@ -39,6 +40,7 @@ TASKS: dict[str, type[Task]] = {
         FillMask,
         Mask,
         MultiLabel,
+        Pretraining,
         Regression,
         Similarity,
         Translation,
@@ -57,6 +59,7 @@ __all__ = [
     "FillMask",
     "Mask",
     "MultiLabel",
+    "Pretraining",
     "Regression",
     "Similarity",
     "Task",

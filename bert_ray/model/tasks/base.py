@@ -64,10 +64,12 @@ class Learning:
         label_smoothing: share of a label's probability that is spread over all labels (Szegedy et al., Rethinking the
             Inception Architecture, arXiv 1512.00567, section 7).
         label_weights: weight of each label in the loss, C numbers; None: 1 each.
+        parts: whether a pretraining also asks how a row's two parts belong together.
     """
 
     label_smoothing: float = 0.0
     label_weights: Sequence[float] | None = None
+    parts: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,6 +109,8 @@ class Task(ABC):
         headline: what a report says first, with metrics by name: "says the right label for {accuracy:.1%} of rows";
             empty: the metric and its value.
         plain_metrics: metrics that are no shares, and not shown as per cent.
+        reads_corpus: whether it learns from a corpus instead of a labelled table.
+        leaves: the task of the bundle that training makes; None: this one.
         measured_as: for a task without metrics, the one to measure its bundles as.
 
     Attributes:
@@ -134,6 +138,8 @@ class Task(ABC):
     architecture: ClassVar[str | None] = None
     headline: ClassVar[str] = ""
     plain_metrics: ClassVar[tuple[str, ...]] = ()
+    reads_corpus: ClassVar[bool] = False
+    leaves: ClassVar[str | None] = None
     measured_as: ClassVar[str | None] = None
 
     def __init__(
@@ -404,12 +410,12 @@ class Task(ABC):
         )
         return [Cases(key="examples", title="The first rows", cases=cases, long=True)]
 
-    def validate(self, outputs: Outputs, examples: Examples) -> dict[str, float]:
+    def validate(self, outputs: Outputs, examples: Any) -> dict[str, float]:
         """Name -> value over the validation rows."""
         annotations = self.decode(outputs, examples.pieces, examples.inputs)
         return self.metrics(annotations, examples.inputs, examples.truth)
 
-    def tune(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
+    def tune(self, outputs: Outputs, examples: Any) -> dict[str, Any]:
         """Options for the card that validation rows decide (a threshold); called before `validate`."""
         return {}
 

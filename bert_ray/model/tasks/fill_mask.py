@@ -185,7 +185,7 @@ def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Ten
     """Transformers' own masked-language-model head: hidden states (N, D) -> logits (N, V)."""
     kind = model.config.model_type
     if kind == "bert":
-        return model.cls(hidden)
+        return model.cls.predictions(hidden)
     if kind == "distilbert":
         hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
         return model.vocab_projector(hidden)

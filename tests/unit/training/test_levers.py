@@ -12,7 +12,7 @@ from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import TrainJob
 from bert_ray.training.launch import train
-from bert_ray.training.optim import adamw, clip, set_rate
+from bert_ray.training.optim import clip, make_optimizer, set_rate
 
 Jobs = Callable[..., TrainJob]
 
@@ -21,7 +21,7 @@ def test_lower_layers_learn_more_slowly(tiny_encoder: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_encoder)
-    optimizer = adamw(model, 0.01, layer_decay=0.5)
+    optimizer = make_optimizer(model, 0.01, layer_decay=0.5)
     set_rate(optimizer, 1.0)
     rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
     named = {name: rates[id(weight)] for name, weight in model.named_parameters()}

@@ -25,7 +25,7 @@ def test_shares_hold_every_row_once_and_about_equally_many_tokens(parts: int) ->
     draw = np.random.default_rng(0)
     lengths = draw.integers(3, 60, 500)
     rows = draw.permutation(500)[:64]
-    found = shares(rows, lengths, parts)
+    found = shares(rows, lengths[rows], parts)
     assert len(found) == parts
     assert sorted(np.concatenate(found)) == sorted(rows)
     tokens = [lengths[part].sum() for part in found]
@@ -35,15 +35,13 @@ def test_shares_hold_every_row_once_and_about_equally_many_tokens(parts: int) ->
 
 
 def test_more_parts_than_rows_leaves_some_empty() -> None:
-    found = shares(np.array([4, 2]), np.array([1, 1, 1, 1, 1]), 4)
+    found = shares(np.array([4, 2]), np.array([1, 1]), 4)
     assert sorted(len(part) for part in found) == [0, 0, 1, 1]
 
 
 def test_noise_seeds_differ_in_each_argument() -> None:
-    seeds = {
-        noise_seed(*arguments) for arguments in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
-    }
-    assert len(seeds) == 5
+    seeds = {noise_seed(*arguments) for arguments in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+    assert len(seeds) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

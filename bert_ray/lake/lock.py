@@ -1,0 +1,55 @@
+"""One run at a time in one place: a lock that ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bert_ray.errors import LakeError
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`, which is made here and goes at the end; what a killed process left is no obstacle.
+
+    The lock is the kernel's (flock): on a file system that several machines share it holds among them where that file
+    system passes such locks on (NFS 4 does).
+
+    Args:
+        path: of the lock file; its directory exists.
+        what: is worked on, for the message.
+
+    Raises:
+        LakeError: another process holds it; the message says which.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 1000).decode("utf-8", "replace").strip()
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise LakeError(f"cannot lock {path}: {os.strerror(error.errno or 0)}") from error
+            raise LakeError(
+                f"another process works on {what} ({holder or 'it has not said which'}): wait for it, stop it, or "
+                "choose another output"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            # The one that held it before may have removed the file after it was opened here.
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+        os.close(handle)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)

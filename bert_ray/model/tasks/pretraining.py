@@ -1,0 +1,134 @@
+"""Pretraining: guess the tokens that were masked and, where the job says so, how a row's two parts belong together.
+
+What is trained is an encoder with BERT's own heads; the bundle that comes out annotates as fill-mask, and every other
+task can start from it.
+
+Shapes: T tokens of a packed batch, P pieces, D hidden size, V vocabulary, M masked tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.nn import functional as F
+
+from bert_ray.errors import BundleError, JobError
+from bert_ray.model.tasks.base import Outputs, set_dropout
+from bert_ray.model.tasks.fill_mask import FillMask, vocabulary_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.examples import Examples
+    from bert_ray.model.packing import PackedBatch
+
+# What stands for a row without a question about its parts.
+_NO_PARTS = -1
+
+
+class Pretraining(FillMask):
+    """A masked language model, trained on a corpus."""
+
+    kind: ClassVar[str] = "pretraining"
+    leaves: ClassVar[str | None] = "fill-mask"
+    reads_corpus: ClassVar[bool] = True
+    architecture: ClassVar[str | None] = None
+    metric: ClassVar[str] = "log_likelihood"
+    plain_metrics: ClassVar[tuple[str, ...]] = ("log_likelihood", "perplexity")
+
+    def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
+        """The base with its language-model heads; those that it lacks are new.
+
+        Raises:
+            BundleError: the weights lack more than that.
+            JobError: rows have two parts, and the base's kind has no head for them.
+        """
+        from transformers import AutoModelForMaskedLM, BertForPreTraining
+
+        from bert_ray.model.bundle import read_model
+
+        if self.learning.parts and base.config.model_type != "bert":
+            raise JobError(
+                f"pretraining.sentences: {base.reference} is a {base.config.model_type}, which has no head for two "
+                "parts: give none"
+            )
+        auto = BertForPreTraining if self.learning.parts else AutoModelForMaskedLM
+        model, report = read_model(auto, base.directory)
+        if strange := [name for name in report["missing_keys"] if not _is_head(name)]:
+            raise BundleError(f"{base.reference}: the weights lack {', '.join(sorted(strange)[:4])}")
+        set_dropout(model.config, dropout, attention_dropout)
+        return model
+
+    def losses(
+        self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss of each piece, (P,): the mean over its masked tokens, and that of its parts, times its budget.
+
+        Only masked tokens go through the vocabulary's head: of the others nobody asks.
+
+        Args:
+            model: with the heads.
+            hidden: (T, D).
+            batch: P pieces.
+            targets: int64 (T + 2P,): the original of each masked token, else -100; which way each piece's parts belong
+                together, or -1; how much each piece counts.
+
+        Returns:
+            the losses, and (P, 4) fp32: sum of the masked tokens' losses, how many were guessed, how many there were,
+            and whether the parts were (1, 0, or NaN without a question).
+        """
+        pieces = len(batch.lengths)
+        tokens, parts, budget = targets.split((len(hidden), pieces, pieces))
+        places = (tokens >= 0).nonzero().squeeze(1)
+        of = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
+        logits = vocabulary_logits(model, hidden[places]).float()
+        each = F.cross_entropy(logits, tokens[places], reduction="none")
+        zeros = each.new_zeros(pieces)
+        sums, counts = zeros.index_add(0, of, each), zeros.index_add(0, of, torch.ones_like(each))
+        losses = sums / counts.clamp(min=1)
+        outputs = None
+        right = torch.full_like(zeros, float("nan"))
+        asked = parts != _NO_PARTS
+        if bool(asked.any()) or not model.training:
+            if bool(asked.any()):
+                first = hidden[batch.cu_seqlens[:-1].long()]
+                said = model.cls.seq_relationship(model.bert.pooler.dense(first).tanh()).float()
+                losses = losses + F.cross_entropy(said, parts.clamp(min=0), reduction="none") * asked
+                right = torch.where(asked, (said.argmax(1) == parts).float(), right)
+            if not model.training:
+                guessed = zeros.index_add(0, of, (logits.argmax(1) == tokens[places]).float())
+                outputs = torch.stack((sums, guessed, counts, right), dim=1)
+        return losses * budget, outputs
+
+    def validate(self, outputs: Outputs, examples: Any) -> dict[str, float]:
+        """Share of masked tokens guessed, their mean log-likelihood (nats), its perplexity, and the share of parts."""
+        sums, guessed, counts, right = outputs.values.T.astype(np.float64)
+        masked = max(1.0, counts.sum())
+        loss = sums.sum() / masked
+        found = {"accuracy": guessed.sum() / masked, "log_likelihood": -loss, "perplexity": math.exp(min(700.0, loss))}
+        if not np.isnan(right).all():
+            found["sentence_accuracy"] = float(np.nanmean(right))
+        return {name: float(value) for name, value in found.items()}
+
+    def examples(self, *arguments: Any) -> Examples:
+        """None: see `training.pretraining`.
+
+        Raises:
+            JobError: always.
+        """
+        raise JobError("task pretraining learns from a corpus: make one with `bert-ray corpus`, and give its directory")
+
+    def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
+        """None."""
+        return []
+
+
+def _is_head(name: str) -> bool:
+    """Whether a weight belongs to the language-model heads (or to the pooler, which only one of them reads)."""
+    return name.startswith(("cls.", "lm_head.", "vocab_")) or ".pooler." in name

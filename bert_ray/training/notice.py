@@ -1,0 +1,40 @@
+"""A notice to stop: SIGTERM, as a spot machine or a cluster's scheduler sends it some time before the end.
+
+The process that got it leaves a mark in the run's directory; the workers see it, on whatever machine they are, write a
+checkpoint and leave. The same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STOP_FILE = "stop"
+
+
+def stop_asked(directory: Path) -> bool:
+    """Whether the run in `directory` was asked to stop."""
+    return (directory / STOP_FILE).exists()
+
+
+@contextlib.contextmanager
+def heeded(directory: Path) -> Iterator[None]:
+    """While open, SIGTERM asks the run in `directory` to stop; a mark that an earlier run left is taken away first."""
+    mark = directory / STOP_FILE
+    mark.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():  # Signals are the main thread's alone.
+        yield
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        mark.touch()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
