@@ -6,7 +6,7 @@ import time
 import pytest
 
 from bert_ray.inference import progress
-from bert_ray.inference.progress import Progress
+from bert_ray.lake.progress import Progress
 
 
 class Terminal(io.StringIO):

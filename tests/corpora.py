@@ -1,0 +1,64 @@
+"""Small corpora, written shard by shard from given texts: what `bert-ray corpus` makes, without its pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from bert_ray.training.shards import (
+    INDEX_FILE,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    Manifest,
+    Split,
+    batches_of,
+    describe,
+    file_sha256,
+    shard_schema,
+    write_index,
+    write_shard,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def make_corpus(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Sequence[str],
+    validation: Sequence[str] = (),
+    documents_per_shard: int = 20,
+) -> Path:
+    """A corpus of these documents, in their order."""
+    tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
+    size = max(tokenizer.get_vocab().values()) + 1
+    continues = np.zeros(size, bool)
+    for token, number in tokenizer.get_vocab().items():
+        continues[number] = token.startswith("##")
+    schema, splits = shard_schema(size), {}
+    for name, texts in zip(SPLITS, (train, validation), strict=True):
+        (directory / name).mkdir(parents=True)
+        ids = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in texts]
+        split, lengths = Split(words=sum(len(text.split()) for text in texts)), []
+        for first in range(0, len(texts), documents_per_shard):
+            part = list(zip(texts, ids, strict=True))[first : first + documents_per_shard]
+            rows = (
+                (hashlib.blake2b(text.encode(), digest_size=16).digest(), found, ~continues[found])
+                for text, found in part
+            )
+            path = f"{name}/{len(split.shards):05d}.arrow"
+            written = write_shard(directory / path, schema, batches_of(schema, rows))
+            split.shards.append(describe(directory, path, *written))
+            lengths.append(pa.array([len(found) for _, found in part]))
+        if texts:
+            split.index_sha256 = write_index(directory / name / INDEX_FILE, lengths)
+        splits[name] = split
+    tokenizer_sha256 = file_sha256(directory / TOKENIZER_FOLDER / "tokenizer.json")
+    Manifest(splits=splits, vocabulary=size, tokenizer_sha256=tokenizer_sha256).write(directory)
+    return directory

