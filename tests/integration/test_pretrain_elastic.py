@@ -1,0 +1,128 @@
+"""Pretraining on one, two and three workers, and from one number to another: the same samples, the same losses."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
+
+from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
+from bert_ray.training.launch import train
+from tests.conftest import tiny_tokenizer
+from tests.corpora import make_corpus
+from tests.groups import in_group, pretrain
+
+pytestmark = pytest.mark.slow
+
+WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
+
+
+def losses(history: list[dict[str, float]]) -> list[float]:
+    return [entry[name] for entry in history for name in ("train_loss", "validation_loss")]
+
+
+def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
+    """All that two workers do, in one group: joining takes longer than training."""
+    found = {
+        f"stage {stage}": pretrain(replace(job, zero_stage=stage), root / f"stage{stage}") for stage in (0, 1, 2, 3)
+    }
+    found["offload"] = pretrain(replace(job, zero_stage=2, offload="optimizer"), root / "offload")
+    found["recomputed"] = pretrain(replace(job, zero_stage=3, activation_checkpointing=True), root / "recomputed")
+    pretrain(job, root / "cut", stop=5)
+    return found
+
+
+def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:
+    return {"whole": pretrain(job, root / "three"), "resumed": pretrain(job, root / "cut3")}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each number of workers found, and the job; dropout is on: its noise must be the same too."""
+    root = tmp_path_factory.mktemp("elastic")
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, 120)]
+    corpus = make_corpus(root / "corpus", tiny_tokenizer(), texts[:100], texts[100:])
+    job = TrainJob(
+        task="pretraining",
+        model=str(tiny_encoder),
+        output=str(root / "plain"),
+        data=DataOptions(train=str(corpus)),
+        steps=8,
+        batch_tokens=600,
+        evaluate_every=4,
+        micro_batches=4,
+        learning_rate=1e-3,
+        max_length=40,
+        dropout=0.1,
+        attention_dropout=0.1,
+        threads=1,
+        pretraining=PretrainingOptions(sentences="order", whole_words=True),
+        checkpoint=CheckpointOptions(every_steps=2),
+    )
+    found: dict[str, Any] = {"job": job, "root": root, "two": in_group(2, two_workers, job, root)}
+    shutil.copytree(root / "cut", root / "cut3")
+    shutil.copytree(root / "cut", Path(f"{job.output}-cut.run"))
+    found["three"] = in_group(3, three_workers, job, root)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_has_the_losses_of_one_plain_process(runs: dict[str, Any], stage: int) -> None:
+    job = replace(runs["job"], engine="local", output=str(runs["root"] / f"plain{stage}"))
+    expected = losses(train(job, tell=lambda _: None).history)
+    assert losses(runs["two"][f"stage {stage}"]["history"]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["offload", "recomputed"])
+def test_less_memory_gives_the_same(runs: dict[str, Any], how: str) -> None:
+    expected = losses(runs["two"]["stage 0"]["history"])
+    assert losses(runs["two"][how]["history"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_three_workers_reach_what_two_do(runs: dict[str, Any]) -> None:
+    expected = runs["two"]["stage 0"]
+    assert losses(runs["three"]["whole"]["history"]) == pytest.approx(losses(expected["history"]), abs=1e-4)
+    ours, theirs = (np.array(found["curve"]) for found in (runs["three"]["whole"], expected))
+    assert ours[-1, 0] == theirs[-1, 0] == 8
+
+
+def test_a_run_of_two_goes_on_with_three(runs: dict[str, Any]) -> None:
+    expected = losses(runs["two"]["stage 0"]["history"])
+    assert losses(runs["three"]["resumed"]["history"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_of_two_goes_on_with_one(runs: dict[str, Any]) -> None:
+    job = replace(runs["job"], engine="local", output=f"{runs['job'].output}-cut")
+    directory = Path(f"{job.output}.run")
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir())[-1] == "step-00000004"
+
+    import torch
+
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.launch import new_task
+    from bert_ray.training.loop import Loop
+    from bert_ray.training.optim import PlainStepper
+    from bert_ray.training.peers import Peers
+    from bert_ray.training.pretraining import corpus_data
+
+    base, device, told = load_bundle(job.model), torch.device("cpu"), []
+    loop = Loop(
+        job=job,
+        base=base,
+        card=new_task(job, base).card,
+        data=corpus_data(job, base)[0],
+        directory=directory,
+        peers=Peers(),
+        device=device,
+        make_stepper=lambda module: PlainStepper(module, job, device),
+        tell=told.append,
+    )
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
+    assert losses(loop.run().history) == pytest.approx(losses(runs["two"]["stage 0"]["history"]), abs=1e-4)
