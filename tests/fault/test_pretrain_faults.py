@@ -1,0 +1,234 @@
+"""What can go wrong in a long pretraining: workers that die or hang, notices, full disks, torn checkpoints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import fs
+
+from bert_ray.errors import JobError
+from bert_ray.training.checkpoints import Checkpoints
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.launch import TrainResult, train
+from bert_ray.training.loop import StepEvent
+from tests.conftest import tiny_tokenizer
+from tests.corpora import make_corpus
+
+WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process."""
+
+
+def cut_at(step: int) -> Callable[[StepEvent], None]:
+    def callback(event: StepEvent) -> None:
+        if event.step == step:
+            raise Cut
+
+    return callback
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [entry[name] for entry in result.history for name in ("train_loss", "validation_loss")]
+
+
+@pytest.fixture
+def job(tiny_encoder: Path, tmp_path: Path) -> TrainJob:
+    """A pretraining of 12 steps with dropout, in this process."""
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, 110)]
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts[:100], texts[100:])
+    return TrainJob(
+        task="pretraining",
+        model=str(tiny_encoder),
+        output=str(tmp_path / "model"),
+        data=DataOptions(train=str(corpus)),
+        engine="local",
+        steps=12,
+        batch_tokens=512,
+        evaluate_every=6,
+        micro_batches=2,
+        learning_rate=1e-3,
+        max_length=40,
+        dropout=0.1,
+        threads=1,
+        checkpoint=CheckpointOptions(every_steps=2),
+    )
+
+
+@pytest.fixture
+def undisturbed(job: TrainJob, tmp_path: Path) -> TrainResult:
+    return train(replace(job, output=str(tmp_path / "whole")), tell=lambda _: None)
+
+
+# Ray's workers.
+
+
+def kill_and_hang(killed: Path, hung: Path) -> Callable[[StepEvent], None]:
+    """A callback by which worker 1 kills itself after step 5 and hangs after step 9, each the first time."""
+
+    def callback(event: StepEvent) -> None:
+        if event.rank == 1 and event.step == 5 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event.rank == 1 and event.step == 9 and not hung.exists():
+            hung.touch()
+            time.sleep(3600)
+
+    return callback
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_and_another_hangs(
+    ray_session: None, job: TrainJob, undisturbed: TrainResult, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
+    from ray import cloudpickle
+
+    # Ray's workers cannot import a test module: what they need of it travels whole.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    killed, hung = tmp_path / "killed", tmp_path / "hung"
+    told: list[dict[str, object]] = []
+    started = time.monotonic()
+    result = train(
+        replace(job, engine="ray", workers=2, zero_stage=2, timeout_minutes=0.25),
+        callbacks=[kill_and_hang(killed, hung)],
+        tell=told.append,
+    )
+    assert killed.exists(), "no worker was killed"
+    assert hung.exists(), "no worker hung"
+    assert time.monotonic() - started < 600
+    assert [event["step"] for event in told if event["what"] == "resumed"] == [4, 8]
+    # Two workers add up in another order than one process does.
+    assert losses(result) == pytest.approx(losses(undisturbed), abs=1e-4)
+
+
+# A notice to the process that the user started.
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_driver_of_a_run_on_ray(job: TrainJob) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
+    settings = {
+        "task": "pretraining",
+        "model": job.model,
+        "output": job.output,
+        "data.train": job.data.train,
+        **{name: getattr(job, name) for name in ("batch_tokens", "evaluate_every", "micro_batches", "max_length")},
+        "steps": 100_000,
+        "workers": 2,
+        "threads": 1,
+        "checkpoint.every_steps": 0,
+    }
+    command = [sys.executable, "-m", "bert_ray.cli", "train", *(f"{key}={value}" for key, value in settings.items())]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "done  train_loss" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, rest = process.communicate(timeout=120)
+    assert any("done  train_loss" in line for line in seen), "".join(seen)
+    assert process.returncode == 143, "".join(seen) + rest
+    assert "stopped as asked, at step" in rest
+    assert "The same command goes on" in rest
+    latest = Checkpoints(Path(f"{job.output}.run/checkpoints"), 2).latest()
+    assert latest is not None
+    assert latest.position["stopped"]
+
+
+# Disks and stores.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 2 MB; skips where this process may not mount one."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", where], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield where
+    subprocess.run(["umount", where], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
+    job: TrainJob, undisturbed: TrainResult, small_disk: Path
+) -> None:
+    where = small_disk / "checkpoints"
+    job = replace(job, checkpoint=CheckpointOptions(every_steps=2, keep=2, directory=str(where)))
+    with pytest.raises(Cut):
+        train(job, callbacks=[cut_at(5)], tell=lambda _: None)
+    size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file()) // 2
+    # Room for two checkpoints and a half: the third has none.
+    room = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - size // 2))
+    with pytest.raises(JobError, match=r"cannot write checkpoint step-00000006 .*No space left.*step-00000004"):
+        train(job, tell=lambda _: None)
+    assert sorted(path.name for path in where.iterdir()) == ["step-00000002", "step-00000004"]
+    (small_disk / "other").unlink()
+    told: list[dict[str, object]] = []
+    result = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
+    assert losses(result) == losses(undisturbed)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on an S3 server on loopback (moto): yields what follows its URIs."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    address = "{}:{}".format(*server.get_host_and_port())
+    system = fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
+    system.create_dir("runs")
+    yield f"?endpoint_override={address}&scheme=http"
+    server.stop()
+
+
+def test_checkpoints_on_a_store_and_one_that_is_torn(job: TrainJob, undisturbed: TrainResult, store: str) -> None:
+    where = f"s3://runs/pretraining{store}"
+    job = replace(job, checkpoint=CheckpointOptions(every_steps=2, keep=2, directory=where))
+    with pytest.raises(Cut):
+        train(job, callbacks=[cut_at(7)], tell=lambda _: None)
+    system, root = fs.FileSystem.from_uri(where)
+
+    def steps() -> list[str]:
+        infos = system.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.base_name.startswith("step-"))
+
+    assert steps() == ["step-00000004", "step-00000006"]
+    # Torn in the midst of its writing: the state is there, what makes it a checkpoint is not.
+    system.delete_file(f"{root}/step-00000006/position.json")
+    told: list[dict[str, object]] = []
+    result = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
+    assert "step-00000006 is damaged" in str(told[0]["skipped"])
+    assert losses(result) == losses(undisturbed)
+    assert steps() == []
+
+
+def test_a_store_that_does_not_answer(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    # Port 9 (discard) of loopback: nobody listens.
+    where = "s3://runs/pretraining?endpoint_override=127.0.0.1:9&scheme=http&connect_timeout=1&request_timeout=1"
+    job = replace(job, checkpoint=CheckpointOptions(directory=where))
+    with pytest.raises(JobError, match="s3://runs/pretraining"):
+        train(job, tell=lambda _: None)
