@@ -4,11 +4,12 @@
 # make lint    ruff, the directions of imports, types
 # make bench   the measured comparison with other libraries (installs them first)
 # make quality the model's accuracy on full data sets (needs ../shared/data)
+# make pretrain-proof  whether a BERT pretrained here is better than one that was not (needs ../shared/data)
 # make clean   takes back what the others made: .venv, demo_output, caches
 
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench quality clean
+.PHONY: help setup demo test lint format bench quality pretrain-proof clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -40,6 +41,9 @@ bench: setup
 
 quality: setup
 	@$(PY) benchmarks/quality.py $(ARGS)
+
+pretrain-proof: setup
+	@$(PY) benchmarks/pretrain_proof.py $(ARGS)
 
 clean:
 	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
