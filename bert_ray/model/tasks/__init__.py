@@ -40,7 +40,6 @@ TASKS: dict[str, type[Task]] = {
         FillMask,
         Mask,
         MultiLabel,
-        Pretraining,
         Regression,
         Similarity,
         Translation,
@@ -48,8 +47,12 @@ TASKS: dict[str, type[Task]] = {
     )
 }
 
+# What is trained and leaves a bundle of another task.
+TRAINED_ONLY: dict[str, type[Task]] = {Pretraining.kind: Pretraining}
+
 __all__ = [
     "TASKS",
+    "TRAINED_ONLY",
     "Answer",
     "Classification",
     "Embedding",
@@ -89,9 +92,10 @@ def get_task(
         JobError: an option that the task does not have.
     """
     kind = kind or card.task
-    if kind not in TASKS:
+    known = TASKS | TRAINED_ONLY
+    if kind not in known:
         raise BundleError(f"unknown task {kind!r}; known are {', '.join(sorted(TASKS))}")
-    if config is not None and config.model_type == ENCODER_DECODER and not TASKS[kind].generates:
+    if config is not None and config.model_type == ENCODER_DECODER and not known[kind].generates:
         able = ", ".join(sorted(name for name, task in TASKS.items() if task.generates))
         raise BundleError(f"task {kind!r} wants a plain encoder; a model with a decoder does {able}")
-    return TASKS[kind](card, config, options)
+    return known[kind](card, config, options)

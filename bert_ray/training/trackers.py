@@ -1,0 +1,86 @@
+"""A run's figures for TensorBoard and MLflow, written by the process that the user started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from bert_ray.errors import JobError
+
+if TYPE_CHECKING:
+    from bert_ray.training.job import TrainJob
+
+Tell = Callable[[dict[str, Any]], None]
+
+# What an event has besides figures.
+_NO_FIGURES = ("what", "text", "skipped", "step", "steps", "epoch", "epochs", "seconds_left")
+
+
+@contextlib.contextmanager
+def tracked(job: TrainJob, tell: Tell) -> Iterator[Tell]:
+    """A `tell` that passes events on and writes their figures where `job.trackers` says.
+
+    TensorBoard's files lie in `<output>.tensorboard`; MLflow goes where its own settings (MLFLOW_TRACKING_URI) say, in
+    one run named after the output.
+
+    Raises:
+        JobError: a tracker is not installed.
+    """
+    if not job.trackers:
+        yield tell
+        return
+    with contextlib.ExitStack() as stack:
+        writers = [_OPENERS[name](job, stack) for name in job.trackers]
+
+        def both(event: dict[str, Any]) -> None:
+            tell(event)
+            figures = {
+                f"{'train' if event['what'] == 'progress' else 'round'}/{name}": float(value)
+                for name, value in event.items()
+                if name not in _NO_FIGURES and isinstance(value, int | float)
+            }
+            for write in writers:
+                if figures:
+                    write(figures, int(event["step"]))
+
+        yield both
+
+
+Write = Callable[[dict[str, float], int], None]
+
+
+def _tensorboard(job: TrainJob, stack: contextlib.ExitStack) -> Write:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise JobError("trackers: tensorboard needs tensorboardX: pip install 'bert-ray[train]'") from error
+    writer = SummaryWriter(f"{job.output}.tensorboard", flush_secs=10)
+    stack.callback(writer.close)
+
+    def write(figures: dict[str, float], step: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+
+    return write
+
+
+def _mlflow(job: TrainJob, stack: contextlib.ExitStack) -> Write:
+    try:
+        import mlflow
+    except ImportError as error:
+        raise JobError("trackers: mlflow is not installed: pip install 'bert-ray[mlflow]'") from error
+    stack.enter_context(mlflow.start_run(run_name=job.output))
+    # MLflow takes values of up to 6,000 characters.
+    mlflow.log_params({name: str(value)[:6000] for name, value in job.identity().items()})
+
+    def write(figures: dict[str, float], step: int) -> None:
+        mlflow.log_metrics(figures, step=step)
+
+    return write
+
+
+_OPENERS: dict[str, Callable[[TrainJob, contextlib.ExitStack], Write]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+}
