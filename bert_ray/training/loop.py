@@ -158,6 +158,7 @@ class Loop:
         make_stepper: Callable[[TaskModel], Stepper],
         tell: Callable[[dict[str, Any]], None],
         callbacks: Sequence[Callback] = (),
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         """Set up, from the newest checkpoint in `directory` where there is one.
 
@@ -172,12 +173,13 @@ class Loop:
             make_stepper: PlainStepper or DeepSpeedStepper.
             tell: called on rank 0 with progress: at most every two seconds, and at the end of each epoch.
             callbacks: called after each optimiser step, on each worker.
+            beat: called whenever something has got done.
         """
         if device.type == "cpu":
             keep_freed_memory()
         self.job, self.base, self.card, self.data = job, base, card, data
         self.directory, self.peers, self.device = directory, peers, device
-        self.tell, self.callbacks = tell, callbacks
+        self.tell, self.callbacks, self.beat = tell, callbacks, beat
         self.checkpoints = Checkpoints(job.checkpoint.directory or directory / "checkpoints", job.checkpoint.keep)
         self.train, self.validation = data.sources(job, base, card, device)
         self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
@@ -220,6 +222,7 @@ class Loop:
             while position.index < last:
                 start = time.perf_counter()
                 self._step()
+                self.beat()
                 position.index += 1
                 if len(self._unseen) >= self._look_every:
                     self._look()
@@ -362,6 +365,7 @@ class Loop:
                 # Every worker makes as many passes: under ZeRO 3 each gathers weights from all.
                 batch, targets = self._batch(source, batches[index] if index < len(batches) else batches[0][:1], None)
                 _, total, outputs = self.stepper.forward(batch, targets)
+                self.beat()
                 if index < len(batches):
                     found.append((batch.rows, outputs.cpu().numpy(), float(total)))
         everyone = [item for items in self.peers.gather(found) for item in items]
@@ -405,6 +409,7 @@ class Loop:
             }
             self.checkpoints.save(self.done, state, asdict(self.position))
         self.peers.wait()
+        self.beat()
 
     def _satisfied(self) -> bool:
         patience, position = self.job.early_stopping, self.position

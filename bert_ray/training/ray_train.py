@@ -70,7 +70,7 @@ def run(
                 "callbacks": tuple(callbacks),
                 "gpu": gpu,
             },
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=round(60 * job.timeout_minutes)),
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpu, resources_per_worker=_resources(gpu)),
             run_config=RunConfig(
                 # A name of its own each time: what there is to resume stands in our checkpoints, not in Ray's.
@@ -150,6 +150,7 @@ def _worker(config: dict[str, Any]) -> None:
     from bert_ray.training.deepspeed import DeepSpeedStepper
     from bert_ray.training.loop import Loop
     from bert_ray.training.peers import Peers
+    from bert_ray.training.watchdog import watchdog
 
     job, directory = config["job"], config["directory"]
     peers = Peers()
@@ -164,19 +165,20 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(job.threads or max(1, cores // context.get_local_world_size()))
     device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
     base = load_bundle(config["base"])
-    loop = Loop(
-        job=job,
-        base=base,
-        card=config["card"],
-        data=ray.get(config["data"]),
-        directory=directory,
-        peers=peers,
-        device=device,
-        make_stepper=lambda module: DeepSpeedStepper(module, job, device, peers.world),
-        tell=writer(directory),
-        callbacks=config["callbacks"],
-    )
-    position = loop.run()
+    with watchdog(60 * job.timeout_minutes) as beat:
+        position = Loop(
+            job=job,
+            base=base,
+            card=config["card"],
+            data=ray.get(config["data"]),
+            directory=directory,
+            peers=peers,
+            device=device,
+            make_stepper=lambda module: DeepSpeedStepper(module, job, device, peers.world),
+            tell=writer(directory),
+            callbacks=config["callbacks"],
+            beat=beat,
+        ).run()
     if peers.rank == 0:
         (directory / OUTCOME_FILE).write_text(json.dumps(asdict(position)), "utf-8")
     # Ray's own record of the run: what its dashboard shows.

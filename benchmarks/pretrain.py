@@ -1,0 +1,270 @@
+"""Pretraining beside the Hugging Face Trainer, and what feeds it, in one run on one machine:
+
+    python benchmarks/pretrain.py                              five rounds, MiniLM's shape, IMDB's texts
+    python benchmarks/pretrain.py --rounds 2 --steps 3         a quick look
+    python benchmarks/pretrain.py --section loader             how fast rows are read; how soon a resume starts
+
+The same corpus, model, vocabulary, threads and tokens of a step; masked language modelling at 15 %, AdamW, clipping at
+1, dropout 0.1, fp32. The Trainer has DataCollatorForLanguageModeling, and rows as run_mlm.py makes them: `blocks` are
+all texts end to end, cut into full rows of 512; `lines` are texts of their own, cut at 512 and padded. What counts is
+real tokens per second; set-up and evaluation are left out on both sides.
+
+Share of the peak: model FLOPs (bert_ray/model/flops.py: 6 N T + attention, the vocabulary's head over masked tokens
+alone, Kaplan et al., arXiv 2001.08361) over the fp32 matrix-multiply peak measured beside each round. A head over all
+tokens, as the Trainer's model computes it, is no model FLOP: nobody asks for it. Results:
+benchmarks/results/pretrain.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+
+LENGTH = 512
+MASKED = 0.15
+
+
+def make(texts: list[str], corpus: Path) -> None:
+    """A corpus of the texts in MiniLM's vocabulary, by the command that users have."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from bert_ray.cli import main
+
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    path = corpus.parent / "texts.parquet"
+    pq.write_table(pa.table({"text": texts}), path)
+    words = (f"input={path}", f"tokenizer={common.MODEL}", f"output={corpus}", "validation_fraction=0", "markup=html")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        status = main(["corpus", *words])
+    assert status == 0, f"exit status {status}"
+
+
+def ours(scratch: Path, tokens: int, steps: int, threads: int) -> tuple[float, float]:
+    """Real tokens per second by the plain loop, and model FLOPs per token."""
+    from bert_ray.training.job import DataOptions, PretrainingOptions, TrainJob
+    from bert_ray.training.launch import train
+
+    shutil.rmtree(scratch / "model", ignore_errors=True)
+    job = TrainJob(
+        task="pretraining",
+        model=common.MODEL,
+        output=str(scratch / "model"),
+        engine="local",
+        threads=threads,
+        data=DataOptions(train=str(scratch / "corpus")),
+        steps=steps,
+        batch_tokens=tokens,
+        evaluate_every=steps,
+        max_length=LENGTH,
+        learning_rate=1e-4,
+        dropout=0.1,
+        attention_dropout=0.1,
+        pretraining=PretrainingOptions(mask_rate=MASKED),
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        speed = train(job).tokens_per_second
+    return speed, flops_per_token(scratch, job)
+
+
+def flops_per_token(scratch: Path, job: Any) -> float:
+    """Model FLOPs of the corpus's rows, by token."""
+    import numpy as np
+
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.flops import dims_of, training_flops
+    from bert_ray.training.masking import budget
+    from bert_ray.training.pretraining import Rows
+    from bert_ray.training.shards import Documents
+
+    rows = Rows(Documents(scratch / "corpus", "train"), LENGTH - 2)
+    lengths = rows.lengths + 2
+    asked = float(budget(rows.lengths, MASKED).sum())
+    dims = dims_of(load_bundle(job.model).config)
+    return training_flops(dims, lengths.sum(), float((lengths.astype(np.float64) ** 2).sum()), asked) / lengths.sum()
+
+
+def trainer(scratch: Path, tokens: int, steps: int, threads: int, kind: str) -> tuple[float, float]:
+    """Real tokens per second by transformers.Trainer, as run_mlm.py sets it up, and model FLOPs per token."""
+    import torch
+    from transformers import (
+        AutoModelForMaskedLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from bert_ray.model.flops import dims_of, training_flops
+    from bert_ray.model.references import resolve
+
+    torch.set_num_threads(threads)
+    source = resolve(common.MODEL)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForMaskedLM.from_pretrained(source)
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.1
+    texts = json.loads((scratch / "texts.json").read_text())
+    encoded = tokenizer(texts, add_special_tokens=kind == "lines", truncation=kind == "lines", max_length=LENGTH)
+    if kind == "blocks":
+        flat = [
+            token for ids in encoded["input_ids"] for token in [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+        ]
+        rows = [flat[start : start + LENGTH] for start in range(0, len(flat) - LENGTH + 1, LENGTH)]
+    else:
+        rows = encoded["input_ids"]
+    # Rows of a step so that it has as many tokens as ours, padding not counted.
+    mean = sum(map(len, rows)) / len(rows)
+    batch = max(1, round(tokens / mean))
+    rows = (rows * (1 + batch * steps // len(rows)))[: batch * steps]
+
+    class Clock(TrainerCallback):
+        start = seconds = 0.0
+
+        def on_train_begin(self, *arguments: object, **more: object) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *arguments: object, **more: object) -> None:
+            self.seconds = time.perf_counter() - self.start
+
+    clock = Clock()
+    arguments = TrainingArguments(
+        output_dir=str(scratch / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows],
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED),
+            callbacks=[clock],
+        ).train()
+    count = sum(map(len, rows))
+    squares = float(sum(len(row) ** 2 for row in rows))
+    return count / clock.seconds, training_flops(dims_of(model.config), count, squares, MASKED * count) / count
+
+
+def speed(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every contestant in turn."""
+    measured: dict[str, list[tuple[float, float]]] = {"bert_ray": [], "Trainer, blocks": [], "Trainer, lines": []}
+    arguments = (scratch, options.tokens, options.steps, options.threads)
+    for turn in range(options.rounds):
+        for name, runs in measured.items():
+            before = common.peak_flops()
+            # A process of its own: settings that one makes for its process (the allocator's) are not the other's.
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                if name == "bert_ray":
+                    rate, flops = process.apply(ours, arguments)
+                else:
+                    rate, flops = process.apply(trainer, (*arguments, name.split()[-1]))
+            runs.append((rate, rate * flops / ((before + common.peak_flops()) / 2)))
+        print(f"  round {turn + 1} of {options.rounds}", flush=True)
+    own = measured["bert_ray"]
+    found, lines = {}, []
+    for name, runs in measured.items():
+        ratios = [one[0] / other[0] for one, other in zip(own, runs, strict=True)]
+        found[name] = {
+            "tokens_per_second": common.median([rate for rate, _ in runs]),
+            "share_of_peak": common.median([share for _, share in runs]),
+            "bert_ray_is_faster_by": common.median(ratios),
+            "ratios": [round(ratio, 2) for ratio in ratios],
+        }
+        figures = found[name]
+        lines.append(
+            (
+                name,
+                f"{figures['tokens_per_second']:.0f}",
+                f"{figures['share_of_peak']:.3f}",
+                f"{figures['bert_ray_is_faster_by']:.2f}",
+            )
+        )
+    common.table(
+        f"Pretraining MiniLM's shape, {options.tokens:,} tokens a step, {options.threads} threads",
+        ("trainer", "real tokens/s", "share of peak", "bert_ray beside it"),
+        lines,
+    )
+    return found
+
+
+def loader(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Rows read, masked and laid end to end, tokens per second of one thread; and the first batch of a resume."""
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.job import DataOptions, PretrainingOptions, TrainJob
+    from bert_ray.training.pretraining import CorpusSource, Rows, marks_of
+    from bert_ray.training.shards import Documents
+
+    job = TrainJob(
+        task="pretraining",
+        model=common.MODEL,
+        output="unused",
+        data=DataOptions(train=str(scratch / "corpus")),
+        batch_tokens=options.tokens,
+        steps=10**6,
+    )
+    marks = marks_of(load_bundle(common.MODEL).tokenizer(), common.MODEL)
+    found: dict[str, Any] = {}
+    for name, chosen in (("tokens", PretrainingOptions()), ("words", PretrainingOptions(whole_words=True))):
+        job.pretraining = chosen
+        source = CorpusSource(Rows(Documents(scratch / "corpus", "train"), LENGTH - 2), marks, job)
+        source.batch(source.select(0), 0)
+        start, count = time.perf_counter(), 0
+        for step in range(1, 101):
+            samples = source.select(step)
+            batch, _ = source.batch(samples, step)
+            count += len(batch.input_ids)
+        found[f"{name}_per_second"] = count / (time.perf_counter() - start)
+    start = time.perf_counter()
+    source = CorpusSource(Rows(Documents(scratch / "corpus", "train"), LENGTH - 2), marks, job)
+    source.batch(source.select(10**6 - 1), 10**6 - 1)
+    found["resume_at_the_last_step_sec"] = time.perf_counter() - start
+    common.table("Reading, one thread", ("what", "figure"), [(name, f"{value:,.3g}") for name, value in found.items()])
+    return found
+
+
+def main() -> None:
+    """Measure the sections asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="optimiser steps of each run")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--section", choices=("speed", "loader"), action="append", help="default: both")
+    options = parser.parse_args()
+    common.set_threads(options.threads)
+    path = common.RESULTS / "pretrain.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    texts = common.reviews(2000, split="train")[0].to_pylist()
+    scratch = Path(tempfile.mkdtemp(prefix="bert_ray-bench-"))
+    try:
+        make(texts, scratch / "corpus")
+        (scratch / "texts.json").write_text(json.dumps(texts))
+        for name, section in (("speed", speed), ("loader", loader)):
+            if not options.section or name in options.section:
+                settings = {"rounds": options.rounds, "steps": options.steps, "tokens": options.tokens}
+                figures[name] = {"settings": settings | {"threads": options.threads}, **section(scratch, options)}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    common.keep("pretrain", {name: value for name, value in figures.items() if name != "machine"})
+
+
+if __name__ == "__main__":
+    main()
