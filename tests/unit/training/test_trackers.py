@@ -1,0 +1,53 @@
+"""A run's figures reach TensorBoard's files and MLflow's store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bert_ray.errors import JobError
+from bert_ray.training.job import TrainJob
+from bert_ray.training.launch import train
+
+Jobs = Callable[..., TrainJob]
+
+
+def test_tensorboard(job_for: Jobs) -> None:
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    job = job_for(trackers=["tensorboard"])
+    result = train(job, tell=lambda _: None)
+    (file,) = Path(f"{job.output}.tensorboard").iterdir()
+    content, found = file.read_bytes(), {}
+    while content:
+        # A record: length (8 bytes), its checksum (4), the event, its checksum (4).
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    losses = [(int(entry["step"]), entry["train_loss"]) for entry in result.history]
+    assert [step for step, _ in found["round/train_loss"]] == [step for step, _ in losses]
+    assert [value for _, value in found["round/train_loss"]] == pytest.approx([value for _, value in losses])
+
+
+def test_mlflow(job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    job = job_for(trackers=["mlflow"])
+    result = train(job, tell=lambda _: None)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["learning_rate"] == str(job.learning_rate)
+    logged = client.get_metric_history(run.info.run_id, "round/train_loss")
+    assert [item.value for item in logged] == [entry["train_loss"] for entry in result.history]
+
+
+def test_another_is_refused(job_for: Jobs) -> None:
+    with pytest.raises(JobError, match="trackers is 'wandb'; give one of tensorboard, mlflow"):
+        job_for(trackers=["wandb"])
