@@ -30,6 +30,7 @@ from typing import Any, Literal
 from bert_ray.config import dump_job, load_job, peek
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.job import TrainJob
 
 _ENTRY = "bert_ray_job.py"
@@ -84,8 +85,9 @@ def submit(argv: Sequence[str]) -> int:
     options = load_job(SubmitOptions, ours, command="bert-ray submit", job_file=False)
     command, cls = _kind(theirs)
     job: Any = load_job(cls, theirs, command=f"bert-ray {command}")
-    if command == "train" and options.to == "spark":
-        raise JobError("training runs on Ray: submit it --to ray")
+    if command != "annotate" and options.to == "spark":
+        what = {"train": "training runs", "corpus": "a corpus is made"}[command]
+        raise JobError(f"{what} on Ray: submit it --to ray")
     send = _to_ray if options.to == "ray" else _to_spark
     return send(options, command, job)
 
@@ -124,7 +126,9 @@ def _kind(words: list[str]) -> tuple[str, type]:
     if ("input" in keys) == ("data" in keys):
         which = files[0] if files else "the command"
         raise JobError(f"{which} is neither an annotate job (it has `input`) nor a train job (it has `data`)")
-    return ("annotate", AnnotateJob) if "input" in keys else ("train", TrainJob)
+    if "input" not in keys:
+        return "train", TrainJob
+    return ("corpus", CorpusJob) if "tokenizer" in keys else ("annotate", AnnotateJob)
 
 
 def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
@@ -270,13 +274,16 @@ def _absolute(job: Any) -> Any:
     changed: dict[str, Any] = {"output": _path(job.output)}
     if isinstance(job, AnnotateJob):
         changed["input"] = _path(job.input)
+    elif isinstance(job, CorpusJob):
+        changed["input"] = [_path(place) for place in job.inputs]
     else:
         data = job.data
         changed["data"] = replace(
             data, train=_path(data.train), validation=_path(data.validation) if data.validation else None
         )
-    if Path(job.model).is_dir():
-        changed["model"] = _path(job.model)  # Anything else is a hub id, a package or a URI.
+    model = "tokenizer" if isinstance(job, CorpusJob) else "model"
+    if Path(getattr(job, model)).is_dir():
+        changed[model] = _path(getattr(job, model))  # Anything else is a hub id, a package or a URI.
     return replace(job, **changed)
 
 

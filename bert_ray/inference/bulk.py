@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +27,8 @@ import pyarrow as pa
 from bert_ray import __version__
 from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
 from bert_ray.inference.job import AnnotateJob
-from bert_ray.inference.progress import Progress
-from bert_ray.lake.journal import Journal
+from bert_ray.lake.journal import Journal, refuse_another_job
+from bert_ray.lake.progress import Progress
 
 # Sessions that run.json remembers.
 _SESSIONS = 100
@@ -265,7 +264,7 @@ def prepare(job: AnnotateJob) -> Plan:
         "output columns": {field.name: str(field.type) for field in work.schema},
     }
     if earlier:
-        _compare(output, earlier["settings"], settings)
+        refuse_another_job(output, earlier["settings"], settings)
     units = table.units(job.unit_rows)
     if earlier:
         _reconcile(journal, units)
@@ -323,27 +322,6 @@ def _checked(schema: Any, inputs: tuple[str, ...], kept: tuple[str, ...]) -> Any
     if not set(inputs) <= set(schema.names):
         return schema
     return pa.schema([schema.field(name) for name in dict.fromkeys((*kept, *inputs))])
-
-
-def _compare(output: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise a JobError where the run that the output holds is not this one."""
-    differences = []
-    for key, value in now.items():
-        if (was := earlier.get(key)) == value:
-            continue
-        if isinstance(was, dict) and isinstance(value, dict):
-            differences += [
-                f"{key}: {name} was {was.get(name, 'not there')}, is {value.get(name, 'not there')}"
-                for name in {**was, **value}
-                if was.get(name) != value.get(name)
-            ] or [f"{key}: were in the order {', '.join(was)}, are in {', '.join(value)}"]
-        else:
-            differences.append(f"{key} was {was}, is {value}")
-    if differences:
-        raise JobError(
-            f"the output {output} holds a run of another job ({'; '.join(differences)}): "
-            "give that job again to go on with it, or choose another output"
-        )
 
 
 def _reconcile(journal: Journal, units: list[Any]) -> None:

@@ -94,6 +94,11 @@ def _open(output: str | os.PathLike[str]) -> tuple[Journal, dict[str, Any]]:
     plan = journal.read_run()
     if not plan:
         raise JobError(f"{output} holds no run: name the output directory of a `bert-ray annotate`")
+    if plan.get("kind") == "corpus":
+        raise JobError(
+            f"{output} is a corpus: `bert-ray corpus` with its job tells how far it is, and goes on with it; "
+            "corpus.json says what a finished one holds"
+        )
     return journal, plan
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import JobError, LakeError
 
 FOLDER = "_bert_ray"
 # The journal's layout; one that a later version cannot read is refused by name rather than misread.
@@ -203,6 +203,36 @@ class Journal:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_directory(path.parent)
+
+
+def refuse_another_job(output: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that the run that an output holds is the one that is asked for.
+
+    Args:
+        output: for the message.
+        earlier: settings that decide what is written, as they were.
+        now: as they are.
+
+    Raises:
+        JobError: they differ; the message says where.
+    """
+    differences = []
+    for key, value in now.items():
+        if (was := earlier.get(key)) == value:
+            continue
+        if isinstance(was, dict) and isinstance(value, dict):
+            differences += [
+                f"{key}: {name} was {was.get(name, 'not there')}, is {value.get(name, 'not there')}"
+                for name in {**was, **value}
+                if was.get(name) != value.get(name)
+            ] or [f"{key}: were in the order {', '.join(was)}, are in {', '.join(value)}"]
+        else:
+            differences.append(f"{key} was {was}, is {value}")
+    if differences:
+        raise JobError(
+            f"the output {output} holds a run of another job ({'; '.join(differences)}): "
+            "give that job again to go on with it, or choose another output"
+        )
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def kill_a_worker(output: Path) -> tuple[str, int] | None:
     until = time.monotonic() + 10
     while _state(pid) not in "TZX" and time.monotonic() < until:  # In a system call it stops a moment later.
         time.sleep(0.001)
-    if found != under_way(output, unit) or unit in journal_names(output, "receipts"):
+    if found != under_way(output, unit) or f"{unit}.json" in journal_names(output, "receipts"):
         os.kill(pid, signal.SIGCONT)
         return None
     os.kill(pid, signal.SIGKILL)

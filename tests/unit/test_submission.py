@@ -14,6 +14,7 @@ from bert_ray.config import load_job
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.submission import SubmitOptions, submit
+from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.job import TrainJob
 
 
@@ -35,7 +36,7 @@ def test_no_key_of_a_job_is_taken_for_submissions() -> None:
     from bert_ray.config.keys import list_keys
 
     ours = {key.name for key in list_keys(SubmitOptions)}
-    for cls in (AnnotateJob, TrainJob):
+    for cls in (AnnotateJob, CorpusJob, TrainJob):
         assert not ours & {key.name.partition(".")[0] for key in list_keys(cls)}
 
 
@@ -51,6 +52,7 @@ def test_no_key_of_a_job_is_taken_for_submissions() -> None:
         (["--to", "ray", "job.yaml"], "no Ray cluster: give --address"),
         (["--to", "spark", "job.yaml"], "no Spark master: give --master"),
         (["--to", "spark", "train.yaml", "--master", "local"], "training runs on Ray"),
+        (["--to", "spark", "input=lake", "tokenizer=t", "output=out"], "a corpus is made on Ray"),
         (
             ["--to", "spark", "job.yaml", "--master", "yarn", "spark.config.spark.submit.deployMode=cluster"],
             "client mode",
@@ -80,6 +82,8 @@ def test_local_paths_become_absolute_and_others_stay(tmp_path: Path) -> None:
     train = submission._absolute(load_job(TrainJob, words))
     assert (train.data.train, train.data.validation) == (f"{tmp_path}/t.parquet", "/v.parquet")
     assert (train.model, train.output) == ("pkg:some/model", f"{tmp_path}/out")
+    corpus = submission._absolute(CorpusJob(input=["lake", "s3://lake"], tokenizer="model", output="out"))
+    assert (corpus.inputs, corpus.tokenizer) == ([f"{tmp_path}/lake", "s3://lake"], f"{tmp_path}/model")
 
 
 def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ Shapes: V the decoder's vocabulary, D hidden size.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from bert_ray.errors import BundleError
 from bert_ray.model.bundle import Card, max_positions, read_model, save_bundle
 from bert_ray.model.decoder import Decoder, decoder_of
 from bert_ray.model.encoder import Encoder, encoder_of
 from bert_ray.model.tokenization import to_python_strings
+from bert_ray.model.vocabulary import add_tokens, is_wordpiece, stands_alone, whole_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -98,40 +96,21 @@ def spelling(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[PreT
         the tokenizer, and what was added: a character by itself, and one that goes on a word unless it always stands
         alone (as Chinese ones do). Other kinds of tokenizers spell everything, or cannot be added to: they stay.
     """
-    from tokenizers import Tokenizer as Backend
-    from transformers import AutoTokenizer
-
-    backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
-    state = json.loads(backend.to_str())
-    if state["model"]["type"] != "WordPiece":
+    backend = tokenizer.backend_tokenizer
+    if not is_wordpiece(tokenizer):
         return tokenizer, []
-    words: dict[str, int] = state["model"]["vocab"]
+    words = tokenizer.get_vocab()
     often: Counter[str] = Counter()
-
-    def normal(text: str) -> str:
-        return backend.normalizer.normalize_str(text) if backend.normalizer else text
-
     for text in texts:
-        often.update(normal(text))
-    prefix, added = state["model"]["continuing_subword_prefix"], []
+        often.update(backend.normalizer.normalize_str(text) if backend.normalizer else text)
+    added: list[str] = []
     for character in sorted(often):
         if often[character] < _LEAST_OFTEN or character.isspace():
             continue
-        parts = backend.pre_tokenizer.pre_tokenize_str(normal(f"a{character}a"))
-        alone = [part for part, _ in parts] == ["a", character, "a"]
-        added += [token for token in (character, *(() if alone else (prefix + character,))) if token not in words]
-    if not added:
-        return tokenizer, []
-    first = max(tokenizer.get_vocab().values()) + 1
-    words |= {token: first + place for place, token in enumerate(added)}
-    with tempfile.TemporaryDirectory(prefix="bert_ray-") as scratch:
-        tokenizer.save_pretrained(scratch)
-        (Path(scratch) / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
-        (Path(scratch) / "vocab.txt").unlink(missing_ok=True)
-        wider = AutoTokenizer.from_pretrained(scratch)
-    if (largest := max(wider.get_vocab().values())) != first + len(added) - 1:
-        raise BundleError(f"the tokenizer could not be added to: its largest id is {largest}")
-    return wider, added
+        alone = stands_alone(backend, character)
+        tokens = (character, *(() if alone else (backend.model.continuing_subword_prefix + character,)))
+        added += [token for token in tokens if token not in words]
+    return (add_tokens(tokenizer, added), added) if added else (tokenizer, [])
 
 
 def target_vocabulary(texts: list[str], size: int) -> Backend:
@@ -219,7 +198,7 @@ def _embed(
     """Embeddings (V, D): the mean over the base's pieces of each token's text; fresh where it has none."""
     weight.copy_(torch.randn(weight.shape, generator=draw) * base.std())
     names = [(backend.id_to_token(index) or "").replace("▁", " ").strip() for index in range(len(weight))]
-    spelt = tokenizer.backend_tokenizer.encode_batch(names, add_special_tokens=False)
+    spelt = whole_texts(tokenizer).encode_batch(names, add_special_tokens=False)
     special = set(tokenizer.all_special_ids)  # The unknown token among them: it stands for no text.
     for index, encoding in enumerate(spelt):
         if encoding.ids and special.isdisjoint(encoding.ids):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bert_ray.inference import progress
+from bert_ray.lake import progress
 from bert_ray.lake.progress import Progress
 
 

@@ -23,7 +23,7 @@ class Progress:
         Args:
             what: stands first in each line.
             units: how many there are to do.
-            rows: how many they hold, as far as files tell.
+            rows: how many they hold, as far as files tell; None: not known.
             stream: default: standard error.
         """
         self.units, self.rows = units, rows
@@ -56,7 +56,7 @@ class Progress:
             self._bar.close()
 
     def watch(self, rows: int) -> None:
-        """Rows of the unit under way that are annotated so far."""
+        """Rows of the unit under way that are done so far."""
         self._rows_underway = rows
         self._began = self._began or time.monotonic()
 
@@ -73,7 +73,8 @@ class Progress:
         """The state in words."""
         rows = self.rows_done + self._rows_underway
         if self._began is None:
-            return f"{self._what}: {self.units} units, {self.rows or 0:,} rows to do; starting"
+            size = "" if self.rows is None else f", {self.rows:,} rows"
+            return f"{self._what}: {self.units} units{size} to do; starting"
         rate = rows / max(1e-9, time.monotonic() - self._began)
         parts = [f"{self.units_done + self.units_failed}/{self.units} units", f"{rows:,} rows", f"{rate:,.0f} rows/s"]
         if self.units_failed:

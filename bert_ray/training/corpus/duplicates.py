@@ -1,0 +1,157 @@
+"""Which documents say what an earlier one says: exactly, by a hash of the text, or nearly, by MinHash and banding.
+
+A document's signature holds, for each of P random orders of all runs of words, the first of its own runs (MinHash;
+Broder, 1997). Two signatures agree in a place with the probability of the documents' Jaccard similarity s. The
+signature is cut into b bands of r values; documents that agree in a whole band are near duplicates, which happens with
+probability 1 - (1 - s^r)^b (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4), a step around the
+threshold. Only the bands' hashes are kept, and one band of all documents is in memory at a time.
+
+Shapes: D documents of the whole corpus, P permutations, b bands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from bert_ray.training.corpus.cleaning import CHINESE, slices
+from bert_ray.training.corpus.job import NearOptions
+
+KEPT, EXACT, NEAR = 0, 1, 2
+
+_WORD = re.compile(f"[{CHINESE}]|[^\\W{CHINESE}]+")
+_SEED = 1
+# Runs are hashed by so many at a time: their values under all permutations stay in a core's cache.
+_RUNS = 2048
+# A text's words are listed by so many characters at a time.
+_SLICE_CHARACTERS = 2**18
+# The golden ratio's odd multiplier (Knuth, The Art of Computer Programming, volume 3, section 6.4).
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def bands(options: NearOptions) -> tuple[int, int]:
+    """How a signature is cut: b bands of r values, that the threshold be met best (datasketch weighs the errors)."""
+    return _bands(options.threshold, options.permutations)
+
+
+def signer(options: NearOptions) -> Callable[[str], np.ndarray]:
+    """A function from a cleaned text to the hashes of its bands, uint64 (b,)."""
+    from datasketch import MinHash  # type: ignore[import-untyped]
+
+    count, size = bands(options)
+    start = MinHash(num_perm=options.permutations, seed=_SEED, scheme="affine32")
+    orders = start.permutations
+
+    def sign(text: str) -> np.ndarray:
+        signature = MinHash(
+            num_perm=options.permutations, seed=_SEED, scheme="affine32", permutations=orders, hashfunc=_as_it_is
+        )
+        for runs in _runs(text, options.words):
+            for first in range(0, len(runs), _RUNS):
+                signature.update_batch(runs[first : first + _RUNS].tolist())
+        values = signature.hashvalues.astype("<u4")
+        hashes = [
+            hashlib.blake2b(values[band * size : (band + 1) * size].tobytes(), digest_size=8).digest()
+            for band in range(count)
+        ]
+        return np.frombuffer(b"".join(hashes), "<u8")
+
+    return sign
+
+
+def decide(ids: np.ndarray, band: Callable[[int], np.ndarray] | None, count: int) -> np.ndarray:
+    """Which documents stay: of equal or nearly equal ones the first.
+
+    Args:
+        ids: hashes of the texts as two numbers each, uint64 (D, 2).
+        band: gives the hashes of all documents in one band, uint64 (D,); None: near duplicates stay.
+        count: b.
+
+    Returns:
+        KEPT, EXACT or NEAR, uint8 (D,).
+    """
+    verdict = np.full(len(ids), KEPT, np.uint8)
+    if not len(ids):
+        return verdict
+    # Stable: of equal documents the first comes first.
+    order = np.lexsort((ids[:, 1], ids[:, 0]))
+    again = (ids[order[1:]] == ids[order[:-1]]).all(1)
+    exact = order[1:][again]
+    del order, again
+    if band is not None:
+        parent = np.arange(len(ids), dtype=np.int64)
+        for number in range(count):
+            hashes = band(number)
+            order = np.argsort(hashes, kind="stable")
+            hashes = hashes[order]
+            same = hashes[1:] == hashes[:-1]
+            _join(parent, order[:-1][same], order[1:][same])
+        verdict[_roots(parent, np.arange(len(parent))) != np.arange(len(parent))] = NEAR
+    verdict[exact] = EXACT
+    return verdict
+
+
+@cache
+def _bands(threshold: float, permutations: int) -> tuple[int, int]:
+    from datasketch import MinHashLSH  # type: ignore[import-untyped]
+
+    found: Any = MinHashLSH(threshold=threshold, num_perm=permutations)
+    return found.b, found.r
+
+
+def _runs(text: str, words: int) -> Iterator[np.ndarray]:
+    """The hashes of a text's runs of words, 32 bits each; of a shorter text, one run of all it has."""
+    held = np.empty(0, np.uint64)
+    told = False
+    for piece in slices(text.lower(), _SLICE_CHARACTERS):
+        found = _WORD.findall(piece)
+        fresh = np.fromiter(map(crc32, map(str.encode, found)), np.uint64, len(found))
+        held = np.concatenate([held, fresh])
+        if len(held) >= words:
+            told = True
+            yield _mix([held[place : len(held) - words + 1 + place] for place in range(words)])
+            held = held[len(held) - words + 1 :]
+    if not told:
+        # Texts of marks alone have no words, and are the same only if they are equal.
+        yield _mix([held[place : place + 1] for place in range(len(held))] or [_whole(text)])
+
+
+def _whole(text: str) -> np.ndarray:
+    return np.array([crc32(text.encode())], np.uint64)
+
+
+def _mix(columns: list[np.ndarray]) -> np.ndarray:
+    """One 32-bit number for each row of some columns of numbers."""
+    mixed = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        mixed = (mixed ^ column) * _MULTIPLIER
+        mixed ^= mixed >> np.uint64(29)
+    return mixed >> np.uint64(32)
+
+
+def _as_it_is(value: int) -> int:
+    return value
+
+
+def _join(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+    """Union-find over arrays: the sets of `one[i]` and `other[i]` become one, whose root is its smallest number."""
+    while len(one):
+        one, other = _roots(parent, one), _roots(parent, other)
+        apart = one != other
+        one, other = one[apart], other[apart]
+        np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
+
+
+def _roots(parent: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """The roots of some items, which are then hung right below them."""
+    roots = parent[items]
+    while not np.array_equal(roots, above := parent[roots]):
+        roots = above
+    parent[items] = roots
+    return roots

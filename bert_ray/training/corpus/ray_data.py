@@ -1,0 +1,94 @@
+"""The tasks of a corpus on Ray Data: each a block of its own, done by Ray's tasks, which wait for no pool."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Generator, Iterator, Sequence
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from bert_ray.errors import BertRayError, JobError
+from bert_ray.training.corpus.tokens import quiet_threads
+from bert_ray.training.corpus.work import Outcome, Task, Work, do
+
+# Blocks of the tasks' dataset. One task each up to here, so that its outcome is known when it ends.
+_MOST_BLOCKS = 10_000
+
+
+class EngineError(BertRayError):
+    """Ray gave up in the middle of a run. What is done stays done."""
+
+
+def run(work: Work, tasks: Sequence[Task], workers: int | None) -> Generator[Outcome, None, None]:
+    """Do tasks on the cluster; outcomes come as they end. A task whose worker dies is given to another.
+
+    Args:
+        work: what all have in common.
+        tasks: what there is to do.
+        workers: tasks at a time; None: as many as there are CPUs.
+
+    Raises:
+        EngineError: Ray gave up.
+    """
+    if not tasks:
+        return
+
+    def do_some(batch: pa.Table) -> pa.Table:
+        quiet_threads()
+        return pa.table({"outcome": [do(work, Task.from_json(text)).to_json() for text in batch["task"].to_pylist()]})
+
+    dataset = ray.data.from_items(
+        [{"task": task.to_json()} for task in tasks], override_num_blocks=min(len(tasks), _MOST_BLOCKS)
+    ).map_batches(
+        do_some,
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=workers),
+        num_cpus=1,
+    )
+    try:
+        # Closing Ray's generator shuts its executor down.
+        with contextlib.closing(
+            iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+        ) as batches:
+            for batch in batches:
+                for text in batch["outcome"].to_pylist():
+                    yield Outcome.from_json(text)
+    except ray.exceptions.RayError as error:
+        raise EngineError(
+            f"Ray gave up: {' '.join(str(error).split())[:500]}; the same command goes on with what is left"
+        ) from error
+
+
+@contextlib.contextmanager
+def session(address: str | None) -> Iterator[None]:
+    """A connection to Ray, quiet but for its errors: the caller's where there is one, the cluster's, or one of our own.
+
+    Raises:
+        JobError: no cluster answers.
+    """
+    ours = not ray.is_initialized()
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if ours and address:
+            ray.init(address=address, log_to_driver=False)
+        elif ours:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise JobError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+    # Ray Data's own progress counts blocks; ours, beside which it would stand, documents.
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before[0]
+        logger.setLevel(before[1])
+        if ours:
+            ray.shutdown()

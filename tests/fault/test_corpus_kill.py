@@ -1,0 +1,159 @@
+"""Promise 5, for a corpus: SIGKILL in every stage, and the shards are those of an undisturbed run, byte for byte.
+
+Each test first asserts that the kill fell where it was meant to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus.run import run
+from bert_ray.training.shards import is_corpus, read_manifest
+from tests.fault.test_annotate_kill import killer, wait_for
+from tests.lakes import journal_names, receipts
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = 8
+
+DRIVER = """
+import sys
+from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus.run import run
+lake, tokenizer, output, engine, fault = sys.argv[1:]
+if __name__ == "__main__":
+    exec(fault)
+    job = CorpusJob(input=lake, tokenizer=tokenizer, output=output, engine=engine, unit_rows=20, shard_tokens=20_000)
+    sys.exit(run(job).exit_status)
+"""
+
+# The process kills itself when it puts the n-th file of a kind in its place: before, or right after.
+KILL_AT = """
+import os, signal
+real, seen = os.replace, []
+def replace(source, target):
+    if "{kind}" in str(target):
+        seen.append(target)
+    if len(seen) == {number} and "{kind}" in str(target):
+        if "{when}" == "after":
+            real(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+"""
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("corpus") / "lake"
+    root.mkdir()
+    words = "the film was good and bad service food phone money works well love story staff".split()
+    draw = np.random.default_rng(0)
+    for file in range(UNITS):
+        texts = [" ".join(draw.choice(words, 400)) for _ in range(19)]
+        # One exact duplicate of another file's in each.
+        texts.append("the same text stands in every file")
+        pq.write_table(pa.table({"text": texts}), root / f"f{file}.parquet")
+    return root
+
+
+def job(lake: Path, tokenizer: Path, output: Path, engine: str = "local") -> CorpusJob:
+    return CorpusJob(
+        input=str(lake), tokenizer=str(tokenizer), output=str(output), engine=engine, unit_rows=20, shard_tokens=20_000
+    )
+
+
+def drive(lake: Path, tokenizer: Path, output: Path, engine: str, fault: str = "") -> subprocess.Popen:
+    command = [sys.executable, "-c", DRIVER, str(lake), str(tokenizer), str(output), engine, fault]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+
+def made(output: Path) -> dict[str, str]:
+    """The hashes of all that a reader of the corpus reads."""
+    folders = [output / name for name in ("train", "validation", "tokenizer")]
+    paths = [path for folder in folders for path in sorted(folder.glob("*"))]
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lake: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    summary = run(job(lake, tiny_encoder, output))
+    assert summary.exit_status == 0
+    assert summary.manifest.dropped == {"exact duplicate": UNITS - 1}
+    assert len(summary.manifest.splits["train"].shards) >= 3
+    return output
+
+
+# Kind of file, which of them in that process, when; and what then stands: receipts of each stage.
+FAULTS = [
+    ("/clean/", 3, "before", {"clean": 2}),
+    ("/clean/", 3, "after", {"clean": 4}),
+    ("/duplicates/", 1, "before", {"clean": UNITS}),
+    ("/tokens/", 3, "after", {"clean": UNITS, "duplicates": 1, "tokens": 2}),
+    ("/train/0", 2, "after", {"clean": UNITS, "duplicates": 1, "tokens": UNITS, "shard": 1}),
+    ("/corpus.json", 1, "before", {"clean": UNITS, "duplicates": 1, "tokens": UNITS, "shard": 4}),
+    ("/corpus.json", 1, "after", {"clean": UNITS, "duplicates": 1, "tokens": UNITS, "shard": 4}),
+]
+
+
+@pytest.mark.slow
+def test_one_run_killed_in_every_stage(lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path) -> None:
+    output = tmp_path / "out"
+    for kind, number, when, expected in FAULTS:
+        process = drive(lake, tiny_encoder, output, "local", KILL_AT.format(kind=kind, number=number, when=when))
+        assert process.wait(240) == -signal.SIGKILL, kind
+        stages = [name.split("-")[0] for name in journal_names(output, "receipts")]
+        assert {stage: stages.count(stage) for stage in dict.fromkeys(stages)} == expected
+        assert is_corpus(output) == ((kind, when) == ("/corpus.json", "after"))
+        assert (output / "_bert_ray" / "lock").exists(), "what a crash leaves"
+    assert (output / "_bert_ray" / "clean").exists(), "it was killed before it could tidy up"
+    summary = run(job(lake, tiny_encoder, output))
+    assert summary.exit_status == 0
+    assert made(output) == made(undisturbed)
+    assert read_manifest(output).splits == read_manifest(undisturbed).splits
+    assert journal_names(output, "tmp") == journal_names(output, "started") == []
+    assert not (output / "_bert_ray" / "clean").exists()
+    # Not one unit was done twice that had its receipt: each kill left those of before as they were.
+    sessions = {note["session"] for note in receipts(output) if note["unit"].startswith("clean-")}
+    assert len(sessions) == 3
+
+
+@pytest.mark.slow
+def test_driver_killed_on_ray_and_finished_here(
+    lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    output = tmp_path / "out"
+    process = drive(lake, tiny_encoder, output, "ray")
+    wait_for(lambda: journal_names(output, "receipts"), process)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not is_corpus(output), "the kill came too late"
+    # Its workers may be at a unit still; what they finish now is as good.
+    assert run(job(lake, tiny_encoder, output)).exit_status == 0
+    assert made(output) == made(undisturbed)
+    assert {note["engine"] for note in receipts(output) if "engine" in note} == {"ray", "local"}
+
+
+@pytest.mark.slow
+def test_ray_worker_killed_and_its_unit_done_again(
+    lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path, ray_session: None
+) -> None:
+    output = tmp_path / "out"
+    with killer(output) as killed:
+        summary = run(job(lake, tiny_encoder, output, "ray"))
+    ((unit, pid),) = killed
+    assert pid != os.getpid(), "that was the driver"
+    assert summary.exit_status == 0, "Ray did not start another worker"
+    assert {note["unit"]: note.get("pid") for note in receipts(output)}[unit] != pid
+    assert made(output) == made(undisturbed)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.errors import ColumnError, LakeError
+from bert_ray.training.corpus.job import ReadingOptions
+from bert_ray.training.corpus.sources import Part, open_sources
+
+
+def read(place: Path, columns: list[str], **options: Any) -> tuple[list[str | None], int]:
+    (source,) = open_sources([str(place)], columns, ReadingOptions(**options))
+    reader, texts, replaced = source.reader(), [], 0
+    for part in source.parts(0, 1000, 2**20):
+        assert Part.from_json(part.to_json()) == part
+        for some, bad in reader.read(part):
+            texts += some
+            replaced += bad
+    return texts, replaced
+
+
+def test_every_column_that_a_table_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None], "more": ["b", "c"], "n": [1, 2]}), tmp_path / "a.parquet")
+    assert read(tmp_path, ["text", "more", "other"])[0] == ["a", None, "b", "c"]
+    with pytest.raises(ColumnError, match="has no column 'body', it has text, more, n: name"):
+        read(tmp_path, ["body"])
+    with pytest.raises(ColumnError, match="column 'n' is int64, not text"):
+        read(tmp_path, ["n"])
+
+
+def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
+    raw = pa.array([b"good", b"caf\xe9", None], pa.binary())
+    bad = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0], raw.null_count)
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(LakeError, match=r"a\.parquet: column 'text' holds bytes that are no UTF-8 \(0xe9 in row 1 "):
+        read(tmp_path, ["text"])
+    assert read(tmp_path, ["text"], bad_bytes="replace") == (["good", "caf\ufffd", None], 1)
+
+
+def test_delta_gives_the_active_files_alone(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    place = tmp_path / "table"
+    for text, mode in (("old", "overwrite"), ("new", "overwrite"), ("more", "append")):
+        deltalake.write_deltalake(
+            place, pa.table({"text": [text], "day of": ["a b"]}), mode=mode, partition_by=["day of"]
+        )
+    assert len(list(place.rglob("*.parquet"))) == 3
+    assert sorted(read(place, ["text"])[0]) == ["more", "new"]
+    assert sorted(read(place, ["text"], format="parquet")[0]) == ["more", "new", "old"]
+
+
+def test_a_delta_table_that_its_files_do_not_tell_is_refused(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.write_deltalake(
+        tmp_path / "t", pa.table({"text": ["a"]}), configuration={"delta.enableDeletionVectors": "true"}
+    )
+    with pytest.raises(LakeError, match="deletionVectors, which is not read"):
+        read(tmp_path / "t", ["text"])

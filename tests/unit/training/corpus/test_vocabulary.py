@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_ray.errors import JobError
+from bert_ray.training.corpus.job import VocabularyJob
+from bert_ray.training.corpus.vocabulary import run
+from tests.unit.training.corpus.conftest import sentence
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    lines = [sentence(number) for number in range(50)] + ["味道很好，下次再来。Ünal café", "味道不错"] * 3 + ["罕 x2y7"]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), "utf-8")
+    return tmp_path / "texts.txt"
+
+
+def make(place: Path, output: Path, **settings: Any) -> VocabularyJob:
+    return VocabularyJob(**({"input": str(place), "output": str(output), "size": 200} | settings))
+
+
+def test_a_new_vocabulary(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    summary = run(make(place, tmp_path / "v"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "v")
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert len(tokenizer) == summary.tokens <= 200
+    assert tokenizer.tokenize("The FILM 味道 ünal unala") == ["the", "film", "味", "道", "unal", "unal", "##a"]
+    assert "##味" not in tokenizer.get_vocab()
+    assert tokenizer.tokenize("罕") == ["[UNK]"], "it stands there once"
+    assert tokenizer("a film")["input_ids"][0] == 2
+    assert summary.unknown < 0.01
+
+
+def test_the_same_texts_give_the_same_vocabulary(place: Path, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        run(make(place, tmp_path / name, size=120))
+    one, other = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
+def test_case_is_kept_where_it_is_asked_for(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    run(make(place, tmp_path / "v", lowercase=False))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "v")
+    assert "".join(tokenizer.tokenize("Ünal café")).replace("##", "") == "Ünalcafé"
+
+
+def test_a_size_without_room_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "many.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 200))) * 2, "utf-8")
+    with pytest.raises(JobError, match="size 150 has no room for words beside the 200 characters"):
+        run(make(tmp_path / "many.txt", tmp_path / "v", size=150))
+    run(make(tmp_path / "many.txt", tmp_path / "v", size=150, alphabet=100))
+
+
+def test_an_output_that_is_something_else_is_refused(place: Path, tmp_path: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(JobError, match="holds something else"):
+        run(make(place, tmp_path))
+    with pytest.raises(JobError, match="is a model"):
+        run(make(place, tiny_bundle))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(JobError, match="there is no text in it"):
+        run(make(tmp_path / "empty.txt", tmp_path / "v"))
+
+
+def test_a_models_vocabulary_is_extended(tmp_path: Path, tiny_encoder: Path) -> None:
+    from bert_ray.model.bundle import load_bundle
+
+    texts = ["the remdesivir dose was good, remdesivir works 好", "ebola and remdesivir 42x42 好 once"] * 3
+    (tmp_path / "medical.txt").write_text("\n".join(texts), "utf-8")
+    output = tmp_path / "wider"
+    summary = run(make(tmp_path / "medical.txt", output, extend=str(tiny_encoder), words=2))
+    assert summary.added == ["好", "remdesivir", "dose"]
+    assert summary.pieces_per_word < summary.before
+    old, new = load_bundle(str(tiny_encoder)), load_bundle(str(output))
+    before, after = old.tokenizer(), new.tokenizer()
+    assert after.tokenize("the Remdesivir dose 好 works") == ["the", "remdesivir", "dose", "好", "works"]
+    weights, wider = (bundle.model().get_input_embeddings().weight.detach() for bundle in (old, new))
+    assert wider.shape[0] == len(after) == len(before) + 3 == new.config.vocab_size
+    assert (wider[: len(before)] == weights).all()
+    pieces = before.convert_tokens_to_ids(before.tokenize("remdesivir"))
+    assert len(pieces) > 1
+    assert wider[after.convert_tokens_to_ids("remdesivir")].allclose(weights[pieces].mean(0), atol=1e-6)
+    # What could not be spelt is as spread as the others.
+    fresh = wider[after.convert_tokens_to_ids("好")]
+    assert 0.5 < float(fresh.std() / weights.std()) < 2
+    assert new.card.provenance["vocabulary"]["added"] == 3
+    assert json.loads((output / "bert_ray.json").read_text())["task"] == "embedding"
+
+
+def test_what_cannot_be_extended_is_refused(place: Path, tmp_path: Path, tiny_bundle: Path, tiny_encoder: Path) -> None:
+    with pytest.raises(JobError, match="is a model of task classification: extend the encoder"):
+        run(make(place, tmp_path / "v", extend=str(tiny_bundle)))
+    (tmp_path / "plain.txt").write_text("the film was good\n" * 3)
+    with pytest.raises(JobError, match="suits them as it is"):
+        run(make(tmp_path / "plain.txt", tmp_path / "v", extend=str(tiny_encoder)))
