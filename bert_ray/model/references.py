@@ -39,6 +39,11 @@ def resolve(reference: str) -> Path:
         return path.absolute()
     if path.exists():
         raise BundleError(f"{reference} is a file; a model reference is a directory")
+    if path.with_name(path.name + ".index").exists():
+        raise BundleError(
+            f"{reference} is a checkpoint that TensorFlow wrote, not a bundle; make one of it, and give that: bert-ray "
+            f"convert {reference} OUT"
+        )
     if _HUB_ID.fullmatch(reference):
         return _on_hub(reference)
     raise BundleError(f"no model at {reference}: no such directory")

@@ -1,1 +1,1 @@
-"""Before the work: which model to take."""
+"""Before the work: which model to take, and what its training will need."""

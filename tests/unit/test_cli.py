@@ -69,9 +69,12 @@ def test_help_and_version() -> None:
     [
         (["annotate"], ["--input TEXT", "--engine local|ray|spark", "bert-ray annotate jobs/annotate.yaml"]),
         (["train"], ["--data.train TEXT", "--zero-stage 0|1|2|3", "bert-ray train jobs/finetune.yaml"]),
+        (["corpus"], ["--near.threshold X", "--words tokenizer|jieba", "bert-ray corpus jobs/corpus.yaml"]),
+        (["vocabulary"], ["--extend TEXT", "--size N", "bert-ray vocabulary --input lake/"]),
         (["evaluate"], ["usage: bert-ray evaluate MODEL TABLE", "--label TEXT", "--mistakes N"]),
         (["submit"], ["--to ray|spark", "--wait true|false", "bert-ray submit jobs/annotate.yaml --to ray"]),
         (["choose"], ["usage: bert-ray choose TABLE", "--models [A, B]", "--budget-minutes X"]),
+        (["plan"], ["usage: bert-ray plan JOB", "--gpu t4|v100", "--network-gbps X"]),
         (["runs"], ["status", "failures", "resume"]),
         (["runs", "resume"], ["--engine local|ray|spark", "bert-ray runs resume OUTPUT"]),
     ],

@@ -1,0 +1,203 @@
+"""Memory of one worker, in bytes, as this implementation holds it: weights, gradients, optimiser, activations.
+
+What is shared out among n workers by ZeRO's stages, of a model of N parameters (Rajbhandari et al., arXiv 1910.02054,
+section 5; there with weights in half precision, here all in fp32 under autocast):
+
+    stage  weights        gradients  optimiser's state
+    0      4 N            4 N        8 N
+    1      4 N            4 N        8 N / n, and 4 N / n for the weights it works on
+    2      4 N            4 N / n    the same
+    3      4 N / n        4 N / n    8 N / n
+
+At stage 3 all weights are gathered while the model computes (`training/deepspeed.py`), 4 N more then: here it spares
+gradients and state, not weights. DeepSpeed's buffers come on top.
+
+Activations are counted layer by layer from what autograd keeps of `model/encoder.py` and `model/attention.py`, as
+Korthikanti et al. (arXiv 2205.05198, section 4.1) do for Megatron's layers; theirs is s b h (34 + 5 a s / h), with
+masks of one byte and inputs of layer norms in half precision. With activation checkpointing a layer keeps its input
+alone (section 5 there; Chen et al., arXiv 1604.06174).
+
+Shapes: T tokens of one pass, L length of a row, D hidden size, F width of the feed-forward layer, H heads,
+V vocabulary, M tokens asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bert_ray.planning.workload import Pass, Workload
+
+_FP32, _HALF, _INT64 = 4, 2, 8
+# Adam's and LAMB's moments: two fp32 numbers for each parameter.
+_MOMENTS = 2
+# Elements of a ZeRO communication bucket at most, as `training/deepspeed.py` sets it.
+_BUCKET_ELEMENTS = 64 * 2**20
+# Elements that DeepSpeed 0.19 copies into one flat tensor for stage 0's all-reduce (runtime/engine.py,
+# MEMORY_OPT_ALLREDUCE_SIZE).
+_FLAT_ELEMENTS = 500_000_000
+# Copies of the logits (M, V) in fp32 when the backward pass of cross_entropy is under way: log-probabilities, the
+# gradient that nll_loss makes, and the one that log_softmax makes of it.
+_LOGITS = 3
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Memory:
+    """Bytes of one worker.
+
+    Attributes:
+        weights: that it holds, gathered ones included.
+        gradients: all that exist at once.
+        optimizer: moments, and the copy of the weights that ZeRO's optimiser works on.
+        copies: of weights for the time of a step: cast by autocast, and queries, keys and values side by side.
+        buffers: of communication.
+        activations: kept for the backward pass, by the encoder and by the head.
+        working: what the head's, or the last layer's, backward pass needs besides.
+        peak: the most at any moment of a step. Less than the sum: activations have gone when the last gradients come.
+        host: in the machine's memory, by offload.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    buffers: float
+    activations: float
+    working: float
+    peak: float
+    host: float = 0.0
+
+
+def memory(work: Workload, workers: int) -> Memory:
+    """What one of so many workers needs, at the moments of a step when it needs most."""
+    passed = work.passes(workers)
+    numbers = _FP32 * work.parameters
+    share = numbers / workers if work.zero_stage else numbers
+    held, copied = _weights(work, numbers, share)
+    state, host = copied + _MOMENTS * share, 0.0
+    if work.offload != "none":  # What is updated lies where its gradients are.
+        host, state = state + share, 0.0
+    if work.offload == "parameters":
+        host += share
+    partial = share if work.zero_stage >= 2 and work.offload == "none" else 0.0
+    bucket = _FP32 * min(_BUCKET_ELEMENTS, work.parameters)
+    buffers = _buffers(work, workers, bucket)
+    copies = _copies(work)
+    kept, working = activations(work, passed), _working(work, passed)
+    whole = numbers if work.zero_stage < 2 else 0.0
+    table = float(_FP32 * work.dims.vocabulary * work.dims.hidden)
+    # On a CPU, without other workers, the gradient of the word embeddings has a storage that stays (lookup.py); with a
+    # vocabulary's head, which has the same weights, the sum of the two gradients is a third of them.
+    resident = table if work.device == "cpu" and workers == 1 else 0.0
+    summed = table + (resident or table) if work.asked_share else 0.0
+    gradients = whole + partial
+    # The three moments: the backward pass begins; it ends; the optimiser steps.
+    begins = copies + kept + working + partial + (whole if passed.times > 1 else resident)
+    if work.zero_stage >= 2:
+        begins += buffers
+    ends = gradients + max(buffers, summed)
+    steps = gradients + (resident if work.asked_share else 0.0)
+    steps += share if work.zero_stage in (1, 2) and work.offload == "none" else 0.0
+    return Memory(
+        weights=held,
+        gradients=gradients,
+        optimizer=state,
+        copies=copies,
+        buffers=buffers,
+        activations=kept,
+        working=working,
+        peak=held + state + max(begins, ends, steps),
+        host=host,
+    )
+
+
+def _weights(work: Workload, numbers: float, share: float) -> tuple[float, float]:
+    """Bytes of weights while the model computes; and of the copy that ZeRO's optimiser has of its share."""
+    if work.zero_stage == 0:
+        return numbers, 0.0
+    if work.zero_stage < 3:
+        return numbers, share
+    return numbers + (0.0 if work.offload == "parameters" else share), share if work.offload != "none" else 0.0
+
+
+def _buffers(work: Workload, workers: int, bucket: float) -> float:
+    """What communication needs: DeepSpeed's flat copies of gradients."""
+    if workers == 1 and work.zero_stage == 0:
+        return 0.0
+    if work.zero_stage == 0:
+        return float(_FP32 * min(_FLAT_ELEMENTS, work.parameters))
+    # Two buckets where communication overlaps with the backward pass (stage_1_and_2.py, setup_buckets).
+    return 2.0 * bucket if work.device == "cuda" else bucket
+
+
+def _copies(work: Workload) -> float:
+    """Weights in another form, kept from the forward pass for the backward pass."""
+    dims = work.dims
+    together = 3 * dims.hidden**2  # Queries', keys' and values' matrices as one.
+    if work.precision == "fp32":
+        return float(_FP32 * together * (1 if work.recompute else dims.layers))
+    cast = dims.layers * dims.layer_matrices + (dims.head_matrices if work.asked_share else 0)
+    return float(_HALF * cast)
+
+
+def activations(work: Workload, passed: Pass) -> float:
+    """What autograd keeps of one pass over the whole model, bytes."""
+    dims = work.dims
+    ids = 3 * _INT64  # Tokens, positions, targets.
+    embeddings = ids + _FP32 * dims.hidden + 2 * _FP32 + (_FP32 * dims.hidden if work.dropout else 0)
+    each = _FP32 * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
+    return passed.tokens * (embeddings + _FP32 * dims.hidden) + dims.layers * each + _head(work, passed)
+
+
+def layer_activations(work: Workload, passed: Pass) -> float:
+    """What autograd keeps of one layer, bytes; see `encoder._through`, line by line."""
+    dims = work.dims
+    width, wide = dims.hidden, dims.feed_forward
+    size = _size(work)
+    # Input of the product of queries, keys and values; these; what attention gives, the input of the next product.
+    attention = size * (width + 3 * width + width)
+    # Layer norms keep their input in fp32 (residual sums are), mean and standard deviation.
+    norms = 2 * (_FP32 * width + 2 * _FP32)
+    masks = 2 * size * width if work.dropout else 0
+    # Input of the wide product, of the activation, of the narrow product.
+    feed_forward = size * (width + wide + wide)
+    each = attention + norms + masks + feed_forward
+    if work.fused_attention:
+        return passed.tokens * (each + _FP32 * dims.heads)  # The kernel keeps one number for each row of scores.
+    scores = size * dims.heads * passed.squares * (2 if work.attention_dropout else 1)
+    return passed.tokens * each + scores
+
+
+def _head(work: Workload, passed: Pass) -> float:
+    """What the vocabulary's head keeps: inputs of its transform, activation, layer norm and product."""
+    return passed.asked * work.dims.hidden * (3 * _size(work) + _FP32)
+
+
+def _working(work: Workload, passed: Pass) -> float:
+    """What the beginning of the backward pass needs while nearly all activations are still there, bytes.
+
+    First comes the head's, then the last layer's: its feed-forward part, then its attention, when what the
+    feed-forward part kept has gone. With activation checkpointing the layer's activations are made for it.
+    """
+    dims, size = work.dims, _size(work)
+    width, wide = dims.hidden, dims.feed_forward
+    head = float(_LOGITS * _FP32 * passed.asked * dims.vocabulary)
+    # Gradients of the activation's output and of the residual sum.
+    last = passed.tokens * (size * wide + _FP32 * width)
+    # Queries, keys, values, their gradients, and four more of attention's output and of sums, of width D each.
+    attention = passed.tokens * (size * 8 * width + _FP32 * 2 * width) + _FP32 * dims.layer_matrices
+    if not work.fused_attention:
+        # Gradients of the weights and of the scores, of the rows that are taken together: those of one length.
+        together = passed.squares if work.row_squares <= work.row_tokens**2 else work.row_squares
+        attention += 2.0 * size * dims.heads * together
+    gone = size * (width + 2 * wide) + 2 * _FP32 * width + (2 * size * width if work.dropout else 0)
+    last = max(last, attention - passed.tokens * gone)
+    if work.asked_share:
+        last += _FP32 * dims.vocabulary * width  # The gradient of the head's matrix has come by then.
+    if work.recompute:
+        last += layer_activations(work, passed)
+    return max(head, last)
+
+
+def _size(work: Workload) -> int:
+    """Bytes of a number in matrix products."""
+    return _FP32 if work.precision == "fp32" else _HALF
