@@ -219,8 +219,9 @@ def plan(asked: PlanJob) -> Plan:
     peak = asked.peak_tflops * 1e12 if asked.peak_tflops else gpu.peak(work.precision)
     rate = Rate(peak=peak, mfu=asked.mfu, bandwidth=gpu.bandwidth)
     fabric = Fabric(node_gpus=asked.node_gpus, inside=gpu.link, between=asked.network_gbps * 1e9 / 8)
-    if workers > work.rows():
-        notes.append(f"a step has {work.rows():,.0f} rows: more workers than that have nothing to do")
+    busy, what = min((work.rows(), "rows"), (float(work.micro_batches or work.rows()), "micro_batches"))
+    if workers > busy:
+        notes.append(f"a step has {busy:,.0f} {what}: more workers than that have nothing to do")
     found = Plan(
         asked=asked,
         work=work,

@@ -11,6 +11,7 @@ import pytest
 
 from bert_ray import cli
 from bert_ray.errors import JobError
+from bert_ray.model.bundle import load_bundle
 from bert_ray.model.flops import Dims, parameters
 from bert_ray.planning.from_job import workload
 from bert_ray.planning.hardware import GPUS
@@ -22,6 +23,7 @@ from bert_ray.planning.published import Comparison, comparisons
 from bert_ray.planning.speed import Rate, limit, predict, speed_up
 from bert_ray.planning.workload import Workload
 from bert_ray.training.job import ArchitectureOptions, DataOptions, TrainJob
+from tests.corpora import make_corpus
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 BASE = Dims(layers=12, hidden=768, heads=12, feed_forward=3072, vocabulary=30_522)
@@ -286,6 +288,20 @@ def test_a_table_s_rows_are_counted_and_tokenised(finetuning: Path) -> None:
     assert found.work.attention_dropout == 0.0
     again = plan(PlanJob(job=str(finetuning), rows=1000, row_tokens=20))
     assert (again.work.steps, again.work.step_tokens) == (200, 200)
+
+
+def test_a_corpus_says_vocabulary_and_rows(pretraining: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    tokenizer = load_bundle(tiny_encoder).tokenizer()
+    corpus = make_corpus(tmp_path / "corpus", tokenizer, ["a great film"] * 30 + ["the food was bad and"] * 10)
+    words = [f"data.train={corpus}", "steps=null", "epochs=4", "batch_tokens=55", "micro_batches=2"]
+    found = plan(PlanJob(job=str(pretraining), train=[*words, "gradient_accumulation=1"]))
+    assert found.work.dims.vocabulary == max(tokenizer.get_vocab().values()) + 1
+    # Three and five words, [CLS] and [SEP]: 30 rows of 5 tokens, 10 of 7.
+    assert found.work.row_tokens == 220 / 40
+    assert found.work.row_squares == (30 * 25 + 10 * 49) / 40
+    assert found.work.steps == 16
+    assert found.work.passes(8).tokens == 55 / 2
+    assert any("a step has 2 micro_batches" in note for note in found.notes)
 
 
 def test_mapping_of_a_whole_job() -> None:
