@@ -166,6 +166,10 @@ def write_table(results: dict[str, Any]) -> None:
             f"| {case.title} | {case.measure} | {_mean(found)} | {beside} | {_mean(tfidf) if tfidf else ''} | "
             f"{case.least if case.least is not None else 'the reference'} | {len(found)} | {dates[-1]} |"
         )
+    lines.append("")
+    for name, case in CASES.items():
+        notes = {run["note"] for run in results.get(name, {}).get("ours", {}).values() if "note" in run}
+        lines += [f"{case.title}: {note}." for note in sorted(notes)]
     lines += ["", f"Machine: {machine['cpu']}, {machine['cores']} cores; versions in quality.json.", ""]
     (common.RESULTS / "quality.md").write_text("\n".join(lines), "utf-8")
 

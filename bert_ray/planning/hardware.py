@@ -1,6 +1,8 @@
 """GPUs: what their makers say of them. Peaks are dense matrix products, without sparsity; memory as it is sold.
 
-Nothing here was measured. What a training reaches of a peak is the plan's `mfu`.
+Nothing here was measured, and the figures are as commonly quoted: those of A100, H100, H200 and B200 were compared with
+pages of third parties, the datasheets that `source` names were not opened for it. Where it matters, give the plan a
+measured rate (`--peak-tflops`). What a training reaches of a peak is the plan's `mfu`.
 """
 
 from __future__ import annotations
