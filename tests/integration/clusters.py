@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _START_SECONDS = 180.0
-_GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ def _process(
     finally:
         process.terminate()
         try:
-            process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:  # `ray start --block` often: its own processes end with it all the same.
+            process.wait(10)
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait(30)
 

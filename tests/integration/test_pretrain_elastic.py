@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
+
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import train
-from tests.conftest import needs, tiny_tokenizer
+from tests.conftest import tiny_tokenizer
 from tests.corpora import make_corpus
-from tests.processes import run_groups
+from tests.groups import in_group, pretrain
 
-needs("deepspeed", "train")
 pytestmark = pytest.mark.slow
 
 WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
@@ -26,52 +27,7 @@ def losses(history: list[dict[str, float]]) -> list[float]:
     return [entry[name] for entry in history for name in ("train_loss", "validation_loss")]
 
 
-def pretrain(job: TrainJob, directory: Path, stop: int | None = None) -> dict[str, Any]:
-    """The loop on a corpus in this process's group; `stop` cuts it off after that step.
-
-    Returns:
-        its history, its loss curve, and what of ZeRO's shares this process held, in bytes by kind.
-    """
-    import torch
-
-    from bert_ray.model.bundle import load_bundle
-    from bert_ray.training.deepspeed import DeepSpeedStepper
-    from bert_ray.training.launch import new_task
-    from bert_ray.training.loop import Loop
-    from bert_ray.training.peers import Peers
-    from bert_ray.training.pretraining import corpus_data
-
-    class Stop(Exception):
-        pass
-
-    def callback(event: Any) -> None:
-        if event.step == stop:
-            raise Stop
-
-    base = load_bundle(job.model)
-    peers, device = Peers(), torch.device("cpu")
-    data, _ = corpus_data(job, base)
-    directory.mkdir(parents=True, exist_ok=True)
-    loop = Loop(
-        job=job,
-        base=base,
-        card=new_task(job, base).card,
-        data=data,
-        directory=directory,
-        peers=peers,
-        device=device,
-        make_stepper=lambda module: DeepSpeedStepper(module, job, device, peers.world),
-        tell=lambda _: None,
-        callbacks=[callback],
-    )
-    try:
-        position = loop.run()
-    except Stop:
-        return {}
-    return {"history": position.history, "curve": position.curve}
-
-
-def two_workers(rank: int, world: int, job: TrainJob, root: Path) -> dict[str, Any]:
+def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
     """All that two workers do, in one group: joining takes longer than training."""
     found = {
         f"stage {stage}": pretrain(replace(job, zero_stage=stage), root / f"stage{stage}") for stage in (0, 1, 2, 3)
@@ -82,7 +38,7 @@ def two_workers(rank: int, world: int, job: TrainJob, root: Path) -> dict[str, A
     return found
 
 
-def three_workers(rank: int, world: int, job: TrainJob, root: Path) -> dict[str, Any]:
+def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:
     return {"whole": pretrain(job, root / "three"), "resumed": pretrain(job, root / "cut3")}
 
 
@@ -110,10 +66,10 @@ def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         pretraining=PretrainingOptions(sentences="order", whole_words=True),
         checkpoint=CheckpointOptions(every_steps=2),
     )
-    found: dict[str, Any] = {"job": job, "root": root, "two": run_groups((2,), two_workers, job, root)[2]}
+    found: dict[str, Any] = {"job": job, "root": root, "two": in_group(2, two_workers, job, root)}
     shutil.copytree(root / "cut", root / "cut3")
     shutil.copytree(root / "cut", Path(f"{job.output}-cut.run"))
-    found["three"] = run_groups((3,), three_workers, job, root)[3]
+    found["three"] = in_group(3, three_workers, job, root)
     return found
 
 

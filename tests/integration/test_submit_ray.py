@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import bert_ray as package
-from tests.conftest import needs
 from tests.integration.clusters import Cluster, bert_ray, ray_head
 
-needs("ray", "ray")
+pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 

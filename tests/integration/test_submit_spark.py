@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import bert_ray as package
-from tests.conftest import needs
 from tests.integration.clusters import Cluster, bert_ray, spark_cluster
 
-needs("pyspark", "spark")
+pytest.importorskip("pyspark")
 pytestmark = pytest.mark.slow
 
 

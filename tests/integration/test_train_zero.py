@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
-from tests.conftest import needs
-from tests.processes import run_groups
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
 
-needs("deepspeed", "train")
+import pyarrow.parquet as pq
+import torch.multiprocessing as mp
+
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 
 STAGES = (0, 1, 2, 3)
 
@@ -63,11 +65,20 @@ def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[di
         return []
 
 
-def worker(rank: int, world: int, job: TrainJob, root: Path) -> dict[str, list[dict[str, float]]]:
-    """All stages after each other in one group: joining takes longer than training."""
+def worker(rank: int, world: int, port: int, job: TrainJob, root: Path, answers: Any) -> None:
+    """All stages after each other in one group: importing and joining takes longer than training."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "TORCH_EXTENSIONS_DIR": str(root / "extensions"),
+    }
     import torch
 
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(root / "extensions")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
     found: dict[str, list[dict[str, float]]] = {}
     for stage in STAGES:
         run = replace(job, zero_stage=stage)
@@ -83,11 +94,15 @@ def worker(rank: int, world: int, job: TrainJob, root: Path) -> dict[str, list[d
         levers = replace(job, zero_stage=stage, freeze_layers=1, layer_decay=0.5)
         found[f"levers {stage}"] = run_loop(levers, root / f"world{world}-levers{stage}")
     found["accumulated"] = run_loop(replace(job, gradient_accumulation=3), root / f"world{world}-accumulated")
-    return found
+    if rank == 0:
+        answers.put((world, found))
+    torch.distributed.barrier()
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_table: pa.Table) -> dict[Any, Any]:
+def runs(
+    tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_table: pa.Table
+) -> Iterator[dict[str, Any]]:
     """Histories by number of workers and name, and the directory of all."""
     root = tmp_path_factory.mktemp("zero")
     # 16 rows a step: the last step has one row, and of two workers one has none.
@@ -104,7 +119,23 @@ def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_t
         l1=1e-5,
         checkpoint=CheckpointOptions(every_steps=4),
     )
-    return {"root": root, "job": job, **run_groups((2, 1), worker, job, root)}
+    context = mp.get_context("spawn")
+    found: dict[Any, Any] = {"root": root, "job": job}
+    for world in (2, 1):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        answers = context.Queue()
+        workers = [
+            context.Process(target=worker, args=(rank, world, port, job, root, answers)) for rank in range(world)
+        ]
+        for process in workers:
+            process.start()
+        _, found[world] = answers.get(timeout=300)
+        for process in workers:
+            process.join(60)
+            assert process.exitcode == 0
+    yield found
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,107 @@
+"""Workers of a process group without Ray: the loop with DeepSpeed's stepper, as `ray_train` runs it on each worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bert_ray.training.job import TrainJob
+
+
+def in_group(world: int, work: Callable[..., Any], *arguments: Any, timeout_sec: float = 300) -> Any:
+    """`work(*arguments)` on every one of `world` processes; what rank 0 returns."""
+    import torch.multiprocessing as mp
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=_member, args=(rank, world, port, answers, work, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        good, answer = answers.get(timeout=timeout_sec)
+        assert good, answer
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+    return answer
+
+
+def _member(
+    rank: int, world: int, port: int, answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    try:
+        answer = work(*arguments)
+    except Exception:
+        answers.put((False, traceback.format_exc()))
+        raise
+    if rank == 0:
+        answers.put((True, answer))
+    torch.distributed.barrier()
+
+
+def pretrain(job: TrainJob, directory: Path, stop: int | None = None) -> dict[str, Any]:
+    """The loop on a corpus in this process's group; `stop` cuts it off after that step.
+
+    Returns:
+        its history, its loss curve, and what of ZeRO's shares this process held, in bytes by kind.
+    """
+    import torch
+
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.deepspeed import DeepSpeedStepper
+    from bert_ray.training.launch import new_task
+    from bert_ray.training.loop import Loop
+    from bert_ray.training.peers import Peers
+    from bert_ray.training.pretraining import corpus_data
+
+    class Stop(Exception):
+        pass
+
+    def callback(event: Any) -> None:
+        if event.step == stop:
+            raise Stop
+
+    base = load_bundle(job.model)
+    peers, device = Peers(), torch.device("cpu")
+    data, _ = corpus_data(job, base)
+    directory.mkdir(parents=True, exist_ok=True)
+    loop = Loop(
+        job=job,
+        base=base,
+        card=new_task(job, base).card,
+        data=data,
+        directory=directory,
+        peers=peers,
+        device=device,
+        make_stepper=lambda module: DeepSpeedStepper(module, job, device, peers.world),
+        tell=lambda _: None,
+        callbacks=[callback],
+    )
+    try:
+        position = loop.run()
+    except Stop:
+        return {}
+    return {"history": position.history, "curve": position.curve}
