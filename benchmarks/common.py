@@ -43,12 +43,12 @@ def peak_flops() -> float:
 def encoder_flops(lengths: np.ndarray, *, layers: int, hidden: int, feed_forward: int) -> float:
     """Operations of an encoder's forward pass over rows of real tokens, nothing for padding.
 
-    2 (4 D² + 2 D F) per token and layer for the linear layers, 4 L² D per row and layer for Q Kᵀ and the product with
-    V (Kaplan et al., arXiv 2001.08361, section 2.1, with the attention term for full, not causal, attention).
+    See bert_ray/model/flops.py.
     """
-    linear = 2 * (4 * hidden**2 + 2 * hidden * feed_forward) * lengths.sum()
-    attention = 4 * hidden * (lengths.astype(float) ** 2).sum()
-    return float(layers * (linear + attention))
+    from bert_ray.model import flops
+
+    dims = flops.Dims(layers=layers, hidden=hidden, heads=1, feed_forward=feed_forward, vocabulary=0)
+    return flops.encoder_flops(dims, float(lengths.sum()), float((lengths.astype(float) ** 2).sum()))
 
 
 def interleaved(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:

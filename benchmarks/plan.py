@@ -227,13 +227,9 @@ def _peak_flops() -> float:
     """As `common.peak_flops`, in processor time of one thread."""
     import torch
 
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    out, best = torch.empty_like(a), float("inf")
-    for _ in range(6):
-        start = time.process_time()
-        torch.mm(a, b, out=out)
-        best = min(best, (time.process_time() - start) / torch.get_num_threads())
-    return 2 * 1024**3 / best
+    from bert_ray.model.peak import matmul_rate
+
+    return torch.get_num_threads() * matmul_rate(clock=time.process_time)
 
 
 def _resident() -> float:

@@ -97,14 +97,8 @@ def flops_per_token(scratch: Path, job: Any) -> float:
 def trainer(scratch: Path, tokens: int, steps: int, threads: int, kind: str) -> tuple[float, float]:
     """Real tokens per second by transformers.Trainer, as run_mlm.py sets it up, and model FLOPs per token."""
     import torch
-    from transformers import (
-        AutoModelForMaskedLM,
-        AutoTokenizer,
-        DataCollatorForLanguageModeling,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from peers_trainer import trainer_seconds
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
 
     from bert_ray.model.flops import dims_of, training_flops
     from bert_ray.model.references import resolve
@@ -127,40 +121,18 @@ def trainer(scratch: Path, tokens: int, steps: int, threads: int, kind: str) -> 
     batch = max(1, round(tokens / mean))
     rows = (rows * (1 + batch * steps // len(rows)))[: batch * steps]
 
-    class Clock(TrainerCallback):
-        start = seconds = 0.0
-
-        def on_train_begin(self, *arguments: object, **more: object) -> None:
-            self.start = time.perf_counter()
-
-        def on_train_end(self, *arguments: object, **more: object) -> None:
-            self.seconds = time.perf_counter() - self.start
-
-    clock = Clock()
-    arguments = TrainingArguments(
-        output_dir=str(scratch / "trainer"),
+    seconds = trainer_seconds(
+        model,
+        [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows],
+        DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED),
+        scratch,
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=1e-4,
-        weight_decay=0.01,
-        save_strategy="no",
-        report_to=[],
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        seed=0,
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=[{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows],
-            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED),
-            callbacks=[clock],
-        ).train()
     count = sum(map(len, rows))
     squares = float(sum(len(row) ** 2 for row in rows))
-    return count / clock.seconds, training_flops(dims_of(model.config), count, squares, MASKED * count) / count
+    return count / seconds, training_flops(dims_of(model.config), count, squares, MASKED * count) / count
 
 
 def speed(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:

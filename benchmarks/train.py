@@ -17,7 +17,6 @@ import io
 import multiprocessing
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +69,8 @@ def ours(texts: list[str], labels: list[int], case: Case, scratch: Path) -> floa
 
 def trainer(texts: list[str], labels: list[int], case: Case, scratch: Path) -> float:
     """The same by transformers.Trainer, as its examples set it up."""
-    import torch
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from peers_trainer import trainer_seconds
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
     from bert_ray.model.references import resolve
 
@@ -91,38 +83,16 @@ def trainer(texts: list[str], labels: list[int], case: Case, scratch: Path) -> f
         for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
     ]
 
-    class Clock(TrainerCallback):
-        start = seconds = 0.0
-
-        def on_train_begin(self, *arguments: object, **more: object) -> None:
-            self.start = time.perf_counter()
-
-        def on_train_end(self, *arguments: object, **more: object) -> None:
-            self.seconds = time.perf_counter() - self.start
-
-    clock = Clock()
-    arguments = TrainingArguments(
-        output_dir=str(scratch / "trainer"),
+    seconds = trainer_seconds(
+        model,
+        rows,
+        DataCollatorWithPadding(tokenizer),
+        scratch,
         num_train_epochs=1,
         per_device_train_batch_size=case.batch,
         learning_rate=5e-5,
-        weight_decay=0.01,
-        save_strategy="no",
-        report_to=[],
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        seed=0,
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[clock],
-        ).train()
-    return sum(len(row["input_ids"]) for row in rows) / clock.seconds
+    return sum(len(row["input_ids"]) for row in rows) / seconds
 
 
 def main() -> None:

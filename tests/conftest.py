@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,36 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no full data sets at {path}")
     return path
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes a real file system of a size ("300k"); skips where this process may not mount one."""
+    where = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        where.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], capture_output=True, text=True, check=False
+        )
+        if mounted.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+        return where
+
+    yield mount
+    if where.is_mount():
+        subprocess.run(["umount", where], check=True)
+
+
+@pytest.fixture
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server on loopback (moto) and keys for it: yields its address, host:port."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    server.start()
+    yield "{}:{}".format(*server.get_host_and_port())
+    server.stop()
 
 
 @pytest.fixture(scope="session")

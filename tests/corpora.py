@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from bert_ray.lake.files import file_sha256
 from bert_ray.training.shards import (
     INDEX_FILE,
     SPLITS,
@@ -18,7 +19,6 @@ from bert_ray.training.shards import (
     Split,
     batches_of,
     describe,
-    file_sha256,
     shard_schema,
     write_index,
     write_shard,

@@ -62,20 +62,19 @@ def _member(
     torch.distributed.barrier()
 
 
-def pretrain(job: TrainJob, directory: Path, stop: int | None = None) -> dict[str, Any]:
-    """The loop on a corpus in this process's group; `stop` cuts it off after that step.
+def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[dict[str, float]]:
+    """The loop in this process's group, as `ray_train._worker` runs it; `stop` cuts it off after that step.
 
     Returns:
-        its history, its loss curve, and what of ZeRO's shares this process held, in bytes by kind.
+        its history; [] where it was cut off.
     """
     import torch
 
     from bert_ray.model.bundle import load_bundle
     from bert_ray.training.deepspeed import DeepSpeedStepper
-    from bert_ray.training.launch import new_task
+    from bert_ray.training.launch import prepare
     from bert_ray.training.loop import Loop
     from bert_ray.training.peers import Peers
-    from bert_ray.training.pretraining import corpus_data
 
     class Stop(Exception):
         pass
@@ -85,13 +84,13 @@ def pretrain(job: TrainJob, directory: Path, stop: int | None = None) -> dict[st
             raise Stop
 
     base = load_bundle(job.model)
+    card, data, _ = prepare(job, base)
     peers, device = Peers(), torch.device("cpu")
-    data, _ = corpus_data(job, base)
     directory.mkdir(parents=True, exist_ok=True)
     loop = Loop(
         job=job,
         base=base,
-        card=new_task(job, base).card,
+        card=card,
         data=data,
         directory=directory,
         peers=peers,
@@ -101,7 +100,42 @@ def pretrain(job: TrainJob, directory: Path, stop: int | None = None) -> dict[st
         callbacks=[callback],
     )
     try:
-        position = loop.run()
+        return loop.run().history
     except Stop:
-        return {}
-    return {"history": position.history, "curve": position.curve}
+        return []
+
+
+def go_on_alone(job: TrainJob, directory: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The loop in this process alone, with torch's own stepper, on a run that others began in `directory`.
+
+    Returns:
+        the first event that it told, and its history.
+    """
+    import torch
+
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.launch import prepare
+    from bert_ray.training.loop import Loop
+    from bert_ray.training.optim import PlainStepper
+    from bert_ray.training.peers import Peers
+
+    base, device = load_bundle(job.model), torch.device("cpu")
+    card, data, _ = prepare(job, base)
+    told: list[dict[str, Any]] = []
+    loop = Loop(
+        job=job,
+        base=base,
+        card=card,
+        data=data,
+        directory=directory,
+        peers=Peers(),
+        device=device,
+        make_stepper=lambda module: PlainStepper(module, job, device),
+        tell=told.append,
+    )
+    return told[0], loop.run().history
+
+
+def losses(history: list[dict[str, float]]) -> list[float]:
+    """Training and validation loss of each epoch, in order."""
+    return [entry[name] for entry in history for name in ("train_loss", "validation_loss")]

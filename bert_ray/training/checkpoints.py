@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bert_ray.errors import JobError
+from bert_ray.lake.files import sync
 
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "position.json"
@@ -183,7 +184,7 @@ class Checkpoints:
             if final.exists():  # A resumed run saves again where a damaged one lies.
                 shutil.rmtree(final)
             os.replace(fresh, final)
-        _sync(self.directory)
+        sync(self.directory)
 
     def _prune(self) -> None:
         for old in self._all()[: -self.keep]:
@@ -204,8 +205,8 @@ def _write(directory: Path, state: dict[str, torch.Tensor], position: dict[str, 
     file = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
     (directory / POSITION_FILE).write_text(json.dumps({"position": position, "file": file}), "utf-8")
     for name in (STATE_FILE, POSITION_FILE):
-        _sync(directory / name)
-    _sync(directory)
+        sync(directory / name)
+    sync(directory)
 
 
 @contextmanager
@@ -235,12 +236,3 @@ def _crc32(path: Path) -> int:
         while chunk := handle.read(_CHUNK_BYTES):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a directory's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

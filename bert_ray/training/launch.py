@@ -29,7 +29,7 @@ from bert_ray.training.trackers import tracked
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.tasks import Task
-    from bert_ray.training.data import Data, LabelledTable, TrainingData
+    from bert_ray.training.data import Data, LabelledTable
     from bert_ray.training.loop import Callback, Position
 
 RUN_FILE = "run.json"
@@ -134,19 +134,14 @@ def _train(
             from bert_ray.training.build import build
 
             return build(job, base, tell)
-        if task.reads_corpus:
-            from bert_ray.training.pretraining import corpus_data
-
-            data: Data
-            data, notes = corpus_data(job, base)
-            card = task.card
-        else:
+        table = None
+        if not task.reads_corpus:
             from bert_ray.training.data import read_labelled
 
             table = read_labelled(job.data.train, task, job.data.columns)
             if task.start(base, table.inputs, table.truth, fresh):
                 base = load_bundle(fresh)
-            card, data, notes = prepare(job, base, table)
+        card, data, notes = prepare(job, base, table)
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if output.exists() and any(output.iterdir()):
             return _finished(output, identity, data, time.perf_counter() - started)
@@ -206,17 +201,21 @@ def _base(job: TrainJob, fresh: Path) -> tuple[Bundle, str]:
     return load_bundle(fresh), NEW
 
 
-def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> tuple[Card, TrainingData, list[str]]:
-    """The card of the bundle to come, the tokenised rows, and notes for the user.
+def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> tuple[Card, Data, list[str]]:
+    """The card of the bundle to come, what it learns from, and notes for the user.
 
     Args:
         job: what to do.
         base: the bundle that training starts from.
-        table: `data.train`, where it has been read already.
+        table: `data.train`, where it is a table and has been read already.
     """
     from bert_ray.training.data import labels_for, read_labelled, training_data
 
     task = new_task(job, base)
+    if task.reads_corpus:
+        from bert_ray.training.pretraining import corpus_data
+
+        return task.card, *corpus_data(job, base)
     table = table or read_labelled(job.data.train, task, job.data.columns)
     task.card.labels = labels_for(job, task, table)
     data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))

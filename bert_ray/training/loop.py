@@ -177,7 +177,7 @@ class Loop:
         """
         if device.type == "cpu":
             keep_freed_memory()
-        self.job, self.base, self.card, self.data = job, base, card, data
+        self.job, self.base, self.card = job, base, card
         self.directory, self.peers, self.device = directory, peers, device
         self.tell, self.callbacks, self.beat = tell, callbacks, beat
         self.checkpoints = Checkpoints(job.checkpoint.directory or directory / "checkpoints", job.checkpoint.keep)
@@ -328,8 +328,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         """Evaluate, note the epoch, keep the model where it is the best so far."""
-        position = self.position
-        job = self.job
+        position, job = self.position, self.job
         rate = learning_rate(self.done - 1, self.steps, job.learning_rate, job.warmup, job.schedule, job.cooldown)
         entry = {
             "epoch": position.epoch + 1,

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import LakeError
+from bert_ray.lake.files import file_sha256, sync
 from bert_ray.model.examples import ranges
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ SPLITS = ("train", "validation")
 FORMAT = 1
 
 INDEX_SCHEMA = pa.schema([pa.field("length", pa.uint32(), nullable=False)])
-
-_CHUNK_BYTES = 16 * 2**20
 
 
 def shard_schema(vocabulary: int) -> pa.Schema:
@@ -191,7 +190,7 @@ def write_shard(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
                 documents += batch.num_rows
                 tokens += len(batch.column("tokens").flatten())
         file.flush()
-    _sync(path)
+    sync(path)
     return documents, tokens
 
 
@@ -206,17 +205,8 @@ def write_index(path: Path, lengths: Iterable[pa.Array]) -> str:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
         for part in lengths:
             writer.write_batch(pa.record_batch([part.cast(pa.uint32())], schema=INDEX_SCHEMA))
-    _sync(path)
+    sync(path)
     return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 class Documents:
@@ -367,15 +357,6 @@ def _fault(path: Path, shard: Shard) -> str | None:
     except OSError as error:
         return f"cannot be read ({os.strerror(error.errno) if error.errno else error})"
     return None
-
-
-def _sync(path: Path) -> None:
-    """Bring a file to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def batches_of(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,17 +153,9 @@ def test_sigterm_to_the_driver_of_a_run_on_ray(job: TrainJob) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 2 MB; skips where this process may not mount one."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", where], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", where], check=True)
+def small_disk(disk_of: Callable[[str], Path]) -> Path:
+    """A file system of 2 MiB."""
+    return disk_of("2m")
 
 
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
@@ -188,18 +180,10 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on an S3 server on loopback (moto): yields what follows its URIs."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    address = "{}:{}".format(*server.get_host_and_port())
-    system = fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
-    system.create_dir("runs")
-    yield f"?endpoint_override={address}&scheme=http"
-    server.stop()
+def store(object_store: str) -> str:
+    """A bucket on an S3 server on loopback: what follows its URIs."""
+    fs.S3FileSystem(endpoint_override=object_store, scheme="http", allow_bucket_creation=True).create_dir("runs")
+    return f"?endpoint_override={object_store}&scheme=http"
 
 
 def test_checkpoints_on_a_store_and_one_that_is_torn(job: TrainJob, undisturbed: TrainResult, store: str) -> None:

@@ -16,30 +16,26 @@ from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOpt
 from bert_ray.training.launch import train
 from tests.conftest import tiny_tokenizer
 from tests.corpora import make_corpus
-from tests.groups import in_group, pretrain
+from tests.groups import go_on_alone, in_group, losses, run_loop
 
 pytestmark = pytest.mark.slow
 
 WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
 
 
-def losses(history: list[dict[str, float]]) -> list[float]:
-    return [entry[name] for entry in history for name in ("train_loss", "validation_loss")]
-
-
 def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
     """All that two workers do, in one group: joining takes longer than training."""
     found = {
-        f"stage {stage}": pretrain(replace(job, zero_stage=stage), root / f"stage{stage}") for stage in (0, 1, 2, 3)
+        f"stage {stage}": run_loop(replace(job, zero_stage=stage), root / f"stage{stage}") for stage in (0, 1, 2, 3)
     }
-    found["offload"] = pretrain(replace(job, zero_stage=2, offload="optimizer"), root / "offload")
-    found["recomputed"] = pretrain(replace(job, zero_stage=3, activation_checkpointing=True), root / "recomputed")
-    pretrain(job, root / "cut", stop=5)
+    found["offload"] = run_loop(replace(job, zero_stage=2, offload="optimizer"), root / "offload")
+    found["recomputed"] = run_loop(replace(job, zero_stage=3, activation_checkpointing=True), root / "recomputed")
+    run_loop(job, root / "cut", stop=5)
     return found
 
 
 def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:
-    return {"whole": pretrain(job, root / "three"), "resumed": pretrain(job, root / "cut3")}
+    return {"whole": run_loop(job, root / "three"), "resumed": run_loop(job, root / "cut3")}
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +73,24 @@ def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_every_stage_has_the_losses_of_one_plain_process(runs: dict[str, Any], stage: int) -> None:
     job = replace(runs["job"], engine="local", output=str(runs["root"] / f"plain{stage}"))
     expected = losses(train(job, tell=lambda _: None).history)
-    assert losses(runs["two"][f"stage {stage}"]["history"]) == pytest.approx(expected, abs=1e-4)
+    assert losses(runs["two"][f"stage {stage}"]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("how", ["offload", "recomputed"])
 def test_less_memory_gives_the_same(runs: dict[str, Any], how: str) -> None:
-    expected = losses(runs["two"]["stage 0"]["history"])
-    assert losses(runs["two"][how]["history"]) == pytest.approx(expected, abs=1e-4)
+    expected = losses(runs["two"]["stage 0"])
+    assert losses(runs["two"][how]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_three_workers_reach_what_two_do(runs: dict[str, Any]) -> None:
     expected = runs["two"]["stage 0"]
-    assert losses(runs["three"]["whole"]["history"]) == pytest.approx(losses(expected["history"]), abs=1e-4)
-    ours, theirs = (np.array(found["curve"]) for found in (runs["three"]["whole"], expected))
-    assert ours[-1, 0] == theirs[-1, 0] == 8
+    assert losses(runs["three"]["whole"]) == pytest.approx(losses(expected), abs=1e-4)
+    assert runs["three"]["whole"][-1]["step"] == expected[-1]["step"] == 8
 
 
 def test_a_run_of_two_goes_on_with_three(runs: dict[str, Any]) -> None:
-    expected = losses(runs["two"]["stage 0"]["history"])
-    assert losses(runs["three"]["resumed"]["history"]) == pytest.approx(expected, abs=1e-4)
+    expected = losses(runs["two"]["stage 0"])
+    assert losses(runs["three"]["resumed"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_run_of_two_goes_on_with_one(runs: dict[str, Any]) -> None:
@@ -103,26 +98,6 @@ def test_a_run_of_two_goes_on_with_one(runs: dict[str, Any]) -> None:
     directory = Path(f"{job.output}.run")
     assert sorted(path.name for path in (directory / "checkpoints").iterdir())[-1] == "step-00000004"
 
-    import torch
-
-    from bert_ray.model.bundle import load_bundle
-    from bert_ray.training.launch import new_task
-    from bert_ray.training.loop import Loop
-    from bert_ray.training.optim import PlainStepper
-    from bert_ray.training.peers import Peers
-    from bert_ray.training.pretraining import corpus_data
-
-    base, device, told = load_bundle(job.model), torch.device("cpu"), []
-    loop = Loop(
-        job=job,
-        base=base,
-        card=new_task(job, base).card,
-        data=corpus_data(job, base)[0],
-        directory=directory,
-        peers=Peers(),
-        device=device,
-        make_stepper=lambda module: PlainStepper(module, job, device),
-        tell=told.append,
-    )
-    assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
-    assert losses(loop.run().history) == pytest.approx(losses(runs["two"]["stage 0"]["history"]), abs=1e-4)
+    first, history = go_on_alone(job, directory)
+    assert (first["what"], first["step"]) == ("resumed", 4)
+    assert losses(history) == pytest.approx(losses(runs["two"]["stage 0"]), abs=1e-4)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from bert_ray import __version__
 from bert_ray.errors import LakeError
+from bert_ray.lake.files import file_sha256
 from bert_ray.lake.journal import Journal, output_errors
 from bert_ray.training.corpus.duplicates import EXACT, KEPT, NEAR, bands, decide
 from bert_ray.training.corpus.work import Work
@@ -31,7 +32,6 @@ from bert_ray.training.shards import (
     Manifest,
     Shard,
     Split,
-    file_sha256,
     shard_schema,
     write_index,
     write_shard,

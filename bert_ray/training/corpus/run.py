@@ -24,6 +24,7 @@ from pathlib import Path
 
 from bert_ray import __version__
 from bert_ray.errors import JobError
+from bert_ray.lake.files import file_sha256
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
 from bert_ray.lake.lock import exclusive
 from bert_ray.lake.outputs import check_place
@@ -35,7 +36,7 @@ from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.corpus.sources import Part, Source, open_sources
 from bert_ray.training.corpus.tokens import load_tokenizer
 from bert_ray.training.corpus.work import Outcome, Task, Work
-from bert_ray.training.shards import TOKENIZER_FOLDER, Manifest, Split, file_sha256, is_corpus, read_manifest
+from bert_ray.training.shards import TOKENIZER_FOLDER, Manifest, Split, is_corpus, read_manifest
 
 # Sessions that run.json remembers.
 _SESSIONS = 100

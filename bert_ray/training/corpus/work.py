@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.errors import BertRayError, LakeError
+from bert_ray.lake.files import sync
 from bert_ray.lake.journal import FOLDER, Journal, OutputError, output_errors
 from bert_ray.lake.outputs import writing
 from bert_ray.training.corpus.cleaning import clean
@@ -244,7 +245,7 @@ def _tokens(work: Work, task: Task, temporary: Path, watch: Callable[[int], None
                 watch(read)
         file.flush()
     with output_errors(Path(work.output)):
-        _sync(temporary)
+        sync(temporary)
     return {"read": read, "kept": kept, "no tokens": empty, "tokens": tokens, "unknown": unknown}
 
 
@@ -299,14 +300,6 @@ def _failed(work: Work, task: Task, journal: Journal, error: Exception) -> Outco
     with contextlib.suppress(LakeError, OSError):
         journal.fail(work.name(task.stage, task.part.id), note)
     return Outcome(part=task.part.id, state="failed", error=told, lasting=isinstance(error, OutputError))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _nobody(done: int) -> None:

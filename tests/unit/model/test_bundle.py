@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -197,23 +196,10 @@ def test_a_hub_id_resolves_from_the_cache_offline(
     assert annotator.fingerprint == load_bundle(tiny_bundle).fingerprint
 
 
-@pytest.fixture
-def object_store() -> Iterator[str]:
-    """An S3 server on loopback (moto): yields its address, host:port."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 def test_a_model_in_an_object_store_is_copied_once_for_each_state(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object_store: str
 ) -> None:
     monkeypatch.setenv("BERT_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     store = fs.S3FileSystem(endpoint_override=object_store, scheme="http", allow_bucket_creation=True)
     store.create_dir("lake")
     fs.copy_files(str(tiny_bundle), "lake/models/sentiment", destination_filesystem=store)
