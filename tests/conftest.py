@@ -8,13 +8,15 @@ Everything runs offline and small: two cores, no hub, no GPU. A fixture whose me
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "jobs" / "demo"
@@ -28,6 +30,8 @@ os.environ.update(
         "DS_ACCELERATOR": "cpu",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; unset, every worker warns about it
+        "RAY_worker_niceness": "0",  # else whatever else runs here (Spark, another pytest) goes before Ray's workers
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2: how long Ray Train's end, or a death, may go unnoticed
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
         "SPARK_LOCAL_IP": "127.0.0.1",
@@ -42,6 +46,9 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.tiny_tasks import Tiny
+
+# Spark's Python workers are forked from a process that has imported what takes seconds, instead of each doing so.
+SPARK_DAEMON = "tests.preloaded"
 
 TINY_SEED = 20
 TINY_HIDDEN = 32
@@ -59,6 +66,48 @@ why there here than then out up down over one two first last new old back day wa
 does did have has had recommend happy disappointed waste money battery sound story acting staff waiter delicious bland
 """.split()
 TINY_PIECES = ["##s", "##ed", "##ing", "##er", "##est", "##ly", "##y", "##tion", "##ness", "##ment", "##able", "##ful"]
+
+
+def needs(package: str, extra: str) -> None:
+    """Skip a test module where a package is missing. It is not imported: that may take seconds, for a test or none."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install 'bert-ray[{extra}]'", allow_module_level=True)
+
+
+def _together(nodeid: str) -> str:
+    """What a test has to share a process with: by its name, Ray or Spark, the last that is named; else its file."""
+    path, _, name = nodeid.partition("::")
+    if path.startswith("tests/unit/") and "_on_ray_" not in name:
+        return path  # Engines are words there.
+    if path == "tests/integration/test_sql_functions.py":
+        return "spark"
+    engines = [word for word in re.split(r"[^a-z]+", name) if word in ("ray", "spark")]
+    return engines[-1] if engines else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Two processes (`make test`): one has the tests on its Ray, one those on its Spark, so that each starts once.
+
+    A test on an engine that its name does not tell starts another, and passes as well.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _together(nodeid)
+
+    config.option.loadscopereorder = False
+    return Together(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In two processes, what takes longest goes first, so that they end at about the same time."""
+    if hasattr(config, "workerinput"):
+        slow = {_together(item.nodeid) for item in items if item.get_closest_marker("slow")}
+        first = {"ray": 0, "spark": 1, "tests/integration/test_demo.py": 2}
+        ranks = {item: first.get(_together(item.nodeid), 3 if _together(item.nodeid) in slow else 4) for item in items}
+        items.sort(key=ranks.__getitem__)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +137,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
         .config("spark.sql.shuffle.partitions", "2")
         .config("spark.sql.warehouse.dir", str(scratch / "warehouse"))
         .config("spark.local.dir", str(scratch / "local"))
+        .config("spark.python.daemon.module", SPARK_DAEMON)
         .getOrCreate()
     )
     session.sparkContext.setLogLevel("ERROR")

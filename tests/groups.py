@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from bert_ray.training.job import TrainJob
+from tests.processes import begin, context
 
 
 def in_group(world: int, work: Callable[..., Any], *arguments: Any, timeout_sec: float = 300) -> Any:
     """`work(*arguments)` on every one of `world` processes; what rank 0 returns."""
-    import torch.multiprocessing as mp
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
     answers = context.Queue()
-    processes = [
-        context.Process(target=_member, args=(rank, world, port, answers, work, arguments)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes = [begin(_member, rank, world, port, answers, work, arguments) for rank in range(world)]
     try:
         good, answer = answers.get(timeout=timeout_sec)
         assert good, answer

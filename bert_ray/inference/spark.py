@@ -115,9 +115,10 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
         work = dataclasses.replace(plan.work, annotator=dataclasses.replace(plan.work.annotator, threads=threads))
         # In a session of our own the master holds the workers to their number; in another the tasks must.
         tasks = min(len(plan.todo), _MOST_TASKS, (job.workers if not ours else None) or _MOST_TASKS)
-        rows = [(unit.to_json(),) for unit in plan.todo]
+        # From Arrow: rows of Python's would each go through Python workers that do nothing else.
+        units = pa.table({"unit": [unit.to_json() for unit in plan.todo]})
         # From one partition a round robin is even: as many units to each task as to the next.
-        frame = session.createDataFrame(rows, "unit string").coalesce(1).repartition(tasks)
+        frame = session.createDataFrame(units).coalesce(1).repartition(tasks)
         annotated = frame.mapInArrow(_unit_annotator(work), "outcome string")
         yield from _collected(session, annotated, plan)
 

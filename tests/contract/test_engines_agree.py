@@ -66,7 +66,8 @@ def test_bulk_embedding(
     engine: str, lake: Path, tiny_encoder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
-    here = bulk_job(lake, tiny_encoder, tmp_path / "local")
+    # One worker: that several agree, the test above shows.
+    here = bulk_job(lake, tiny_encoder, tmp_path / "local", workers=1)
     bulk.run(here)
     bulk.run(dataclasses.replace(here, engine=engine, output=str(tmp_path / engine)))
     one, other = (read_output(tmp_path / run)["annotation"].combine_chunks() for run in ("local", engine))
@@ -78,7 +79,8 @@ def test_pipeline_on_ray(table: pa.Table, ray_dataset: Any, tiny_bundle: Path) -
     from bert_ray.inference import ray_data
 
     expected = local.annotate(table, str(tiny_bundle), name="annotation")
-    dataset = ray_data.annotate(ray_dataset(table), str(tiny_bundle), name="annotation", batch_rows=3)
+    settings = {"name": "annotation", "batch_rows": 3, "workers": 1}
+    dataset = ray_data.annotate(ray_dataset(table), str(tiny_bundle), **settings)
     dataset = dataset.materialize()  # Or schema and rows would each be computed, with actors of their own.
     assert dataset.schema().base_schema == expected.schema
     assert_same_table(expected, collected(dataset).sort_by("id"), "annotation")
@@ -147,7 +149,7 @@ def test_pipeline_on_spark_names_a_missing_column(table: pa.Table, spark: Any, t
         on_spark.annotate(spark.createDataFrame(table), str(tiny_bundle), column="texts")
 
 
-def test_one_model_per_worker_process(spark: Any, tiny_bundle: Path) -> None:
+def test_one_model_per_spark_worker_process(spark: Any, tiny_bundle: Path) -> None:
     """Eight tasks, two at a time, twice: in each Python worker the model is one and the same object."""
     from bert_ray.model.annotator import AnnotatorSpec
 

@@ -9,11 +9,13 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +23,38 @@ import pyarrow as pa
 import pytest
 
 from bert_ray.inference import bulk
-from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.job import AnnotateJob, SparkOptions
+from bert_ray.lake import journal
+from tests.conftest import SPARK_DAEMON
 from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
+from tests.processes import begin
 
-ROOT = Path(__file__).resolve().parents[2]
 UNITS, ROWS = 40, 480
 
-# A driver of its own. `fault` is run first: it may put a kill where the test wants it.
-DRIVER = """
-import sys
-from bert_ray.inference import bulk
-from bert_ray.inference.job import AnnotateJob
-lake, model, output, engine, fault = sys.argv[1:]
-if __name__ == "__main__":
-    exec(fault)
-    job = AnnotateJob(input=lake, model=model, output=output, engine=engine, name="sentiment", unit_rows=12)
-    sys.exit(bulk.run(job).exit_status)
-"""
 
-# The process kills itself in its fourth commit: with the output under its temporary name, or at its place with no
-# receipt, or with the receipt under its temporary name.
-KILL_AT = """
-import os, signal
-from bert_ray.lake import journal
-real, seen = os.replace, []
-def replace(source, target):
-    kind = "part" if "part-" in str(target) else "receipt" if "receipts" in str(target) else "other"
-    seen.append(kind)
-    if seen.count(kind) == 4 and kind == "{kind}":
-        if "{when}" == "after":
-            real(source, target)
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-journal.os.replace = replace
-"""
+def kill_at(kind: str, when: str) -> None:
+    """This process kills itself in its fourth commit: with the output under its temporary name, or at its place with
+    no receipt, or with the receipt under its temporary name.
+    """
+    real, seen = os.replace, []
+
+    def dying(source: Any, target: Any) -> None:
+        now = "part" if "part-" in str(target) else "receipt" if "receipts" in str(target) else "other"
+        seen.append(now)
+        if seen.count(now) == 4 and now == kind:
+            if when == "after":
+                real(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    journal.os.replace = dying
+
+
+def drive(job: AnnotateJob, fault: Callable[[], None] | None = None) -> None:
+    """A driver of its own. `fault` is run first: it may put a kill where the test wants it."""
+    if fault:
+        fault()
+    sys.exit(bulk.run(job).exit_status)
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +74,32 @@ def undisturbed(lake: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPath
 
 def job(lake: Path, model: Path, output: Path, engine: Any) -> AnnotateJob:
     return AnnotateJob(
-        input=str(lake), model=str(model), output=str(output), engine=engine, name="sentiment", unit_rows=12
+        input=str(lake),
+        model=str(model),
+        output=str(output),
+        engine=engine,
+        name="sentiment",
+        unit_rows=12,
+        spark=SparkOptions(config={"spark.python.daemon.module": SPARK_DAEMON}),  # Of a session of the driver's own.
     )
 
 
-def drive(lake: Path, model: Path, output: Path, engine: str, fault: str = "") -> subprocess.Popen:
-    if engine == "spark" and shutil.which("java") is None:
+def driver(asked: AnnotateJob, fault: Callable[[], None] | None = None) -> BaseProcess:
+    if asked.engine == "spark" and shutil.which("java") is None:
         pytest.skip("Spark needs Java")
-    command = [sys.executable, "-c", DRIVER, str(lake), str(model), str(output), engine, fault]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    return begin(drive, asked, fault)
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen, seconds: float = 240) -> Any:
+def ended(process: BaseProcess, seconds: float = 240) -> int | None:
+    """The exit status, None where the process still runs."""
+    process.join(seconds)
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], Any], process: BaseProcess, seconds: float = 240) -> Any:
     until = time.monotonic() + seconds
     while not (found := condition()):
-        assert process.poll() is None, "the driver ended before the fault could be made"
+        assert process.is_alive(), "the driver ended before the fault could be made"
         assert time.monotonic() < until
         time.sleep(0.005)
     return found
@@ -105,8 +116,8 @@ def test_driver_killed_at_a_chosen_point_of_a_commit(
     kind: str, when: str, lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table
 ) -> None:
     output = tmp_path / "out"
-    process = drive(lake, tiny_bundle, output, "local", KILL_AT.format(kind=kind, when=when))
-    assert process.wait(240) == -signal.SIGKILL
+    process = driver(job(lake, tiny_bundle, output, "local"), partial(kill_at, kind, when))
+    assert ended(process) == -signal.SIGKILL
     assert len(journal_names(output, "receipts")) == 3
     parts = list(output.rglob("part-*.parquet"))
     assert len(parts) == (3 if (kind, when) == ("part", "before") else 4)
@@ -131,13 +142,14 @@ def test_driver_killed_on_one_engine_and_finished_on_the_other(
     request: pytest.FixtureRequest,
 ) -> None:
     output = tmp_path / "out"
-    process = drive(lake, tiny_bundle, output, begun)
+    process = driver(job(lake, tiny_bundle, output, begun))
     wait_for(lambda: len(journal_names(output, "receipts")) >= 2, process)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL
+    assert ended(process) == -signal.SIGKILL
     assert_in_the_middle(output)
     request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[finished])
-    summary = bulk.run(job(lake, tiny_bundle, output, finished))
+    # One worker: another would take its start of seconds and say the same.
+    summary = bulk.run(replace(job(lake, tiny_bundle, output, finished), workers=1))
     assert summary.exit_status == 0
     assert summary.skipped > 0
     assert summary.skipped + summary.done == UNITS
@@ -232,18 +244,18 @@ def test_spark_worker_killed_and_its_unit_done_again(
 ) -> None:
     """In a driver of its own, whose session tries again."""
     output = tmp_path / "out"
-    process = drive(lake, tiny_bundle, output, "spark")
+    process = driver(job(lake, tiny_bundle, output, "spark"))
     try:
         unit, pid = wait_for(lambda: kill_a_worker(output), process)
         assert_in_the_middle(output)
         assert pid != process.pid, "that was the driver"
-        assert process.wait(240) == 0, "Spark did not start another worker"
+        assert ended(process) == 0, "Spark did not start another worker"
     finally:
         process.kill()
     assert_done_again(output, unit, pid, undisturbed)
 
 
-def test_worker_killed_in_a_session_that_does_not_retry(
+def test_worker_killed_in_a_spark_session_that_does_not_retry(
     lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table, spark: Any
 ) -> None:
     """The user's own session on local[2] gives up at the first dead worker: the run says so, and a re-run ends it."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _START_SECONDS = 180.0
+_GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def _process(
     finally:
         process.terminate()
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:  # `ray start --block` often: its own processes end with it all the same.
             process.kill()
             process.wait(30)
 

@@ -1,4 +1,4 @@
-"""The demo as a newcomer runs it, on one epoch: stopped in the middle, gone on with, then run once more."""
+"""The demo as a newcomer runs it, on one epoch: stopped in the middle, gone on with, then begun once more."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
+
+from tests.lakes import receipts
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SEC = 540
@@ -38,10 +43,12 @@ def run(output: Path, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
-    """The demo, stopped by Ctrl-C while it annotates: where, what it printed, its exit status."""
-    output = tmp_path_factory.mktemp("demo")
+def stop(output: Path, at: Callable[[str], bool], then: Callable[[], Any] | None = None) -> tuple[str, int]:
+    """Run the demo, stop it by Ctrl-C at a line that it prints, or once `then` holds after it.
+
+    Returns:
+        what it printed, its exit status.
+    """
     process = subprocess.Popen(
         command(output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -49,17 +56,34 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, in
     try:
         for line in process.stdout:
             said += line
-            if "starting" in line:  # The journal is open, the engine is told to begin: the fault falls into the work.
+            if at(line):
                 break
-        assert "2/5" in said, said
-        assert (output / "annotated-ray" / "_bert_ray" / "run.json").exists()
+        while then and process.poll() is None and not then():
+            time.sleep(0.02)
+        assert process.poll() is None, said
         os.killpg(process.pid, signal.SIGINT)
         said += process.communicate(timeout=120)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return output, said, process.returncode
+    return said, process.returncode
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    """The demo, stopped while it annotates with Spark: where, what it printed, its exit status.
+
+    tests/integration/bad_input/test_lakes.py stops Ray in the same way.
+    """
+    output = tmp_path_factory.mktemp("demo")
+    annotated = output / "annotated-spark"
+    said, status = stop(
+        output, lambda line: "annotate on spark" in line and "starting" in line, then=lambda: receipts(annotated)
+    )
+    assert "3/5" in said, said
+    assert sum(note["rows"] for note in receipts(annotated)) < 2001, "it came too late"
+    return output, said, status
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +98,7 @@ def test_interrupted_it_says_how_to_go_on(interrupted: tuple[Path, str, int]) ->
     _, said, status = interrupted
     assert status == 130, said
     assert re.search(r"epoch 1/1  step \d+/\d+  loss ", said), said
+    assert "annotated 2,001 rows" in said
     assert "make demo goes on from here" in said
     assert "Traceback" not in said
 
@@ -111,13 +136,22 @@ def test_tables_and_bundle_are_there(first: tuple[Path, str], uci_lake: Path) ->
         assert table["sentiment"].null_count == 0
 
 
-def test_the_second_run_does_nothing_twice(first: tuple[Path, str], tmp_path: Path) -> None:
+def test_what_is_done_is_not_done_again(first: tuple[Path, str]) -> None:
     output, said = first
+    # By the run that went on after the interruption: what was trained and annotated before it.
+    assert "trained already" in said
+    assert said.count("annotated already") == 1
+    # Ray's rate is that of the run that did the work.
+    notes = receipts(output / "annotated-ray")
+    seconds = max(note["began"] + note["seconds"] for note in notes) - min(note["began"] for note in notes)
+    rates = re.findall(r"^ +ray +2,001 rows annotated, ([\d,]+) rows/s", said, re.MULTILINE)
+    assert rates == [f"{2001 / seconds:,.0f}"]
+    # By a run after that: all of it. It is stopped where it would ask the model again.
     weights = (output / "models" / "sentiment" / "model.safetensors").stat().st_mtime_ns
-    again = run(output, tmp_path)
+    again, status = stop(output, lambda line: line.startswith("5/5"))
+    assert status == 130, again
     assert "trained already" in again
-    assert (output / "models" / "sentiment" / "model.safetensors").stat().st_mtime_ns == weights
     assert again.count("annotated already") == 2
-    # The rates are those of the run that did the work.
-    rates = [re.findall(r"rows annotated, ([\d,]+) rows/s", text[text.index("Summary") :]) for text in (said, again)]
-    assert rates[0] == rates[1]
+    assert "yes: 2,001 rows, all labels equal" in again
+    assert (output / "models" / "sentiment" / "model.safetensors").stat().st_mtime_ns == weights
+    assert receipts(output / "annotated-ray") == notes

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
-
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import train
-from tests.conftest import tiny_tokenizer
+from tests.conftest import needs, tiny_tokenizer
 from tests.corpora import make_corpus
 from tests.groups import go_on_alone, in_group, losses, run_loop
 
+needs("deepspeed", "train")
 pytestmark = pytest.mark.slow
 
 WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()

@@ -16,7 +16,9 @@ ROWS = [(0, "a", "the film was good"), (1, "a", None), (2, "b", ""), (3, "b", "t
 
 @pytest.fixture(scope="module")
 def registered(spark: Any, tiny_bundle: Path) -> dict[str, Any]:
-    frame = spark.createDataFrame(ROWS, "id long, source string, text string")
+    # From Arrow: rows of Python's would go through Python workers of their own.
+    names = ("id", "source", "text")
+    frame = spark.createDataFrame(pa.table(dict(zip(names, map(list, zip(*ROWS, strict=True)), strict=True))))
     frame.createOrReplaceTempView("reviews")
     return functions.register(spark, {"sentiment": str(tiny_bundle)})
 

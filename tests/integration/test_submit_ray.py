@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import bert_ray as package
+from tests.conftest import needs
 from tests.integration.clusters import Cluster, bert_ray, ray_head
 
-pytest.importorskip("ray")
+needs("ray", "ray")
 pytestmark = pytest.mark.slow
 
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import bert_ray as package
+from tests.conftest import needs
 from tests.integration.clusters import Cluster, bert_ray, spark_cluster
 
-pytest.importorskip("pyspark")
+needs("pyspark", "spark")
 pytestmark = pytest.mark.slow
 
 

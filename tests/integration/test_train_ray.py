@@ -11,22 +11,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
-
-from ray import cloudpickle
-
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
 from bert_ray.training.loop import StepEvent
+from tests.conftest import needs
 
-# Ray's workers cannot import a test module: what they need of it travels whole.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
+needs("deepspeed", "train")
 
 
 @pytest.fixture
 def job(tiny_encoder: Path, uci_sample: pa.Table, tmp_path: Path) -> TrainJob:
+    from ray import cloudpickle
+
+    # Ray's workers cannot import a test module: what they need of it travels whole.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     pq.write_table(uci_sample.slice(0, 150), tmp_path / "train.parquet")
     return TrainJob(
         model=str(tiny_encoder),

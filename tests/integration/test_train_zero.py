@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
-
-import pyarrow.parquet as pq
-
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from tests.conftest import needs
 from tests.groups import go_on_alone, in_group, losses, run_loop
+
+needs("deepspeed", "train")
 
 STAGES = (0, 1, 2, 3)
 
@@ -24,6 +25,7 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
     """All stages after each other in one group: importing and joining takes longer than training."""
     import torch
 
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(root / "extensions")
     found: dict[str, list[dict[str, float]]] = {}
     for stage in STAGES:
         run = replace(job, zero_stage=stage)
@@ -61,11 +63,7 @@ def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_t
         checkpoint=CheckpointOptions(every_steps=4),
     )
     found: dict[Any, Any] = {"root": root, "job": job}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
-        for world in (2, 1):
-            found[world] = in_group(world, worker, job, root, world)
-    return found
+    return found | {world: in_group(world, worker, job, root, world) for world in (2, 1)}
 
 
 @pytest.fixture(scope="module")

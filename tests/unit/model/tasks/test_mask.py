@@ -16,9 +16,9 @@ from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.patterns import PATTERNS, Match, Patterns
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.mask import merged
-from tests.conftest import TINY_SEED, tiny_config, tiny_tokenizer
+from tests.conftest import TINY_SEED, needs, tiny_config, tiny_tokenizer
 
-pytest.importorskip("presidio_analyzer", reason="pip install 'bert-ray[pii]'")
+needs("presidio_analyzer", "pii")
 
 TAGS = ["O", "B-person", "I-person", "B-place", "I-place"]
 REGIONS = ("US", "GB", "CN")

@@ -322,7 +322,9 @@ def test_a_run_that_was_cut_off_gives_the_same(tmp_path: Path, tiny_encoder: Pat
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".start")] == []
 
 
-def test_workers_and_zero_stages_give_the_same(tmp_path: Path, tiny_encoder: Path, ray_session: None) -> None:
+def test_two_workers_on_ray_at_zero_stage_3_give_the_same(
+    tmp_path: Path, tiny_encoder: Path, ray_session: None
+) -> None:
     losses = []
     for number, more in enumerate(({"engine": "local"}, {"engine": "ray", "workers": 2, "zero_stage": 3})):
         place = tmp_path / str(number)
