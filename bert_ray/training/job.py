@@ -16,6 +16,7 @@ _FREE = (
     "output",
     "engine",
     "workers",
+    "min_workers",
     "threads",
     "zero_stage",
     "offload",
@@ -41,6 +42,9 @@ class DataOptions:
             keeps the last epoch's model.
         columns: the table's columns by the task's inputs and truths, where their names differ: `{text: review, label:
             stars}`. Each task's page in the documentation says what it learns from.
+        replay: a second corpus, of general text, that a pretraining goes on learning between, so that it is not
+            forgotten: its rows are a share of every step's.
+        replay_share: of the tokens.
         on_bad_shard: what to do when a corpus's shard is cut short or altered: `stop`, or `skip` its documents.
     """
 
@@ -48,11 +52,17 @@ class DataOptions:
     validation: str | None = None
     validation_fraction: float = 0.1
     columns: dict[str, str] | None = None
+    replay: str | None = None
+    replay_share: float = 0.1
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
         _check(self.train != "", "data.train is empty: give a Parquet file or directory")
+        _check(
+            0.0 < self.replay_share < 1.0,
+            f"data.replay_share is {self.replay_share}; give a share above 0 and below 1, such as 0.1",
+        )
         _check(
             0.0 <= self.validation_fraction <= 0.5,
             f"data.validation_fraction is {self.validation_fraction}; give a share from 0 (none) to 0.5",
@@ -188,6 +198,8 @@ class TrainJob:
             positions in this list.
         engine: `ray`: Ray Train and DeepSpeed; `local`: this process alone, without either.
         workers: training processes of engine ray.
+        min_workers: with how few of them engine ray goes on when a machine is lost, until it is back; None: it waits
+            until all of them find room.
         threads: torch threads of each process; None: the machine's cores shared out among its workers.
         epochs: passes over the training rows.
         batch_size: rows of one optimiser step, over all workers.
@@ -250,6 +262,7 @@ class TrainJob:
     labels: list[str] | None = None
     engine: Literal["local", "ray"] = "ray"
     workers: int = 2
+    min_workers: int | None = None
     threads: int | None = None
     epochs: int = 3
     batch_size: int = 32
@@ -307,6 +320,10 @@ class TrainJob:
         for name in ("steps", "micro_batches"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"{name} is {value}; give 1 or more")
+        _check(
+            self.min_workers is None or 1 <= self.min_workers <= self.workers,
+            f"min_workers is {self.min_workers}; give a number from 1 to workers, which is {self.workers}",
+        )
         for name in ("batch_warmup", "cooldown"):
             share = getattr(self, name)
             _check(0.0 <= share < 1.0, f"{name} is {share}; give a share of the steps, from 0 to below 1")

@@ -216,6 +216,8 @@ def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> 
         from bert_ray.training.pretraining import corpus_data
 
         return task.card, *corpus_data(job, base)
+    if job.data.replay is not None:
+        raise JobError(f"data.replay is a corpus, which task {job.task} cannot learn from: leave it out")
     table = table or read_labelled(job.data.train, task, job.data.columns)
     task.card.labels = labels_for(job, task, table)
     data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))

@@ -196,7 +196,7 @@ class Loop:
             self.stepper.restore(state, self.done)
             self.stepper.restore_scaling(self.position.scaling)
             _restore_rng(state, peers)
-            self._tell("resumed", skipped=found.skipped)
+            self._tell("resumed", skipped=found.skipped, workers=self.peers.world)
         # Of each step that was not looked at yet: its number, its weight, this worker's loss, the gradient's norm.
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor | None]] = []
         self._look_every = 1

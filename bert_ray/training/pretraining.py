@@ -4,9 +4,10 @@ A document longer than a row is cut into rows of about equal length. A step take
 number, and lays them end to end without padding; attention stays within each row, so no document sees another.
 
 The rows of all passes over the corpus form one stream, each pass in an order of its own. Step s takes the rows that
-begin between its first and its last token of that stream: a function of seed and step alone.
+begin between its first and its last token of that stream: a function of seed and step alone. General text that is
+replayed is a second corpus with a stream of its own, of which each step takes its share.
 
-Shapes: R rows of the corpus, D documents, S samples (rows as the stream numbers them: pass * R + row), T tokens.
+Shapes: R rows of all corpora, D documents, S samples (rows as their stream numbers them: pass * R + row), T tokens.
 """
 
 from __future__ import annotations
@@ -131,12 +132,56 @@ class Rows:
         return part * size // parts, (part + 1) * size // parts
 
 
+class _Stream:
+    """Rows side by side, pass after pass, each pass in an order of its own."""
+
+    def __init__(self, lengths: np.ndarray, first: int, rows: int, seed: int) -> None:
+        """Set up.
+
+        Args:
+            lengths: tokens of its rows, int64.
+            first: the number of the first of them.
+            rows: how many there are in all streams: a sample is pass * rows + row.
+            seed: of the order.
+        """
+        self._lengths, self._first, self._rows, self._seed = lengths, first, rows, seed
+        self._order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+        self.pass_tokens = int(lengths.sum())
+
+    def between(self, begin: int, end: int) -> np.ndarray:
+        """The samples that begin between two tokens of the stream, the second not included."""
+        chosen = [np.empty(0, np.int64)]
+        while begin < end:
+            number, inside = divmod(begin, self.pass_tokens)
+            order, starts = self._pass(number)
+            last = min(self.pass_tokens, inside + end - begin)
+            low, high = np.searchsorted(starts, [inside, last])
+            chosen.append(number * self._rows + self._first + order[low:high])
+            begin += last - inside
+        return np.concatenate(chosen)
+
+    def at(self, token: int) -> np.ndarray:
+        """The sample that a token of the stream belongs to."""
+        number, inside = divmod(token, self.pass_tokens)
+        order, starts = self._pass(number)
+        place = int(np.searchsorted(starts, inside, side="right")) - 1
+        return number * self._rows + self._first + order[place : place + 1]
+
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a pass in order, and where each begins in it, in tokens."""
+        if self._order[0] != number:
+            order = epoch_order(len(self._lengths), self._seed, number)
+            lengths = self._lengths[order]
+            self._order = number, order, np.cumsum(lengths) - lengths
+        return self._order[1], self._order[2]
+
+
 class CorpusSource:
     """Rows of a corpus as samples; see the module's first lines."""
 
     examples: Examples | None = None
 
-    def __init__(self, rows: Rows, marks: Marks, job: TrainJob, judged: bool = False) -> None:
+    def __init__(self, rows: Rows, marks: Marks, job: TrainJob, judged: bool = False, own: int | None = None) -> None:
         """Set up.
 
         Args:
@@ -144,18 +189,25 @@ class CorpusSource:
             marks: of its tokenizer.
             job: says how much a step takes, and what is masked.
             judged: these rows are judged by: the first `validation_rows` in an order of their own, always the same.
+            own: so many rows are the corpus's, those behind them are replayed; None: all are its own.
         """
         self._rows, self._marks, self._options, self._seed = rows, marks, job.pretraining, job.seed
         self._special = 2 if job.pretraining.sentences == "none" else 3
         self._lengths = rows.lengths + self._special
         self._all = len(rows)
-        self._order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         self._judged = None
         if judged:
             self._judged = epoch_order(self._all, _JUDGED, 0)[: job.pretraining.validation_rows]
-        self._pass_tokens = int(self._lengths.sum())
+        own = self._all if own is None else own
+        streams = [_Stream(self._lengths[:own], 0, self._all, self._seed)]
+        self._shares = [1.0]
+        if own < self._all:
+            streams.append(_Stream(self._lengths[own:], own, self._all, self._seed))
+            self._shares = [1.0 - job.data.replay_share, job.data.replay_share]
+        self._streams = streams
         self._batch_tokens, self._warmup = job.batch_tokens, job.batch_warmup
-        self.steps = job.steps or max(1, math.ceil(job.epochs * self._pass_tokens / job.batch_tokens))
+        tokens = job.epochs * streams[0].pass_tokens / self._shares[0]
+        self.steps = job.steps or max(1, math.ceil(tokens / job.batch_tokens))
         self.round_steps = min(job.evaluate_every, self.steps)
         self._rising = math.ceil(self._warmup * self.steps)
 
@@ -165,17 +217,14 @@ class CorpusSource:
     def select(self, step: int) -> np.ndarray:
         """See Source."""
         begin, end = self._tokens_before(step), self._tokens_before(step + 1)
-        chosen = []
-        while begin < end:
-            number, inside = divmod(begin, self._pass_tokens)
-            order, starts = self._pass(number)
-            last = min(self._pass_tokens, inside + end - begin)
-            low, high = np.searchsorted(starts, [inside, last])
-            chosen.append(number * self._all + order[low:high])
-            begin += last - inside
-        samples = np.concatenate(chosen)
+        samples = np.concatenate(
+            [
+                stream.between(round(share * begin), round(share * end))
+                for share, stream in zip(self._shares, self._streams, strict=True)
+            ]
+        )
         # A step of fewer tokens than the next row has: it takes that row too, rather than none.
-        return samples if len(samples) else self._row_at(self._tokens_before(step))
+        return samples if len(samples) else self._streams[0].at(round(self._shares[0] * begin))
 
     def lengths_of(self, samples: np.ndarray) -> np.ndarray:
         """See Source."""
@@ -242,20 +291,6 @@ class CorpusSource:
         risen = rising * low + (full - low) * rising * (rising - 1) / 2 / self._rising
         return round(risen) + (step - rising) * full
 
-    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a pass in order, and where each begins in it, in tokens."""
-        if self._order[0] != number:
-            order = epoch_order(self._all, self._seed, number)
-            lengths = self._lengths[order]
-            self._order = number, order, np.cumsum(lengths) - lengths
-        return self._order[1], self._order[2]
-
-    def _row_at(self, token: int) -> np.ndarray:
-        number, inside = divmod(token, self._pass_tokens)
-        order, starts = self._pass(number)
-        place = int(np.searchsorted(starts, inside, side="right")) - 1
-        return number * self._all + order[place : place + 1]
-
     def _in_parts(
         self, ids: np.ndarray, whole: np.ndarray | None, sizes: np.ndarray, rows: np.ndarray, noise: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
@@ -312,78 +347,108 @@ class CorpusSource:
 
 
 @dataclass(kw_only=True, slots=True)
+class CorpusPart:
+    """A corpus that was opened and checked.
+
+    Attributes:
+        directory: where it lies.
+        fingerprint: of its manifest.
+        skipped: shards that are left out, with what is wrong with them.
+    """
+
+    directory: Path
+    fingerprint: str
+    skipped: dict[str, str]
+
+    def documents(self, split: str) -> Documents:
+        """Those of a split."""
+        return Documents(self.directory, split, skip=self.skipped)
+
+
+@dataclass(kw_only=True, slots=True)
 class CorpusData:
     """A corpus to learn from: small, and the same on every worker, which opens it for itself.
 
     Attributes:
-        corpus: its directory.
-        fingerprint: of its manifest.
-        train_rows, validation_rows: documents.
-        skipped: shards that are left out, with what is wrong with them.
+        corpus: what is learned.
+        replay: general text that is learned between; None: none.
+        train_rows, validation_rows: documents of `corpus`.
         baseline: None: no constant answer is worth the name.
         learning: what the loss goes by.
     """
 
-    corpus: Path
-    fingerprint: str
+    corpus: CorpusPart
+    replay: CorpusPart | None
     train_rows: int
     validation_rows: int
-    skipped: dict[str, str] = field(default_factory=dict)
     baseline: float | None = None
     learning: Learning = field(default_factory=Learning)
 
     def digest(self) -> str:
-        """Tells this corpus, without what is left out of it, from others."""
-        return hashlib.sha256(" ".join([self.fingerprint, *sorted(self.skipped)]).encode()).hexdigest()[:16]
+        """Tells these corpora, without what is left out of them, from others."""
+        parts = [part for part in (self.corpus, self.replay) if part]
+        told = [word for part in parts for word in (part.fingerprint, *sorted(part.skipped))]
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()[:16]
 
     def sources(self, job: TrainJob, base: Bundle, card: Card, device: torch.device) -> tuple[Source, Source]:
         """What to train on, and what to be judged by."""
         marks = marks_of(base.tokenizer(), base.reference)
         room = card.max_length - (2 if job.pretraining.sentences == "none" else 3)
-        train, validation = (
-            Rows(Documents(self.corpus, split, skip=self.skipped), room) for split in ("train", "validation")
-        )
-        return CorpusSource(train, marks, job), CorpusSource(validation, marks, job, judged=True)
+        documents, validation = self.corpus.documents("train"), Rows(self.corpus.documents("validation"), room)
+        rows = Rows(documents, room)
+        own = len(rows)
+        if self.replay:
+            rows = Rows(Documents.joined([documents, self.replay.documents("train")]), room)
+        return CorpusSource(rows, marks, job, own=own), CorpusSource(validation, marks, job, judged=True)
 
 
 def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
-    """Open and check the job's corpus.
+    """Open and check the job's corpus, and the one that it replays.
 
     Returns:
         the data, and notes for the user.
 
     Raises:
-        JobError: it is none, has no documents, or was tokenised for another model.
-        LakeError: it is damaged, and the job does not say to skip what is.
+        JobError: one is none, has no documents, or was tokenised for another model.
+        LakeError: one is damaged, and the job does not say to skip what is.
     """
-    corpus = Path(job.data.train)
-    if not is_corpus(corpus):
-        raise JobError(
-            f"{corpus} holds no finished corpus, which task pretraining learns from: make it with `bert-ray corpus`"
-        )
+    notes: list[str] = []
+    corpus = _open(job, base, job.data.train, notes)
     if job.data.validation is not None or job.data.columns:
         key = "columns" if job.data.columns else "validation"
         raise JobError(f"data.{key}: a corpus has its own; leave it out")
-    manifest = read_manifest(corpus)
-    _check_vocabulary(corpus, base)
-    skipped: dict[str, str] = {}
-    for split in manifest.splits:
-        skipped |= Documents(corpus, split).verify(job.data.on_bad_shard)
+    splits = read_manifest(corpus.directory).splits
     data = CorpusData(
         corpus=corpus,
-        fingerprint=manifest.fingerprint,
-        train_rows=manifest.splits["train"].documents,
-        validation_rows=manifest.splits["validation"].documents,
-        skipped=skipped,
+        replay=_open(job, base, job.data.replay, notes) if job.data.replay is not None else None,
+        train_rows=splits["train"].documents,
+        validation_rows=splits["validation"].documents,
         learning=Learning(parts=job.pretraining.sentences != "none"),
     )
-    lost = {shard.path: shard.documents for shard in manifest.splits["train"].shards if shard.path in skipped}
-    if data.train_rows - sum(lost.values()) <= 0:
-        raise JobError(f"{corpus} has no documents to train on")
-    notes = [f"{corpus / path} {reason}: its documents are left out" for path, reason in skipped.items()]
     if not data.validation_rows and job.early_stopping:
-        raise JobError(f"early_stopping needs validation rows, and {corpus} has none: make it with a larger share")
+        raise JobError(
+            f"early_stopping needs validation rows, and {corpus.directory} has none: make it with a larger share"
+        )
     return data, notes
+
+
+def _open(job: TrainJob, base: Bundle, path: str, notes: list[str]) -> CorpusPart:
+    """A corpus, checked; what is left out of it is added to the notes."""
+    directory = Path(path)
+    if not is_corpus(directory):
+        raise JobError(
+            f"{directory} holds no finished corpus, which task pretraining learns from: make it with `bert-ray corpus`"
+        )
+    manifest = read_manifest(directory)
+    _check_vocabulary(directory, base)
+    skipped: dict[str, str] = {}
+    for split in manifest.splits:
+        skipped |= Documents(directory, split).verify(job.data.on_bad_shard)
+    train = manifest.splits["train"]
+    if train.documents <= sum(shard.documents for shard in train.shards if shard.path in skipped):
+        raise JobError(f"{directory} has no documents to train on")
+    notes += [f"{directory / path} {reason}: its documents are left out" for path, reason in skipped.items()]
+    return CorpusPart(directory=directory, fingerprint=manifest.fingerprint, skipped=skipped)
 
 
 def _check_vocabulary(corpus: Path, base: Bundle) -> None:

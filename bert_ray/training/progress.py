@@ -31,7 +31,8 @@ def line(event: dict[str, Any]) -> str:
         return str(event["text"])
     where = f"epoch {event['epoch']}/{event['epochs']}  step {event['step']}/{event['steps']}"
     if what == "resumed":
-        return "\n".join([*event["skipped"], f"{where}  resumed from the checkpoint"])
+        workers = f"{event['workers']} worker{'s' if event['workers'] > 1 else ''}"
+        return "\n".join([*event["skipped"], f"{where}  resumed from the checkpoint on {workers}"])
     if what == "progress":
         return (
             f"{where}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "

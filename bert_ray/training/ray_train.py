@@ -51,12 +51,13 @@ def run(
     outcome.unlink(missing_ok=True)
     with _ray(job):
         resources = ray.cluster_resources()
-        gpu = resources.get("GPU", 0) >= job.workers
+        least = job.min_workers or job.workers
+        gpu = resources.get("GPU", 0) >= least
         cpus = resources.get("CPU", 0)
-        if not gpu and cpus < job.workers:
+        if not gpu and cpus < least:
             raise JobError(
-                f"workers is {job.workers}, but Ray has {cpus:g} CPUs and {resources.get('GPU', 0):g} GPUs: give fewer "
-                "workers, or add nodes"
+                f"{'workers' if least == job.workers else 'min_workers'} is {least}, but Ray has {cpus:g} CPUs and "
+                f"{resources.get('GPU', 0):g} GPUs: give fewer workers, or add nodes"
             )
         trainer = _Trainer(
             _worker,
@@ -71,7 +72,11 @@ def run(
                 "gpu": gpu,
             },
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=job.workers, use_gpu=gpu, resources_per_worker=_resources(gpu)),
+            scaling_config=ScalingConfig(
+                num_workers=job.workers if least == job.workers else (least, job.workers),
+                use_gpu=gpu,
+                resources_per_worker=_resources(gpu),
+            ),
             run_config=RunConfig(
                 # A name of its own each time: what there is to resume stands in our checkpoints, not in Ray's.
                 name=f"bert-ray-{uuid.uuid4().hex[:8]}",

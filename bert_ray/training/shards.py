@@ -210,7 +210,7 @@ def write_index(path: Path, lengths: Iterable[pa.Array]) -> str:
 
 
 class Documents:
-    """The documents of one split, memory-mapped: opened in the time of its index, whatever its size.
+    """The documents of one split, or of several, memory-mapped: opened in the time of its index, whatever its size.
 
     Attributes:
         lengths: tokens of each document, uint32 (D,), also of those that cannot be read.
@@ -227,11 +227,27 @@ class Documents:
         Raises:
             LakeError: the manifest or the index is missing or damaged.
         """
-        self.corpus, self.split = corpus, split
         part = read_manifest(corpus).splits[split]
-        self._shards, self._skip = part.shards, frozenset(skip)
-        self.first = np.concatenate([[0], np.cumsum([shard.documents for shard in part.shards])]).astype(np.int64)
-        self.lengths = self._read_index(part)
+        self._set(
+            [(corpus, shard) for shard in part.shards],
+            [shard.path not in skip for shard in part.shards],
+            _read_index(corpus, split, part),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Documents]) -> Documents:
+        """The documents of several corpora, one after the other."""
+        whole = cls.__new__(cls)
+        whole._set(
+            [shard for part in parts for shard in part._shards],
+            [good for part in parts for good in part._good],
+            np.concatenate([part.lengths for part in parts]),
+        )
+        return whole
+
+    def _set(self, shards: list[tuple[Path, Shard]], good: list[bool], lengths: np.ndarray) -> None:
+        self._shards, self._good, self.lengths = shards, good, lengths
+        self.first = np.concatenate([[0], np.cumsum([shard.documents for _, shard in shards])]).astype(np.int64)
         # Arrow's memory maps, opened at first use: a corpus of thousands of shards costs no thousand files at once.
         self._open: dict[int, _OpenShard] = {}
 
@@ -245,11 +261,11 @@ class Documents:
             LakeError: one is bad, and `on_bad_shard` is "stop".
         """
         found = {}
-        for shard in self._shards:
-            if reason := _fault(self.corpus / shard.path, shard):
+        for corpus, shard in self._shards:
+            if reason := _fault(corpus / shard.path, shard):
                 if on_bad_shard == "stop":
                     raise LakeError(
-                        f"{self.corpus / shard.path} {reason}: restore it, or make the corpus anew; "
+                        f"{corpus / shard.path} {reason}: restore it, or make the corpus anew; "
                         f"data.on_bad_shard=skip trains without its {shard.documents} documents"
                     )
                 found[shard.path] = reason
@@ -261,15 +277,12 @@ class Documents:
     @cached_property
     def readable(self) -> np.ndarray | None:
         """Which documents can be read, bool (D,); None: all."""
-        if not self._skip:
-            return None
-        good = [shard.path not in self._skip for shard in self._shards]
-        return np.repeat(good, np.diff(self.first))
+        return None if all(self._good) else np.repeat(self._good, np.diff(self.first))
 
     def shard_of(self, documents: np.ndarray) -> list[str]:
         """The paths of the shards that hold the given documents, each once, in order."""
         found = np.unique(np.searchsorted(self.first, documents, side="right") - 1)
-        return [self._shards[number].path for number in found.tolist()]
+        return [str(corpus / shard.path) for corpus, shard in (self._shards[number] for number in found.tolist())]
 
     def take(self, documents: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Stretches of documents, end to end.
@@ -297,22 +310,10 @@ class Documents:
             starts[put] = (shard.bits[take >> 3] >> (take & 7).astype(np.uint8)) & 1
         return ids, starts
 
-    def _read_index(self, part: Split) -> np.ndarray:
-        if not part.shards:
-            return np.empty(0, np.uint32)
-        path = self.corpus / self.split / INDEX_FILE
-        try:
-            if file_sha256(path) != part.index_sha256:
-                raise LakeError(f"{path} has another hash than when it was written: make the corpus anew")
-            with pa.memory_map(str(path)) as file:
-                return pa.ipc.open_file(file).read_all().column("length").to_numpy()
-        except (OSError, pa.ArrowException) as error:
-            raise LakeError(f"{path} cannot be read ({error}): make the corpus anew") from error
-
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            shard = self._shards[number]
-            path = self.corpus / shard.path
+            corpus, shard = self._shards[number]
+            path = corpus / shard.path
             try:
                 if (size := path.stat().st_size) != shard.bytes:
                     raise LakeError(f"{path} has {size} bytes of {shard.bytes}: restore it, or make the corpus anew")
@@ -320,6 +321,19 @@ class Documents:
             except (OSError, pa.ArrowException) as error:
                 raise LakeError(f"{path} cannot be read ({error}): restore it, or make the corpus anew") from error
         return self._open[number]
+
+
+def _read_index(corpus: Path, split: str, part: Split) -> np.ndarray:
+    if not part.shards:
+        return np.empty(0, np.uint32)
+    path = corpus / split / INDEX_FILE
+    try:
+        if file_sha256(path) != part.index_sha256:
+            raise LakeError(f"{path} has another hash than when it was written: make the corpus anew")
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all().column("length").to_numpy()
+    except (OSError, pa.ArrowException) as error:
+        raise LakeError(f"{path} cannot be read ({error}): make the corpus anew") from error
 
 
 class _OpenShard:

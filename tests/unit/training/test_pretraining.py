@@ -21,7 +21,7 @@ from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
-from bert_ray.training.launch import train
+from bert_ray.training.launch import prepare, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.masking import NOT_ASKED
 from bert_ray.training.pretraining import CorpusSource, Rows, marks_of
@@ -122,6 +122,68 @@ def test_the_end_of_a_run_needs_nothing_of_its_beginning(corpus: Path, pretraini
     for step in range(399):
         one.select(step)
     assert (one.select(399) == other.select(399)).all()
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second corpus, of 40 documents, all of one word."""
+    return make_corpus(tmp_path_factory.mktemp("general") / "corpus", tiny_tokenizer(), ["money " * 30] * 40)
+
+
+def test_general_text_is_replayed_as_a_share_of_every_step(
+    corpus: Path, general: Path, pretraining_for: Jobs, tiny_encoder: Path
+) -> None:
+    data = DataOptions(train=str(corpus), replay=str(general), replay_share=0.25)
+    job = pretraining_for(data=data, steps=None, epochs=2)
+    base = load_bundle(str(tiny_encoder))
+    card, opened, _ = prepare(job, base)
+    card.max_length = job.max_length
+    rows, judged = opened.sources(job, base, card, torch.device("cpu"))
+    alone = source(corpus, job)
+    assert rows.steps == pytest.approx(alone.steps / 0.75, abs=1)
+    assert len(judged) == len(Rows(Documents(corpus, "validation"), job.max_length - 2))
+    seen = [rows.select(step) for step in range(rows.steps)]
+    own = [samples[samples % len(rows) < len(alone)] for samples in seen]
+    # Every document's rows twice, for two passes, as without replay.
+    counts = np.bincount(np.concatenate(own) % len(rows), minlength=len(alone))
+    assert set(counts.tolist()) <= {2, 3}
+    assert np.mean(counts) == pytest.approx(2, rel=0.03)
+    for samples, kept in zip(seen[:-1], own[:-1], strict=True):
+        share = 1 - rows.lengths_of(kept).sum() / rows.lengths_of(samples).sum()
+        assert share == pytest.approx(0.25, abs=0.1)
+    again = np.concatenate([np.setdiff1d(samples, kept) for samples, kept in zip(seen, own, strict=True)])
+    assert len(set(again.tolist())) == len(again)
+    batch, targets = rows.batch(np.sort(again[:3]), 0)
+    word = tiny_tokenizer().convert_tokens_to_ids("money")
+    asked = targets[: len(batch.input_ids)]
+    assert set(asked[asked != NOT_ASKED].tolist()) == {word}
+    assert str(general) in rows.where(again[:3])
+
+
+def test_what_cannot_learn_from_a_corpus_replays_none(general: Path, tiny_encoder: Path, reviews: Path) -> None:
+    data = DataOptions(train=str(reviews), replay=str(general))
+    job = TrainJob(model=str(tiny_encoder), output="unused", data=data)
+    with pytest.raises(JobError, match="task classification cannot learn from"):
+        prepare(job, load_bundle(str(tiny_encoder)))
+
+
+def test_a_run_that_replays_is_cut_off_and_goes_on_to_the_same_bits(
+    general: Path, corpus: Path, pretraining_for: Jobs, tmp_path: Path
+) -> None:
+    job = pretraining_for(data=DataOptions(train=str(corpus), replay=str(general), replay_share=0.3))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    job = replace(job, checkpoint=CheckpointOptions(every_steps=2))
+
+    def cut(event: StepEvent) -> None:
+        if event.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet(job, callbacks=[cut])
+    without = replace(job, data=DataOptions(train=str(corpus)))
+    with pytest.raises(JobError, match=r"data\.replay"):
+        quiet(without)
+    assert figures(quiet(job)) == figures(whole)
 
 
 def test_a_steps_batch_has_special_tokens_at_its_ends_and_masks_between(corpus: Path, pretraining_for: Jobs) -> None:

@@ -1,0 +1,166 @@
+"""A training over two machines, of which one is killed, or cut off: it goes on, with one or when both are there."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bert_ray.model.bundle import load_bundle
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.launch import train
+from tests.conftest import needs, tiny_tokenizer
+from tests.corpora import make_corpus
+from tests.integration.nodes import OTHER, Nodes, possible, two_nodes
+
+needs("deepspeed", "train")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not possible(), reason="network namespaces need iproute2 and the rights of root"),
+]
+
+WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with two_nodes(tmp_path_factory.mktemp("nodes")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def job(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
+    """A pretraining whose steps take long enough for a fault to find it under way."""
+    root = tmp_path_factory.mktemp("job")
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, 510)]
+    return TrainJob(
+        task="pretraining",
+        model=str(tiny_encoder),
+        output=str(root / "model"),
+        data=DataOptions(train=str(make_corpus(root / "corpus", tiny_tokenizer(), texts[:500], texts[500:]))),
+        engine="local",
+        steps=STEPS,
+        batch_tokens=2048,
+        evaluate_every=STEPS // 2,
+        micro_batches=2,
+        learning_rate=1e-3,
+        max_length=40,
+        dropout=0.1,
+        threads=1,
+        timeout_minutes=0.5,
+        checkpoint=CheckpointOptions(every_steps=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: TrainJob) -> list[float]:
+    """Training and validation losses of a run in one process."""
+    return [
+        entry[name] for entry in train(job, tell=lambda _: None).history for name in ("train_loss", "validation_loss")
+    ]
+
+
+class Run:
+    """`bert-ray train` on the head, over both nodes."""
+
+    def __init__(self, nodes: Nodes, job: TrainJob, **settings: object) -> None:
+        keys = {
+            "task": job.task,
+            "model": job.model,
+            "output": job.output,
+            "data.train": job.data.train,
+            "checkpoint.every_steps": job.checkpoint.every_steps,
+            "engine": "ray",
+            "workers": 2,
+            "zero_stage": 2,
+            **{name: getattr(job, name) for name in ("steps", "batch_tokens", "evaluate_every", "micro_batches")},
+            **{name: getattr(job, name) for name in ("learning_rate", "max_length", "dropout", "threads")},
+            "timeout_minutes": job.timeout_minutes,
+            **settings,
+        }
+        self.job = job
+        self.said = ""
+        self._lines: queue.Queue[str] = queue.Queue()
+        self.process = nodes.driver(
+            [sys.executable, "-m", "bert_ray", "train", *(f"{key}={value}" for key, value in keys.items())]
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._lines.put(line)
+
+    def until(self, words: str, seconds: float = 180) -> None:
+        """Until it says a line with the words."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=0.2)
+            except queue.Empty:
+                assert self.process.poll() is None, self.said
+                assert time.monotonic() < deadline, self.said
+                continue
+            self.said += line
+            if words in line:
+                return
+
+    def under_way(self) -> None:
+        """Until it has checkpoints and is far from its end."""
+        checkpoints = Path(f"{self.job.output}.run/checkpoints")
+        deadline = time.monotonic() + 180
+        while not (checkpoints / "step-00000004").exists():
+            assert self.process.poll() is None, self._rest()
+            assert time.monotonic() < deadline, self._rest()
+            time.sleep(0.02)
+
+    def end(self) -> list[float]:
+        """Losses by the bundle, once the run has ended well."""
+        assert self.process.wait(300) == 0, self._rest()
+        self._rest()
+        history = load_bundle(self.job.output).card.provenance["history"]
+        return [entry[name] for entry in history for name in ("train_loss", "validation_loss")]
+
+    def _rest(self) -> str:
+        time.sleep(0.5)
+        while not self._lines.empty():
+            self.said += self._lines.get()
+        return self.said
+
+
+def test_a_node_is_killed_and_the_run_goes_on_with_one_worker(
+    nodes: Nodes, job: TrainJob, undisturbed: list[float], tmp_path: Path
+) -> None:
+    run = Run(nodes, replace(job, output=str(tmp_path / "model")), min_workers=1)
+    run.under_way()
+    assert nodes.kill(OTHER) > 2, "there was no node to kill"
+    losses = run.end()
+    assert "resumed from the checkpoint on 1 worker\n" in run.said
+    assert losses == pytest.approx(undisturbed, abs=1e-4)
+    nodes.start(OTHER)
+
+
+def test_a_node_is_cut_off_and_the_run_goes_on_when_it_is_back(
+    nodes: Nodes, job: TrainJob, undisturbed: list[float], tmp_path: Path
+) -> None:
+    run = Run(nodes, replace(job, output=str(tmp_path / "model")))
+    run.under_way()
+    nodes.cut()
+    time.sleep(10)
+    assert run.process.poll() is None, run.said
+    assert "resumed" not in run.said
+    nodes.kill(OTHER)
+    nodes.mend()
+    nodes.start(OTHER)
+    losses = run.end()
+    assert "resumed from the checkpoint on 2 workers\n" in run.said
+    assert losses == pytest.approx(undisturbed, abs=1e-4)
