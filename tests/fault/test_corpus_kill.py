@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,37 +22,34 @@ import pytest
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.corpus.run import run
 from bert_ray.training.shards import is_corpus, read_manifest
-from tests.fault.test_annotate_kill import killer, wait_for
+from tests.fault.test_annotate_kill import ended, killer, wait_for
 from tests.lakes import journal_names, receipts
+from tests.processes import begin
 
-ROOT = Path(__file__).resolve().parents[2]
 UNITS = 8
 
-DRIVER = """
-import sys
-from bert_ray.training.corpus.job import CorpusJob
-from bert_ray.training.corpus.run import run
-lake, tokenizer, output, engine, fault = sys.argv[1:]
-if __name__ == "__main__":
-    exec(fault)
-    job = CorpusJob(input=lake, tokenizer=tokenizer, output=output, engine=engine, unit_rows=20, shard_tokens=20_000)
-    sys.exit(run(job).exit_status)
-"""
 
-# The process kills itself when it puts the n-th file of a kind in its place: before, or right after.
-KILL_AT = """
-import os, signal
-real, seen = os.replace, []
-def replace(source, target):
-    if "{kind}" in str(target):
-        seen.append(target)
-    if len(seen) == {number} and "{kind}" in str(target):
-        if "{when}" == "after":
-            real(source, target)
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-os.replace = replace
-"""
+def kill_at(kind: str, number: int, when: str) -> None:
+    """This process kills itself when it puts the `number`-th file of a kind in its place: before, or right after."""
+    real, seen = os.replace, []
+
+    def dying(source: Any, target: Any) -> None:
+        if kind in str(target):
+            seen.append(target)
+            if len(seen) == number:
+                if when == "after":
+                    real(source, target)
+                os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.replace = dying
+
+
+def drive(job: CorpusJob, fault: Callable[[], None] | None = None) -> None:
+    """A driver of its own. `fault` is run first: it may put a kill where the test wants it."""
+    if fault:
+        fault()
+    sys.exit(run(job).exit_status)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +70,6 @@ def job(lake: Path, tokenizer: Path, output: Path, engine: str = "local") -> Cor
     return CorpusJob(
         input=str(lake), tokenizer=str(tokenizer), output=str(output), engine=engine, unit_rows=20, shard_tokens=20_000
     )
-
-
-def drive(lake: Path, tokenizer: Path, output: Path, engine: str, fault: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-c", DRIVER, str(lake), str(tokenizer), str(output), engine, fault]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
 
 def made(output: Path) -> dict[str, str]:
@@ -111,8 +105,8 @@ FAULTS = [
 def test_one_run_killed_in_every_stage(lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path) -> None:
     output = tmp_path / "out"
     for kind, number, when, expected in FAULTS:
-        process = drive(lake, tiny_encoder, output, "local", KILL_AT.format(kind=kind, number=number, when=when))
-        assert process.wait(240) == -signal.SIGKILL, kind
+        process = begin(drive, job(lake, tiny_encoder, output), partial(kill_at, kind, number, when))
+        assert ended(process) == -signal.SIGKILL, kind
         stages = [name.split("-")[0] for name in journal_names(output, "receipts")]
         assert {stage: stages.count(stage) for stage in dict.fromkeys(stages)} == expected
         assert is_corpus(output) == ((kind, when) == ("/corpus.json", "after"))
@@ -134,10 +128,10 @@ def test_driver_killed_on_ray_and_finished_here(
     lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     output = tmp_path / "out"
-    process = drive(lake, tiny_encoder, output, "ray")
+    process = begin(drive, job(lake, tiny_encoder, output, "ray"))
     wait_for(lambda: journal_names(output, "receipts"), process)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL
+    assert ended(process) == -signal.SIGKILL
     assert not is_corpus(output), "the kill came too late"
     # Its workers may be at a unit still; what they finish now is as good.
     assert run(job(lake, tiny_encoder, output)).exit_status == 0

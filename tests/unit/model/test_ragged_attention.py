@@ -28,15 +28,15 @@ def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) 
 def test_every_pair_and_its_gradient(causal: bool) -> None:
     lengths = QUERIES, (QUERIES if causal else KEYS)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(sum(lengths[place]), WIDTH, requires_grad=True) for place in (0, 1, 1))
+    q, k, v = (torch.randn(sum(lengths[place]), WIDTH, requires_grad=True, dtype=torch.float64) for place in (0, 1, 1))
     found = RaggedAttention(*lengths, causal=causal)(q, k, v, HEADS)
     rows = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
     wanted = torch.cat([by_formula(*row, causal) for row in rows])
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
     weights = torch.randn_like(found)
     gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))
     for one, other in zip(gradients, torch.autograd.grad((wanted * weights).sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
 
 
 def test_filled_up_scores_are_bounded() -> None:

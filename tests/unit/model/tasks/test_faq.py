@@ -110,7 +110,9 @@ def test_earlier_turns_help_to_understand_the_last(shop: Path) -> None:
     ]
     assert ids(ask(shop, dialogues)) == ["battery", "delivery"]
     alone = ask(shop, [dialogue[-1] for dialogue in dialogues])
-    assert ask(shop, dialogues, history_weight=0.0) == alone
+    # Texts that are computed beside others are the same but for rounding.
+    for found, wanted in zip(ask(shop, dialogues, history_weight=0.0), alone, strict=True):
+        assert found == wanted | {"score": pytest.approx(wanted["score"], abs=1e-6)}
     # One turn is a question like any other.
     assert ask(shop, [["How can I pay?"]]) == ask(shop, ["How can I pay?"])
 
