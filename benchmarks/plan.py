@@ -8,7 +8,7 @@ what torch's allocator has handed out at the worst moment of a step (its profile
 growth of the process's peak resident set. Time is processor time, the median of a few steps: what one thread takes on
 an idle machine, also where others use it too. It is predicted from the matrix-multiply peak measured right before and
 after each step, at a share of it (`mfu`) that is measured on the other model: none of a model's own steps enters its
-prediction. Results: benchmarks/results/plan.json and plan.md.
+prediction. Results: benchmarks/results/plan.json and plan.md. ZeRO's stages: benchmarks/zero.py.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def cases() -> list[Case]:
 class Trainer:
     """One worker that takes the same step again and again."""
 
-    def __init__(self, case: Case, threads: int) -> None:
+    def __init__(self, case: Case, threads: int, zero_stage: int | None = None) -> None:
+        """Set up: plain torch, or DeepSpeed at a stage in a process group that is there."""
         common.set_threads(threads)
         import numpy as np
         import torch
@@ -101,9 +102,24 @@ class Trainer:
         )
         model = BertForPreTraining(config).train()
         task = get_task(Card(task="fill-mask"), config, kind="pretraining")
-        job = TrainJob(model="new", output="none", data=DataOptions(train="none"), task="pretraining", engine="local")
+        job = TrainJob(
+            model="new",
+            output="none",
+            data=DataOptions(train="none"),
+            task="pretraining",
+            engine="local",
+            zero_stage=zero_stage or 0,
+        )
         module = TaskModel(model, task, 0.0, None, case.recompute)
-        self.stepper = PlainStepper(module, job, torch.device("cpu"))
+        # Counted here: at stage 3 no worker has whole weights afterwards.
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        device = torch.device("cpu")
+        if zero_stage is None:
+            self.stepper: Any = PlainStepper(module, job, device)
+        else:
+            from bert_ray.training.deepspeed import DeepSpeedStepper
+
+            self.stepper = DeepSpeedStepper(module, job, device, torch.distributed.get_world_size())
         random = np.random.default_rng(0)
         lengths = np.full(case.rows, case.tokens)
         if case.spread:
@@ -113,7 +129,6 @@ class Trainer:
         self.batch, self.targets = _batch(lengths, case, random)
         self.weight = float(self.targets[-case.rows :].sum())
         self.asked = int((self.targets[: int(lengths.sum())] >= 0).sum())
-        self.parameters = sum(weight.numel() for weight in model.parameters())
         for _ in range(_WARM_UP):
             self.step()
 
@@ -148,8 +163,8 @@ def _batch(lengths: Any, case: Case, random: Any) -> tuple[Any, Any]:
     return batch, torch.from_numpy(np.concatenate([asked, np.full(case.rows, -1), budgets]).astype(np.int64))
 
 
-def work_of(case: Case, trainer: Trainer) -> Any:
-    """The same as the plan sees it."""
+def work_of(case: Case, trainer: Trainer, workers: int = 1, **more: Any) -> Any:
+    """The same as the plan sees it, every worker taking such a batch."""
     from bert_ray.model.flops import Dims, parameters
     from bert_ray.planning.workload import Workload
 
@@ -166,15 +181,16 @@ def work_of(case: Case, trainer: Trainer) -> Any:
     return Workload(
         dims=dims,
         parameters=count,
-        step_tokens=lengths.sum(),
+        step_tokens=workers * lengths.sum(),
         steps=1,
-        tokens=lengths.sum(),
+        tokens=workers * lengths.sum(),
         row_tokens=lengths.mean(),
         row_squares=(lengths**2).mean(),
         asked_share=trainer.asked / lengths.sum(),
         precision="fp32",
         recompute=case.recompute,
         device="cpu",
+        **more,
     )
 
 

@@ -7,10 +7,10 @@ section 5; there with weights in half precision, here all in fp32 under autocast
     0      4 N            4 N        8 N
     1      4 N            4 N        8 N / n, and 4 N / n for the weights it works on
     2      4 N            4 N / n    the same
-    3      4 N / n        4 N / n    8 N / n
+    3      4 N / n        4 N / n    the same
 
 At stage 3 all weights are gathered while the model computes (`training/deepspeed.py`), 4 N more then: here it spares
-gradients and state, not weights. DeepSpeed's buffers come on top.
+gradients and state, not weights. DeepSpeed's buffers come on top. benchmarks/zero.py measures each stage.
 
 Activations are counted layer by layer from what autograd keeps of `model/encoder.py` and `model/attention.py`, as
 Korthikanti et al. (arXiv 2205.05198, section 4.1) do for Megatron's layers; theirs is s b h (34 + 5 a s / h), with
@@ -83,19 +83,23 @@ def memory(work: Workload, workers: int) -> Memory:
     buffers = _buffers(work, workers, bucket)
     copies = _copies(work)
     kept, working = activations(work, passed), _working(work, passed)
-    whole = numbers if work.zero_stage < 2 else 0.0
+    # On a CPU a stage's gradients wait whole for their bucket; on a GPU they are copied into it as they come.
+    waiting = bucket if work.device == "cpu" else 0.0
+    whole = numbers if work.zero_stage < 2 else waiting
     table = float(_FP32 * work.dims.vocabulary * work.dims.hidden)
     # On a CPU, without other workers, the gradient of the word embeddings has a storage that stays (lookup.py); with a
     # vocabulary's head, which has the same weights, the sum of the two gradients is a third of them.
     resident = table if work.device == "cpu" and workers == 1 else 0.0
     summed = table + (resident or table) if work.asked_share else 0.0
-    gradients = whole + partial
+    # At stage 3 the shares' place is there from the beginning; at stage 2 those of the last bucket come after it.
+    earlier = partial * (1 - waiting / numbers) if work.zero_stage == 2 else partial
     # The three moments: the backward pass begins; it ends; the optimiser steps.
     begins = copies + kept + working + partial + (whole if passed.times > 1 else resident)
-    if work.zero_stage >= 2:
+    if work.zero_stage >= 2 and work.device == "cuda":
         begins += buffers
-    ends = gradients + max(buffers, summed)
-    steps = gradients + (resident if work.asked_share else 0.0)
+    ends = whole + earlier + max(buffers, summed)
+    gradients = whole + partial
+    steps = (whole if work.zero_stage < 2 else partial) + (resident if work.asked_share else 0.0)
     steps += share if work.zero_stage in (1, 2) and work.offload == "none" else 0.0
     return Memory(
         weights=held,
@@ -116,7 +120,8 @@ def _weights(work: Workload, numbers: float, share: float) -> tuple[float, float
         return numbers, 0.0
     if work.zero_stage < 3:
         return numbers, share
-    return numbers + (0.0 if work.offload == "parameters" else share), share if work.offload != "none" else 0.0
+    # DeepSpeed's optimiser works on a clone of the share (stage3.py, fp32_partitioned_groups_flat).
+    return numbers + (0.0 if work.offload == "parameters" else share), share
 
 
 def _buffers(work: Workload, workers: int, bucket: float) -> float:
@@ -125,6 +130,9 @@ def _buffers(work: Workload, workers: int, bucket: float) -> float:
         return 0.0
     if work.zero_stage == 0:
         return float(_FP32 * min(_FLAT_ELEMENTS, work.parameters))
+    if work.zero_stage == 3 and work.device == "cpu":
+        # Reduce-scatter of flat copies, which gloo copies once more, and the shares that come out.
+        return bucket * (2.0 + 1.0 / workers)
     # Two buckets where communication overlaps with the backward pass (stage_1_and_2.py, setup_buckets).
     return 2.0 * bucket if work.device == "cuda" else bucket
 

@@ -49,12 +49,12 @@ def test_state_is_shared_out_as_zero_says() -> None:
     stages = {stage: memory(replace(WORK, zero_stage=stage), 8) for stage in range(4)}
     assert [item.weights for item in stages.values()] == [NUMBERS, NUMBERS, NUMBERS, NUMBERS + NUMBERS / 8]
     assert [item.gradients for item in stages.values()] == [NUMBERS, NUMBERS, NUMBERS / 8, NUMBERS / 8]
-    # Two moments; at stages 1 and 2 the share of the weights that the optimiser works on besides.
+    # Two moments; at stages 1 to 3 the share of the weights that the optimiser works on besides.
     assert [item.optimizer for item in stages.values()] == [
         2 * NUMBERS,
         3 * NUMBERS / 8,
         3 * NUMBERS / 8,
-        2 * NUMBERS / 8,
+        3 * NUMBERS / 8,
     ]
 
 
