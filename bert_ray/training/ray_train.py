@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from bert_ray.training.job import TrainJob
 from bert_ray.training.loop import Callback, Position
 from bert_ray.training.notice import heeded
 from bert_ray.training.progress import following, writer
+from bert_ray.training.ray_session import session
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
@@ -49,7 +49,8 @@ def run(
     """
     outcome = directory / OUTCOME_FILE
     outcome.unlink(missing_ok=True)
-    with _ray(job):
+    # Workers beyond the machine's cores share them, rather than wait for ever.
+    with session(job.ray.address, max(os.cpu_count() or 1, job.workers)):
         resources = ray.cluster_resources()
         least = job.min_workers or job.workers
         gpu = resources.get("GPU", 0) >= least
@@ -105,33 +106,6 @@ class _Trainer(TorchTrainer):
 
 def _resources(gpu: bool) -> dict[str, float]:
     return {"CPU": 1, "GPU": 1} if gpu else {"CPU": 1}
-
-
-@contextmanager
-def _ray(job: TrainJob) -> Iterator[None]:
-    """A connection to Ray: the caller's where there is one, the cluster's, or a Ray of our own."""
-    if ray.is_initialized():
-        yield
-        return
-    address = job.ray.address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False)
-        else:
-            # Workers beyond the machine's cores share them, rather than wait for ever.
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, job.workers),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except (ConnectionError, ValueError) as error:
-        raise JobError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _as_ours(error: Exception) -> BertRayError:

@@ -30,11 +30,12 @@ def engine(job: CorpusJob) -> Iterator[Run]:
         return
     try:
         from bert_ray.training.corpus import ray_data
+        from bert_ray.training.ray_session import session
     except ImportError as error:
         if (error.name or "").startswith("bert_ray"):
             raise
         raise JobError(f"engine ray needs {error.name}: pip install 'bert-ray[train]'") from error
-    with ray_data.session(job.ray.address):
+    with session(job.ray.address), ray_data.quiet():
 
         def run(work: Work, tasks: Sequence[Task], watch: Any) -> Generator[Outcome, None, None]:
             return ray_data.run(work, tasks, job.workers)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Generator, Iterator, Sequence
 
 import pyarrow as pa
 import ray
 import ray.data
 
-from bert_ray.errors import BertRayError, JobError
+from bert_ray.errors import BertRayError
 from bert_ray.training.corpus.tokens import quiet_threads
 from bert_ray.training.corpus.work import Outcome, Task, Work, do
 
@@ -65,22 +64,8 @@ def run(work: Work, tasks: Sequence[Task], workers: int | None) -> Generator[Out
 
 
 @contextlib.contextmanager
-def session(address: str | None) -> Iterator[None]:
-    """A connection to Ray, quiet but for its errors: the caller's where there is one, the cluster's, or one of our own.
-
-    Raises:
-        JobError: no cluster answers.
-    """
-    ours = not ray.is_initialized()
-    address = address or os.environ.get("RAY_ADDRESS")
-    try:
-        if ours and address:
-            ray.init(address=address, log_to_driver=False)
-        elif ours:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise JobError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
-    # Ray Data's own progress counts blocks; ours, beside which it would stand, documents.
+def quiet() -> Iterator[None]:
+    """Without Ray Data's own progress, which counts blocks, beside ours, which counts documents."""
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     before = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False
@@ -90,5 +75,3 @@ def session(address: str | None) -> Iterator[None]:
     finally:
         context.enable_progress_bars = before[0]
         logger.setLevel(before[1])
-        if ours:
-            ray.shutdown()
