@@ -278,9 +278,10 @@ def _absolute(job: Any) -> Any:
         changed["input"] = [_path(place) for place in job.inputs]
     else:
         data = job.data
-        changed["data"] = replace(
-            data, train=_path(data.train), validation=_path(data.validation) if data.validation else None
-        )
+        others = {
+            name: _path(getattr(data, name)) for name in ("validation", "replay") if getattr(data, name) is not None
+        }
+        changed["data"] = replace(data, train=_path(data.train), **others)
     model = "tokenizer" if isinstance(job, CorpusJob) else "model"
     if Path(getattr(job, model)).is_dir():
         changed[model] = _path(getattr(job, model))  # Anything else is a hub id, a package or a URI.

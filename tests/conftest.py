@@ -110,6 +110,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=ranks.__getitem__)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_process_is_left() -> Iterator[None]:
+    """Processes of `tests.processes` end with the module that started them."""
+    yield
+    if "tests.processes" in sys.modules:
+        sys.modules["tests.processes"].end_all()
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, started at first use and stopped at the end of the session."""

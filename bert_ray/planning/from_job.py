@@ -74,10 +74,14 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
         raise JobError(f"task {job.task} trains a decoder too, which the plan does not count")
     model = _model(job, asked, notes)
     pretrains = kind.reads_corpus
+    if pretrains and job.data.replay is not None:
+        notes.append("replayed rows are taken to be as long as the corpus's own")
     rows = _corpus_rows(job, asked, model, notes) if pretrains else _table_rows(job, asked, model, notes)
     if pretrains:
         step_tokens = float(job.batch_tokens)
-        steps = job.steps or max(1, math.ceil(job.epochs * rows.count * rows.tokens / step_tokens))
+        # Of every step a share is replayed, beside which the corpus itself is passed over (training/pretraining.py).
+        own = 1.0 - job.data.replay_share if job.data.replay is not None else 1.0
+        steps = job.steps or max(1, math.ceil(job.epochs * rows.count * rows.tokens / own / step_tokens))
         # Batch-size warm-up rises on a line from an eighth (training/pretraining.py).
         tokens = steps * step_tokens * (1 - job.batch_warmup * (1 - 1 / 8) / 2)
     else:

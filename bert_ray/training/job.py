@@ -44,7 +44,7 @@ class DataOptions:
             stars}`. Each task's page in the documentation says what it learns from.
         replay: a second corpus, of general text, that a pretraining goes on learning between, so that it is not
             forgotten: its rows are a share of every step's.
-        replay_share: of the tokens.
+        replay_share: of the tokens, on average over the steps.
         on_bad_shard: what to do when a corpus's shard is cut short or altered: `stop`, or `skip` its documents.
     """
 
@@ -387,7 +387,10 @@ class TrainJob:
 
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights: two runs of equal identity, data and base give the same model."""
-        return {key: value for key, value in asdict(self).items() if key not in _FREE}
+        found = {key: value for key, value in asdict(self).items() if key not in _FREE}
+        if self.data.replay is None:
+            del found["data"]["replay"], found["data"]["replay_share"]
+        return found
 
 
 def digest(value: Any) -> str:

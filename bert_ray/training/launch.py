@@ -352,6 +352,7 @@ def _absolute(job: TrainJob) -> TrainJob:
         job.data,
         train=os.path.abspath(job.data.train),
         validation=os.path.abspath(job.data.validation) if job.data.validation else None,
+        replay=os.path.abspath(job.data.replay) if job.data.replay else None,
     )
     model = os.path.abspath(job.model) if os.path.isdir(job.model) else job.model
     return replace(job, data=data, model=model, output=os.path.abspath(job.output))

@@ -198,13 +198,15 @@ class CorpusSource:
         self._judged = None
         if judged:
             self._judged = epoch_order(self._all, _JUDGED, 0)[: job.pretraining.validation_rows]
-        own = self._all if own is None else own
+        self._own = own = self._all if own is None else own
         streams = [_Stream(self._lengths[:own], 0, self._all, self._seed)]
         self._shares = [1.0]
         if own < self._all:
             streams.append(_Stream(self._lengths[own:], own, self._all, self._seed))
             self._shares = [1.0 - job.data.replay_share, job.data.replay_share]
         self._streams = streams
+        if not judged and not all(stream.pass_tokens for stream in streams):
+            raise JobError(f"{job.data.train if not streams[0].pass_tokens else job.data.replay} has no rows to learn")
         self._batch_tokens, self._warmup = job.batch_tokens, job.batch_warmup
         tokens = job.epochs * streams[0].pass_tokens / self._shares[0]
         self.steps = job.steps or max(1, math.ceil(tokens / job.batch_tokens))
@@ -312,9 +314,12 @@ class CorpusSource:
             take = np.repeat(first, sizes) + (place + np.repeat(begins - first, sizes)) % np.repeat(sizes, sizes)
             split = np.where(moved, sizes - split, split)
             return ids[take], None if whole is None else whole[take], split, changed
-        # The second part comes from another row of the corpus, as much as there was, or repeated where that is short.
-        others = (mix(noise ^ np.uint64(5)) % np.uint64(self._all)).astype(np.int64)
-        others = np.where(others == rows, (others + 1) % self._all, others)
+        # The second part comes from another row of the same corpus, as much as there was, or repeated where that is
+        # short: another corpus's would tell itself by its subject.
+        lowest = np.where(rows < self._own, 0, self._own)
+        count = np.where(rows < self._own, self._own, self._all - self._own)
+        others = (mix(noise ^ np.uint64(5)) % count.astype(np.uint64)).astype(np.int64)
+        others = lowest + np.where(others == rows - lowest, (others + 1) % count, others)
         foreign, foreign_starts = self._rows.take(others)
         foreign_sizes = self._rows.lengths[others]
         foreign_first = np.cumsum(foreign_sizes) - foreign_sizes
@@ -417,10 +422,15 @@ def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
     if job.data.validation is not None or job.data.columns:
         key = "columns" if job.data.columns else "validation"
         raise JobError(f"data.{key}: a corpus has its own; leave it out")
+    replay = _open(job, base, job.data.replay, notes) if job.data.replay is not None else None
+    if replay and replay.fingerprint == corpus.fingerprint:
+        raise JobError(
+            f"data.replay is the corpus that is learned, {job.data.train}: give another one, or leave it out"
+        )
     splits = read_manifest(corpus.directory).splits
     data = CorpusData(
         corpus=corpus,
-        replay=_open(job, base, job.data.replay, notes) if job.data.replay is not None else None,
+        replay=replay,
         train_rows=splits["train"].documents,
         validation_rows=splits["validation"].documents,
         learning=Learning(parts=job.pretraining.sentences != "none"),
@@ -447,7 +457,7 @@ def _open(job: TrainJob, base: Bundle, path: str, notes: list[str]) -> CorpusPar
     train = manifest.splits["train"]
     if train.documents <= sum(shard.documents for shard in train.shards if shard.path in skipped):
         raise JobError(f"{directory} has no documents to train on")
-    notes += [f"{directory / path} {reason}: its documents are left out" for path, reason in skipped.items()]
+    notes += [f"{directory / shard} {reason}: its documents are left out" for shard, reason in skipped.items()]
     return CorpusPart(directory=directory, fingerprint=manifest.fingerprint, skipped=skipped)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import queue
+import contextlib
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,95 +72,88 @@ def undisturbed(job: TrainJob) -> list[float]:
 class Run:
     """`bert-ray train` on the head, over both nodes."""
 
-    def __init__(self, nodes: Nodes, job: TrainJob, **settings: object) -> None:
-        keys = {
-            "task": job.task,
-            "model": job.model,
-            "output": job.output,
-            "data.train": job.data.train,
-            "checkpoint.every_steps": job.checkpoint.every_steps,
-            "engine": "ray",
-            "workers": 2,
-            "zero_stage": 2,
-            **{name: getattr(job, name) for name in ("steps", "batch_tokens", "evaluate_every", "micro_batches")},
-            **{name: getattr(job, name) for name in ("learning_rate", "max_length", "dropout", "threads")},
-            "timeout_minutes": job.timeout_minutes,
-            **settings,
-        }
-        self.job = job
-        self.said = ""
-        self._lines: queue.Queue[str] = queue.Queue()
-        self.process = nodes.driver(
-            [sys.executable, "-m", "bert_ray", "train", *(f"{key}={value}" for key, value in keys.items())]
-        )
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self, process: subprocess.Popen[str], output: str) -> None:
+        self.process, self.output = process, output
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._lines.put(line)
+        self._lines.extend(self.process.stderr)
 
-    def until(self, words: str, seconds: float = 180) -> None:
-        """Until it says a line with the words."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                line = self._lines.get(timeout=0.2)
-            except queue.Empty:
-                assert self.process.poll() is None, self.said
-                assert time.monotonic() < deadline, self.said
-                continue
-            self.said += line
-            if words in line:
-                return
+    @property
+    def said(self) -> str:
+        """Up to now."""
+        return "".join(self._lines)
 
     def under_way(self) -> None:
-        """Until it has checkpoints and is far from its end."""
-        checkpoints = Path(f"{self.job.output}.run/checkpoints")
+        """Until it has a checkpoint; it is far from its end then."""
         deadline = time.monotonic() + 180
-        while not (checkpoints / "step-00000004").exists():
-            assert self.process.poll() is None, self._rest()
-            assert time.monotonic() < deadline, self._rest()
+        while not list(Path(f"{self.output}.run/checkpoints").glob("step-*")):
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
             time.sleep(0.02)
 
     def end(self) -> list[float]:
         """Losses by the bundle, once the run has ended well."""
-        assert self.process.wait(300) == 0, self._rest()
-        self._rest()
-        history = load_bundle(self.job.output).card.provenance["history"]
+        status = self.process.wait(300)
+        self._reader.join(30)
+        assert status == 0, self.said
+        history = load_bundle(self.output).card.provenance["history"]
         return [entry[name] for entry in history for name in ("train_loss", "validation_loss")]
 
-    def _rest(self) -> str:
-        time.sleep(0.5)
-        while not self._lines.empty():
-            self.said += self._lines.get()
-        return self.said
+
+@contextlib.contextmanager
+def running(nodes: Nodes, job: TrainJob, output: Path, **settings: object) -> Iterator[Run]:
+    """The job with both nodes there at its beginning."""
+    nodes.wait_until_alive(2)
+    keys = {
+        "task": job.task,
+        "model": job.model,
+        "output": output,
+        "data.train": job.data.train,
+        "checkpoint.every_steps": job.checkpoint.every_steps,
+        "engine": "ray",
+        "workers": 2,
+        "zero_stage": 2,
+        **{name: getattr(job, name) for name in ("steps", "batch_tokens", "evaluate_every", "micro_batches")},
+        **{name: getattr(job, name) for name in ("learning_rate", "max_length", "dropout", "threads")},
+        "timeout_minutes": job.timeout_minutes,
+        **settings,
+    }
+    words = [f"{key}={value}" for key, value in keys.items()]
+    with nodes.driver([sys.executable, "-m", "bert_ray", "train", *words]) as process:
+        yield Run(process, str(output))
 
 
 def test_a_node_is_killed_and_the_run_goes_on_with_one_worker(
     nodes: Nodes, job: TrainJob, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    run = Run(nodes, replace(job, output=str(tmp_path / "model")), min_workers=1)
-    run.under_way()
-    assert nodes.kill(OTHER) > 2, "there was no node to kill"
-    losses = run.end()
+    try:
+        with running(nodes, job, tmp_path / "model", min_workers=1) as run:
+            run.under_way()
+            assert nodes.kill(OTHER) > 2, "there was no node to kill"
+            losses = run.end()
+    finally:
+        nodes.start(OTHER)
     assert "resumed from the checkpoint on 1 worker\n" in run.said
     assert losses == pytest.approx(undisturbed, abs=1e-4)
-    nodes.start(OTHER)
 
 
 def test_a_node_is_cut_off_and_the_run_goes_on_when_it_is_back(
     nodes: Nodes, job: TrainJob, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    run = Run(nodes, replace(job, output=str(tmp_path / "model")))
-    run.under_way()
-    nodes.cut()
-    time.sleep(10)
-    assert run.process.poll() is None, run.said
-    assert "resumed" not in run.said
-    nodes.kill(OTHER)
-    nodes.mend()
-    nodes.start(OTHER)
-    losses = run.end()
+    with running(nodes, job, tmp_path / "model") as run:
+        run.under_way()
+        nodes.cut()
+        nodes.wait_until_alive(1)
+        assert run.process.poll() is None, run.said
+        assert "resumed" not in run.said
+        # It comes back as a machine that was started anew.
+        nodes.kill(OTHER)
+        nodes.mend()
+        nodes.start(OTHER)
+        losses = run.end()
     assert "resumed from the checkpoint on 2 workers\n" in run.said
     assert losses == pytest.approx(undisturbed, abs=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -66,8 +65,7 @@ def assert_same(disturbed: TrainResult, history: list[dict[str, float]], bundle:
 
 
 def test_a_killed_ray_worker(ray_session: None, job: TrainJob, tmp_path: Path) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed: pip install 'bert-ray[train]'")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
     from ray import cloudpickle
 
     # Ray's workers cannot import a test module: what they need of it travels whole.
@@ -93,7 +91,7 @@ def test_a_killed_process_run_again(job: TrainJob, tmp_path: Path) -> None:
     undisturbed = train(replace(job, output=str(tmp_path / "whole")), tell=lambda _: None)
     marker = tmp_path / "killed"
     process = begin(train_and_die, job, marker)
-    process.join()
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert marker.exists(), "the process was not killed"
     assert not Path(job.output).exists()

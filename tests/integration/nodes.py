@@ -17,23 +17,36 @@ from pathlib import Path
 HEAD, OTHER = "10.213.7.1", "10.213.7.2"
 PORT = 6379
 
-# The head looks every second whether a node answers, and gives it up after three times that it did not.
+# The head looks every second whether a node answers, and gives it up after eight times that it did not.
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_failure_threshold": "8",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a node that was cut off ends itself
 }
 
 
+# What tells how many nodes there are: it ends once they are so many.
+_COUNT = """
+import sys, time
+import ray
+
+ray.init(log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) != int(sys.argv[1]):
+    time.sleep(0.2)
+"""
+
+
 def possible() -> bool:
-    """Whether this process may make network namespaces."""
-    name = f"bert-ray-try-{os.getpid()}"
+    """Whether this process may make network namespaces and a wire into one."""
+    name = f"bert-ray-{os.getpid()}-try"
     if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
         return False
+    wire = ["ip", "-n", name, "link", "add", "one", "type", "veth", "peer", "name", "other"]
+    made = subprocess.run(wire, capture_output=True).returncode == 0
     subprocess.run(["ip", "netns", "del", name], check=True)
-    return True
+    return made
 
 
 class Nodes:
@@ -91,31 +104,44 @@ class Nodes:
 
     def kill(self, address: str) -> int:
         """SIGKILL everything on a node; how many processes that were."""
-        pids = [int(word) for word in _ip("netns", "pids", self.spaces[address]).split()]
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        killed: set[int] = set()
         until = time.monotonic() + 30
-        while _ip("netns", "pids", self.spaces[address]).split():
+        while pids := [int(word) for word in _ip("netns", "pids", self.spaces[address]).split()]:
             assert time.monotonic() < until
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed.update(pids)
             time.sleep(0.1)
-        return len(pids)
+        return len(killed)
 
-    def driver(self, command: list[str]) -> subprocess.Popen[str]:
-        """Start a command on the head, in a session of its own; what it says on standard error can be read."""
-        return subprocess.Popen(
+    def wait_until_alive(self, count: int) -> None:
+        """Until the head takes so many nodes for alive."""
+        with self.driver([sys.executable, "-c", _COUNT, str(count)]) as process:
+            assert process.wait(120) == 0, process.communicate()[1]
+
+    @contextlib.contextmanager
+    def driver(self, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+        """A command on the head, killed at the end of the block; what it says on standard error can be read."""
+        process = subprocess.Popen(
             self._inside(HEAD, command),
             env=self.environment | {"RAY_ADDRESS": f"{HEAD}:{PORT}"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(30)
 
     def close(self) -> None:
         """End every process and take the namespaces away."""
         for address, space in self.spaces.items():
             if space in _ip("netns", "list"):
-                self.kill(address)
+                with contextlib.suppress(AssertionError):  # The other goes all the same.
+                    self.kill(address)
                 _ip("netns", "del", space)
         for directory in self._directories:
             shutil.rmtree(directory, ignore_errors=True)

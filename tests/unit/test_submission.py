@@ -78,9 +78,16 @@ def test_local_paths_become_absolute_and_others_stay(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     job = submission._absolute(AnnotateJob(input="lake", model="model", output="s3://bucket/out"))
     assert (job.input, job.model, job.output) == (f"{tmp_path}/lake", f"{tmp_path}/model", "s3://bucket/out")
-    words = ["data.train=t.parquet", "data.validation=/v.parquet", "model=pkg:some/model", "output=out"]
+    words = [
+        "data.train=t.parquet",
+        "data.validation=/v.parquet",
+        "data.replay=general",
+        "model=pkg:some/model",
+        "output=out",
+    ]
     train = submission._absolute(load_job(TrainJob, words))
     assert (train.data.train, train.data.validation) == (f"{tmp_path}/t.parquet", "/v.parquet")
+    assert train.data.replay == f"{tmp_path}/general"
     assert (train.model, train.output) == ("pkg:some/model", f"{tmp_path}/out")
     corpus = submission._absolute(CorpusJob(input=["lake", "s3://lake"], tokenizer="model", output="out"))
     assert (corpus.inputs, corpus.tokenizer) == ([f"{tmp_path}/lake", "s3://lake"], f"{tmp_path}/model")

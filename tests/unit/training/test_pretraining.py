@@ -160,6 +160,30 @@ def test_general_text_is_replayed_as_a_share_of_every_step(
     assert str(general) in rows.where(again[:3])
 
 
+def test_a_part_from_elsewhere_is_of_the_same_corpus(
+    corpus: Path, general: Path, pretraining_for: Jobs, tiny_encoder: Path
+) -> None:
+    data = DataOptions(train=str(corpus), replay=str(general))
+    job = pretraining_for(data=data, pretraining=PretrainingOptions(sentences="next", mask_rate=0.01))
+    base = load_bundle(str(tiny_encoder))
+    card, opened, _ = prepare(job, base)
+    rows, _ = opened.sources(job, base, card, torch.device("cpu"))
+    own = len(Rows(Documents(corpus, "train"), card.max_length - 3))
+    batch, targets = rows.batch(np.arange(len(rows)), 0)
+    tokens, parts, _ = targets.split((len(batch.input_ids), len(rows), len(rows)))
+    ids = torch.where(tokens >= 0, tokens, batch.input_ids)  # Unmasked.
+    money = ids == tiny_tokenizer().convert_tokens_to_ids("money")
+    begins = int(batch.cu_seqlens[own])
+    assert (parts[:own] == 1).any()
+    assert not money[:begins].any()
+    assert money[begins:].sum() == (len(ids) - begins) - 3 * (len(rows) - own)
+
+
+def test_a_corpus_does_not_replay_itself(corpus: Path, pretraining_for: Jobs) -> None:
+    with pytest.raises(JobError, match=r"data\.replay is the corpus that is learned"):
+        quiet(pretraining_for(data=DataOptions(train=str(corpus), replay=f"{corpus}/../{corpus.name}")))
+
+
 def test_what_cannot_learn_from_a_corpus_replays_none(general: Path, tiny_encoder: Path, reviews: Path) -> None:
     data = DataOptions(train=str(reviews), replay=str(general))
     job = TrainJob(model=str(tiny_encoder), output="unused", data=data)
