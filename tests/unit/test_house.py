@@ -89,15 +89,15 @@ def test_bundled_data_is_what_the_split_makes(
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
 def test_make_targets_named_in_the_documents_exist() -> None:
     named = set()
     for path, text in texts():
         if path.suffix == ".md":
-            named |= set(re.findall(r"^\s*(?:\$ )?make ([a-z]+)", text, re.MULTILINE))
-            named |= set(re.findall(r"`make ([a-z]+)", text))
+            named |= set(re.findall(r"^\s*(?:\$ )?make ([a-z-]+)", text, re.MULTILINE))
+            named |= set(re.findall(r"`make ([a-z-]+)", text))
     assert {"demo", "test"} <= named
     assert named <= make_targets()
 
