@@ -118,7 +118,7 @@ def head_flops(dims: Dims, asked: float) -> float:
     return 2.0 * dims.head_matrices * asked
 
 
-def training_flops(dims: Dims, tokens: float, squares: float, asked: float = 0.0) -> float:
+def training_flops(dims: Dims, tokens: float, squares: float, asked: float = 0.0, frozen: int = 0) -> float:
     """Model FLOPs of training on some rows, forward and backward: what "model FLOPs utilisation" counts.
 
     Args:
@@ -126,8 +126,14 @@ def training_flops(dims: Dims, tokens: float, squares: float, asked: float = 0.0
         tokens: T.
         squares: Σ L² over the rows.
         asked: M, tokens that go through the vocabulary's head.
+        frozen: so many of the lowest layers, and the embeddings, are not trained: nothing is computed backward there.
     """
-    return _PASSES * (encoder_flops(dims, tokens, squares) + head_flops(dims, asked))
+    encoder = encoder_flops(dims, tokens, squares)
+    whole = _PASSES * (encoder + head_flops(dims, asked))
+    if not frozen:
+        return whole
+    # The head's product with the embeddings passes its gradient on, and makes none of theirs.
+    return whole - (_PASSES - 1) * encoder * frozen / dims.layers - 2.0 * dims.hidden * dims.vocabulary * asked
 
 
 def computed_flops(dims: Dims, tokens: float, squares: float, asked: float = 0.0, *, recompute: bool = False) -> float:

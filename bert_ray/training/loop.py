@@ -274,7 +274,8 @@ class Loop:
         assert isinstance(total, torch.Tensor)
         self._unseen.append((step, weight, total, norm))
         asked = weight if self.module.task.reads_corpus else 0.0
-        self._flops += training_flops(self._dims, float(tokens.sum()), float((tokens.astype(float) ** 2).sum()), asked)
+        squares = float((tokens.astype(float) ** 2).sum())
+        self._flops += training_flops(self._dims, float(tokens.sum()), squares, asked, job.freeze_layers)
         position.tokens += int(tokens.sum())
         position.epoch_tokens += int(tokens.sum())
 

@@ -68,6 +68,14 @@ def test_operations_by_hand() -> None:
     assert training_flops(small, 3, 9, 5) == 3 * (encoder_flops(small, 3, 9) + head_flops(small, 5))
 
 
+def test_frozen_layers_are_computed_forward_alone() -> None:
+    whole, half = training_flops(BASE, 512, 512**2, 77), training_flops(BASE, 512, 512**2, 77, frozen=6)
+    table = 2 * 768 * 30_522 * 77
+    assert whole - half == pytest.approx(encoder_flops(BASE, 512, 512**2) + table)
+    # All layers frozen, and no head's question: one pass.
+    assert training_flops(BASE, 512, 512**2, frozen=12) == pytest.approx(encoder_flops(BASE, 512, 512**2))
+
+
 def test_six_operations_for_each_parameter_and_token() -> None:
     """Kaplan et al.: 6 N a token; PaLM's appendix B: 12 L D of a row more."""
     matrices = BASE.layers * BASE.layer_matrices
