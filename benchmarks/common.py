@@ -118,6 +118,11 @@ def keep(name: str, figures: dict[str, Any]) -> Path:
     return path
 
 
+def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table's lines for a Markdown file."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * len(header), *rows))
+
+
 def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print a Markdown table."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

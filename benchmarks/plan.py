@@ -231,12 +231,23 @@ def _allocated(trainer: Trainer, case: Case) -> float:
     resting = 4.0 * (3 * trainer.parameters + case.vocabulary * case.hidden)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.step()
+    return resting + most_allocated(profile)
+
+
+def most_allocated(profile: Any, since: str | None = None) -> float:
+    """Bytes handed out at the worst moment of a profile of memory, what was given back taken off.
+
+    Args:
+        profile: counted from its beginning.
+        since: only moments from the beginning of the profiled function of this name on.
+    """
     events = profile.profiler.kineto_results.events()
+    begin = next(event.start_ns() for event in events if event.name() == since) if since else 0
     now = most = 0.0
-    for _, size in sorted((item.start_ns(), item.nbytes()) for item in events if item.name() == "[memory]"):
+    for start, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         now += size
-        most = max(most, now)
-    return resting + most
+        most = max(most, now) if start >= begin else 0.0
+    return most
 
 
 def _peak_flops() -> float:
@@ -368,7 +379,7 @@ def main() -> None:
 def _markdown(header: tuple[str, ...], lines: list[tuple[str, ...]], settings: dict[str, int]) -> str:
     """The table beside machine and date."""
     where = common.machine()
-    rows = "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * len(header), *lines))
+    rows = common.markdown(header, lines)
     return (
         "# The plan beside what was measured\n\n"
         f"One worker, {settings['threads']} thread(s), fp32, on {where['cpu']} with {where['cores']} cores "

@@ -17,7 +17,7 @@ import socket
 from concurrent.futures import ProcessPoolExecutor
 
 import common
-from plan import Case, Trainer, work_of
+from plan import Case, Trainer, most_allocated, work_of
 
 WORKERS = 2
 CASE = Case("8 layers, 512 wide", 8, 512, 8, 30_522, rows=4, tokens=128)
@@ -49,12 +49,7 @@ def _worker(rank: int, port: int, stage: int) -> dict[str, float]:
         trainer = Trainer(CASE, 1, stage)
         with torch.profiler.record_function("measured"):
             trainer.step()
-    events = profile.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == "measured")
-    now = most = 0.0
-    for start, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        now += size
-        most = max(most, now) if start >= begin else 0.0
+    most = most_allocated(profile, since="measured")
     work = work_of(CASE, trainer, WORKERS, zero_stage=stage)
     torch.distributed.barrier()
     return {"predicted": memory(work, WORKERS).peak, "allocated": most, "parameters": trainer.parameters}
@@ -78,10 +73,9 @@ def main() -> None:
     title = f"Memory of each of {WORKERS} workers, {parameters / 1e6:.1f} M parameters, {CASE.name}"
     common.table(title, header, rows)
     where = common.machine()
-    body = "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * len(header), *rows))
     path.with_suffix(".md").write_text(
         f"# {title}\n\nfp32, on {where['cpu']}, {where['date']}, torch {where['versions'].get('torch')}, deepspeed "
-        f"{where['versions'].get('deepspeed')}.\n\n{body}\n",
+        f"{where['versions'].get('deepspeed')}.\n\n{common.markdown(header, rows)}\n",
         "utf-8",
     )
 

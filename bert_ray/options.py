@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,3 +18,16 @@ class RayOptions:
     """
 
     address: str | None = None
+
+    def init(self, cpus: int | None = None) -> dict[str, Any]:
+        """Arguments of `ray.init` for it, quiet but for errors; `cpus`: of a Ray of our own, None: the machine's."""
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        if address != "local":
+            return {"address": address, "log_to_driver": False}
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        return {"address": "local", "num_cpus": cpus, **quiet}
+
+    @staticmethod
+    def unreachable(address: str, error: Exception) -> str:
+        """What to say when `ray.init` failed."""
+        return f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}"

@@ -277,11 +277,7 @@ def _absolute(job: Any) -> Any:
     elif isinstance(job, CorpusJob):
         changed["input"] = [_path(place) for place in job.inputs]
     else:
-        data = job.data
-        others = {
-            name: _path(getattr(data, name)) for name in ("validation", "replay") if getattr(data, name) is not None
-        }
-        changed["data"] = replace(data, train=_path(data.train), **others)
+        changed["data"] = job.data.located(_path)
     model = "tokenizer" if isinstance(job, CorpusJob) else "model"
     if Path(getattr(job, model)).is_dir():
         changed[model] = _path(getattr(job, model))  # Anything else is a hub id, a package or a URI.

@@ -113,9 +113,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True, scope="module")
 def no_process_is_left() -> Iterator[None]:
     """Processes of `tests.processes` end with the module that started them."""
+    from tests.processes import end_all
+
     yield
-    if "tests.processes" in sys.modules:
-        sys.modules["tests.processes"].end_all()
+    end_all()
 
 
 @pytest.fixture(scope="session")

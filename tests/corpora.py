@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of 1 to 59 words."""
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, count)]
+
+
 def make_corpus(
     directory: Path,
     tokenizer: PreTrainedTokenizerFast,

@@ -23,6 +23,7 @@ from bert_ray.inference.bulk import EngineError
 from bert_ray.inference.specs import annotator_of
 from bert_ray.inference.work import Outcome, Work, annotate_unit
 from bert_ray.lake.units import Unit
+from bert_ray.options import RayOptions
 
 if TYPE_CHECKING:
     from bert_ray.inference.bulk import Plan
@@ -182,7 +183,7 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
     Raises:
         EngineError: Ray gave up.
     """
-    with _session(plan.job.ray.address), _quiet():
+    with _session(plan.job.ray), _quiet():
         job = plan.job
         pool = _pool(workers=job.workers, threads=job.threads, device=job.device, tasks=len(plan.todo))
         spec = dataclasses.replace(plan.work.annotator, threads=pool.threads)
@@ -213,21 +214,18 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
 
 
 @contextlib.contextmanager
-def _session(address: str | None) -> Iterator[None]:
+def _session(options: RayOptions) -> Iterator[None]:
     """A Ray to work on: the one in use, the one at the address, the one this process is a job of, or one of our own."""
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     # Else Ray prints an error of its own for every pool of actors, about what cannot happen here.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    arguments = options.init()
     try:
-        if address == "local":
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(address=address, log_to_driver=False)
+        ray.init(**arguments)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise JobError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+        raise JobError(options.unreachable(arguments["address"], error)) from error
     try:
         yield
     finally:

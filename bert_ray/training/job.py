@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from bert_ray.errors import JobError
@@ -66,6 +67,15 @@ class DataOptions:
         _check(
             0.0 <= self.validation_fraction <= 0.5,
             f"data.validation_fraction is {self.validation_fraction}; give a share from 0 (none) to 0.5",
+        )
+
+    def located(self, place: Callable[[str], str]) -> DataOptions:
+        """The same with `place` of every path that is given."""
+        return replace(
+            self,
+            train=place(self.train),
+            validation=place(self.validation) if self.validation else None,
+            replay=place(self.replay) if self.replay else None,
         )
 
 

@@ -348,13 +348,8 @@ def _run_ray(*arguments: Any) -> Position:
 
 def _absolute(job: TrainJob) -> TrainJob:
     """Paths that mean the same in every process."""
-    data = replace(
-        job.data,
-        train=os.path.abspath(job.data.train),
-        validation=os.path.abspath(job.data.validation) if job.data.validation else None,
-        replay=os.path.abspath(job.data.replay) if job.data.replay else None,
-    )
     model = os.path.abspath(job.model) if os.path.isdir(job.model) else job.model
+    data = job.data.located(os.path.abspath)
     return replace(job, data=data, model=model, output=os.path.abspath(job.output))
 
 

@@ -117,6 +117,10 @@ class Rows:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def before(self, document: int) -> int:
+        """How many rows the documents before one have."""
+        return int(self._first[document])
+
     def document_of(self, rows: np.ndarray) -> np.ndarray:
         """The document that each row stems from, int64."""
         return np.searchsorted(self._first, rows, side="right") - 1
@@ -399,12 +403,10 @@ class CorpusData:
         """What to train on, and what to be judged by."""
         marks = marks_of(base.tokenizer(), base.reference)
         room = card.max_length - (2 if job.pretraining.sentences == "none" else 3)
-        documents, validation = self.corpus.documents("train"), Rows(self.corpus.documents("validation"), room)
-        rows = Rows(documents, room)
-        own = len(rows)
-        if self.replay:
-            rows = Rows(Documents.joined([documents, self.replay.documents("train")]), room)
-        return CorpusSource(rows, marks, job, own=own), CorpusSource(validation, marks, job, judged=True)
+        parts = [part.documents("train") for part in (self.corpus, self.replay) if part]
+        train, validation = Rows(Documents.joined(parts), room), Rows(self.corpus.documents("validation"), room)
+        own = train.before(len(parts[0]))
+        return CorpusSource(train, marks, job, own=own), CorpusSource(validation, marks, job, judged=True)
 
 
 def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:

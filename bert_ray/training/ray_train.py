@@ -50,7 +50,7 @@ def run(
     outcome = directory / OUTCOME_FILE
     outcome.unlink(missing_ok=True)
     # Workers beyond the machine's cores share them, rather than wait for ever.
-    with session(job.ray.address, max(os.cpu_count() or 1, job.workers)):
+    with session(job.ray, max(os.cpu_count() or 1, job.workers)):
         resources = ray.cluster_resources()
         least = job.min_workers or job.workers
         gpu = resources.get("GPU", 0) >= least

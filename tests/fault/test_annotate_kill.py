@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,37 +23,11 @@ import pytest
 
 from bert_ray.inference import bulk
 from bert_ray.inference.job import AnnotateJob, SparkOptions
-from bert_ray.lake import journal
 from tests.conftest import SPARK_DAEMON
 from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
-from tests.processes import begin
+from tests.processes import begin, drive, ended, kill_at, wait_for
 
 UNITS, ROWS = 40, 480
-
-
-def kill_at(kind: str, when: str) -> None:
-    """This process kills itself in its fourth commit: with the output under its temporary name, or at its place with
-    no receipt, or with the receipt under its temporary name.
-    """
-    real, seen = os.replace, []
-
-    def dying(source: Any, target: Any) -> None:
-        now = "part" if "part-" in str(target) else "receipt" if "receipts" in str(target) else "other"
-        seen.append(now)
-        if seen.count(now) == 4 and now == kind:
-            if when == "after":
-                real(source, target)
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(source, target)
-
-    journal.os.replace = dying
-
-
-def drive(job: AnnotateJob, fault: Callable[[], None] | None = None) -> None:
-    """A driver of its own. `fault` is run first: it may put a kill where the test wants it."""
-    if fault:
-        fault()
-    sys.exit(bulk.run(job).exit_status)
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +60,7 @@ def job(lake: Path, model: Path, output: Path, engine: Any) -> AnnotateJob:
 def driver(asked: AnnotateJob, fault: Callable[[], None] | None = None) -> BaseProcess:
     if asked.engine == "spark" and shutil.which("java") is None:
         pytest.skip("Spark needs Java")
-    return begin(drive, asked, fault)
-
-
-def ended(process: BaseProcess, seconds: float = 240) -> int | None:
-    """The exit status, None where the process still runs."""
-    process.join(seconds)
-    return process.exitcode
-
-
-def wait_for(condition: Callable[[], Any], process: BaseProcess, seconds: float = 240) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process.is_alive(), "the driver ended before the fault could be made"
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    return found
+    return begin(drive, bulk.run, asked, fault)
 
 
 def assert_in_the_middle(output: Path) -> int:
@@ -116,7 +74,9 @@ def test_driver_killed_at_a_chosen_point_of_a_commit(
     kind: str, when: str, lake: Path, tiny_bundle: Path, tmp_path: Path, undisturbed: pa.Table
 ) -> None:
     output = tmp_path / "out"
-    process = driver(job(lake, tiny_bundle, output, "local"), partial(kill_at, kind, when))
+    # In its fourth commit.
+    path = {"part": "/part-", "receipt": "/receipts/"}[kind]
+    process = driver(job(lake, tiny_bundle, output, "local"), partial(kill_at, path, 4, when))
     assert ended(process) == -signal.SIGKILL
     assert len(journal_names(output, "receipts")) == 3
     parts = list(output.rglob("part-*.parquet"))

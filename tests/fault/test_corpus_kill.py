@@ -8,11 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,34 +19,11 @@ import pytest
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.corpus.run import run
 from bert_ray.training.shards import is_corpus, read_manifest
-from tests.fault.test_annotate_kill import ended, killer, wait_for
+from tests.fault.test_annotate_kill import killer
 from tests.lakes import journal_names, receipts
-from tests.processes import begin
+from tests.processes import begin, drive, ended, kill_at, wait_for
 
 UNITS = 8
-
-
-def kill_at(kind: str, number: int, when: str) -> None:
-    """This process kills itself when it puts the `number`-th file of a kind in its place: before, or right after."""
-    real, seen = os.replace, []
-
-    def dying(source: Any, target: Any) -> None:
-        if kind in str(target):
-            seen.append(target)
-            if len(seen) == number:
-                if when == "after":
-                    real(source, target)
-                os.kill(os.getpid(), signal.SIGKILL)
-        real(source, target)
-
-    os.replace = dying
-
-
-def drive(job: CorpusJob, fault: Callable[[], None] | None = None) -> None:
-    """A driver of its own. `fault` is run first: it may put a kill where the test wants it."""
-    if fault:
-        fault()
-    sys.exit(run(job).exit_status)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +79,7 @@ FAULTS = [
 def test_one_run_killed_in_every_stage(lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path) -> None:
     output = tmp_path / "out"
     for kind, number, when, expected in FAULTS:
-        process = begin(drive, job(lake, tiny_encoder, output), partial(kill_at, kind, number, when))
+        process = begin(drive, run, job(lake, tiny_encoder, output), partial(kill_at, kind, number, when))
         assert ended(process) == -signal.SIGKILL, kind
         stages = [name.split("-")[0] for name in journal_names(output, "receipts")]
         assert {stage: stages.count(stage) for stage in dict.fromkeys(stages)} == expected
@@ -128,7 +102,7 @@ def test_driver_killed_on_ray_and_finished_here(
     lake: Path, tiny_encoder: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     output = tmp_path / "out"
-    process = begin(drive, job(lake, tiny_encoder, output, "ray"))
+    process = begin(drive, run, job(lake, tiny_encoder, output, "ray"))
     wait_for(lambda: journal_names(output, "receipts"), process)
     process.kill()
     assert ended(process) == -signal.SIGKILL

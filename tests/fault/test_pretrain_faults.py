@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from pyarrow import fs
 
@@ -21,9 +20,7 @@ from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train
 from bert_ray.training.loop import StepEvent
 from tests.conftest import tiny_tokenizer
-from tests.corpora import make_corpus
-
-WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
+from tests.corpora import make_corpus, random_texts
 
 
 class Cut(Exception):
@@ -45,8 +42,7 @@ def losses(result: TrainResult) -> list[float]:
 @pytest.fixture
 def job(tiny_encoder: Path, tmp_path: Path) -> TrainJob:
     """A pretraining of 12 steps with dropout, in this process."""
-    draw = np.random.default_rng(0)
-    texts = [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, 110)]
+    texts = random_texts(110)
     corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts[:100], texts[100:])
     return TrainJob(
         task="pretraining",

@@ -10,14 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
 from tests.conftest import needs, tiny_tokenizer
-from tests.corpora import make_corpus
+from tests.corpora import make_corpus, random_texts
 from tests.integration.nodes import OTHER, Nodes, possible, two_nodes
 
 needs("deepspeed", "train")
@@ -26,7 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not possible(), reason="network namespaces need iproute2 and the rights of root"),
 ]
 
-WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
 STEPS = 60
 
 
@@ -40,8 +38,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 def job(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     """A pretraining whose steps take long enough for a fault to find it under way."""
     root = tmp_path_factory.mktemp("job")
-    draw = np.random.default_rng(0)
-    texts = [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, 510)]
+    texts = random_texts(510)
     return TrainJob(
         task="pretraining",
         model=str(tiny_encoder),

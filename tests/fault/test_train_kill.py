@@ -19,7 +19,7 @@ from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train
 from bert_ray.training.loop import StepEvent
 from tests.groups import in_group, run_loop
-from tests.processes import begin
+from tests.processes import begin, ended
 
 # Between the checkpoints of step 9 and 12, in the second epoch.
 KILL_AT = 11
@@ -91,8 +91,7 @@ def test_a_killed_process_run_again(job: TrainJob, tmp_path: Path) -> None:
     undisturbed = train(replace(job, output=str(tmp_path / "whole")), tell=lambda _: None)
     marker = tmp_path / "killed"
     process = begin(train_and_die, job, marker)
-    process.join(240)
-    assert process.exitcode == -signal.SIGKILL
+    assert ended(process) == -signal.SIGKILL
     assert marker.exists(), "the process was not killed"
     assert not Path(job.output).exists()
     told: list[dict[str, object]] = []

@@ -7,19 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import train
 from tests.conftest import needs, tiny_tokenizer
-from tests.corpora import make_corpus
+from tests.corpora import make_corpus, random_texts
 from tests.groups import go_on_alone, in_group, losses, run_loop
 
 needs("deepspeed", "train")
 pytestmark = pytest.mark.slow
-
-WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
 
 
 def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
@@ -41,8 +38,7 @@ def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:
 def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each number of workers found, and the job; dropout is on: its noise must be the same too."""
     root = tmp_path_factory.mktemp("elastic")
-    draw = np.random.default_rng(0)
-    texts = [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, 120)]
+    texts = random_texts(120)
     corpus = make_corpus(root / "corpus", tiny_tokenizer(), texts[:100], texts[100:])
     job = TrainJob(
         task="pretraining",

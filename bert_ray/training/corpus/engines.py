@@ -35,7 +35,7 @@ def engine(job: CorpusJob) -> Iterator[Run]:
         if (error.name or "").startswith("bert_ray"):
             raise
         raise JobError(f"engine ray needs {error.name}: pip install 'bert-ray[train]'") from error
-    with session(job.ray.address), ray_data.quiet():
+    with session(job.ray), ray_data.quiet():
 
         def run(work: Work, tasks: Sequence[Task], watch: Any) -> Generator[Outcome, None, None]:
             return ray_data.run(work, tasks, job.workers)

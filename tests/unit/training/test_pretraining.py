@@ -27,16 +27,13 @@ from bert_ray.training.masking import NOT_ASKED
 from bert_ray.training.pretraining import CorpusSource, Rows, marks_of
 from bert_ray.training.shards import Documents, read_manifest
 from tests.conftest import tiny_tokenizer
-from tests.corpora import make_corpus
+from tests.corpora import make_corpus, random_texts
 
 Jobs = Callable[..., TrainJob]
-WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    draw = np.random.default_rng(seed)
-    sizes = draw.integers(1, 60, count)
-    return [" ".join(draw.choice(WORDS, size)) + " ." for size in sizes]
+    return [f"{text} ." for text in random_texts(count, seed)]
 
 
 @pytest.fixture(scope="module")
