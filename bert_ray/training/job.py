@@ -144,6 +144,9 @@ class ArchitectureOptions:
         heads: of attention.
         intermediate_size: width of the feed-forward part; None: four times D.
         max_positions: the longest row that it can read, in tokens.
+        start: of its embeddings: `random`, as in BERT; or `cooccurrence`: from which tokens stand near which in the
+            corpus, which takes a minute, with positions as sinusoids. For small models and few tokens: it spares the
+            millions of tokens in which a new model learns no more than how frequent words are.
     """
 
     layers: int = 12
@@ -151,6 +154,7 @@ class ArchitectureOptions:
     heads: int = 12
     intermediate_size: int | None = None
     max_positions: int = 512
+    start: Literal["random", "cooccurrence"] = "random"
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "heads"):
@@ -159,6 +163,7 @@ class ArchitectureOptions:
             self.hidden_size % self.heads == 0,
             f"architecture.hidden_size {self.hidden_size} is no multiple of architecture.heads {self.heads}",
         )
+        _one_of("architecture.start", self.start, ("random", "cooccurrence"))
         _check(self.max_positions >= 8, f"architecture.max_positions is {self.max_positions}; give 8 or more tokens")
 
 

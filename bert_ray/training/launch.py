@@ -147,7 +147,7 @@ def _train(
             return _finished(output, identity, data, time.perf_counter() - started)
         _enter(directory, identity)
         if fresh.exists():
-            base = _keep_start(fresh, directory / START)
+            base = _keep_start(job, data, fresh, directory / START, tell)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     for text in notes:
@@ -224,13 +224,27 @@ def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> 
     return task.card, data, notes
 
 
-def _keep_start(fresh: Path, place: Path) -> Bundle:
+def _keep_start(job: TrainJob, data: Data, fresh: Path, place: Path, tell: Callable[[dict[str, Any]], None]) -> Bundle:
     """Bring the bundle to start from into the run's directory, where all workers see it; a run that goes on has it."""
     from bert_ray.model.bundle import load_bundle
 
     if not place.exists():
+        if job.model == NEW and job.architecture.start == "cooccurrence":
+            _count_neighbours(job, data, fresh, tell)
         os.replace(fresh, place)
     return load_bundle(place)
+
+
+def _count_neighbours(job: TrainJob, data: Data, fresh: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Make the new bundle again, with embeddings that start from its corpus."""
+    from bert_ray.training.pretraining import CorpusData, new_bundle
+
+    assert isinstance(data, CorpusData)
+    began = time.perf_counter()
+    tokens = new_bundle(job, fresh, data.corpus.documents("train"))
+    seconds = time.perf_counter() - began
+    text = f"embeddings start from the neighbours of {tokens:,} tokens, counted in {seconds:.0f} s"
+    tell({"what": "note", "text": text})
 
 
 def new_task(job: TrainJob, base: Bundle) -> Task:

@@ -477,8 +477,17 @@ def _check_vocabulary(corpus: Path, base: Bundle) -> None:
     )
 
 
-def new_bundle(job: TrainJob, output: Path) -> None:
-    """A bundle of random weights in the job's architecture, with its corpus's tokenizer."""
+def new_bundle(job: TrainJob, output: Path, documents: Documents | None = None) -> int:
+    """Write a bundle of random weights in the job's architecture, with its corpus's tokenizer.
+
+    Args:
+        job: says the shape.
+        output: where; a bundle there is replaced.
+        documents: the embeddings start from what stands near what in these; None: from random weights too.
+
+    Returns:
+        how many tokens were counted for that.
+    """
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
     from bert_ray.model.bundle import Card, save_bundle
@@ -497,4 +506,11 @@ def new_bundle(job: TrainJob, output: Path) -> None:
     torch.manual_seed(job.seed)
     card = Card(task="fill-mask", name=None, labels=[], inputs=["text"], max_length=shape.max_positions)
     kind = BertForMaskedLM if job.pretraining.sentences == "none" else BertForPreTraining
-    save_bundle(output, kind(config), tokenizer, card)
+    model = kind(config)
+    tokens = 0
+    if documents is not None:
+        from bert_ray.training.cooccurrence import start_from_cooccurrences
+
+        tokens = start_from_cooccurrences(model, documents, job.seed)
+    save_bundle(output, model, tokenizer, card)
+    return tokens
