@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from bert_ray.model.packing import PackedBatch
 from bert_ray.model.tasks.base import Learning
 from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, uniform
 from bert_ray.training.order import epoch_order
-from bert_ray.training.shards import Documents, is_corpus, read_manifest
+from bert_ray.training.shards import SPLITS, Documents, is_corpus, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -420,11 +421,11 @@ def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
         LakeError: one is damaged, and the job does not say to skip what is.
     """
     notes: list[str] = []
-    corpus = _open(job, base, job.data.train, notes)
+    corpus = _open(job, base, job.data.train, SPLITS, notes)
     if job.data.validation is not None or job.data.columns:
         key = "columns" if job.data.columns else "validation"
         raise JobError(f"data.{key}: a corpus has its own; leave it out")
-    replay = _open(job, base, job.data.replay, notes) if job.data.replay is not None else None
+    replay = _open(job, base, job.data.replay, ("train",), notes) if job.data.replay is not None else None
     if replay and replay.fingerprint == corpus.fingerprint:
         raise JobError(
             f"data.replay is the corpus that is learned, {job.data.train}: give another one, or leave it out"
@@ -444,8 +445,8 @@ def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
     return data, notes
 
 
-def _open(job: TrainJob, base: Bundle, path: str, notes: list[str]) -> CorpusPart:
-    """A corpus, checked; what is left out of it is added to the notes."""
+def _open(job: TrainJob, base: Bundle, path: str, splits: Sequence[str], notes: list[str]) -> CorpusPart:
+    """A corpus, of which these splits are read and therefore checked; what is left out is added to the notes."""
     directory = Path(path)
     if not is_corpus(directory):
         raise JobError(
@@ -454,7 +455,7 @@ def _open(job: TrainJob, base: Bundle, path: str, notes: list[str]) -> CorpusPar
     manifest = read_manifest(directory)
     _check_vocabulary(directory, base)
     skipped: dict[str, str] = {}
-    for split in manifest.splits:
+    for split in splits:
         skipped |= Documents(directory, split).verify(job.data.on_bad_shard)
     train = manifest.splits["train"]
     if train.documents <= sum(shard.documents for shard in train.shards if shard.path in skipped):

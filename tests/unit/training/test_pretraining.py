@@ -420,6 +420,18 @@ def test_a_bad_shard_stops_the_run_or_is_skipped(pretraining_for: Jobs, tmp_path
     assert not set(rows.document_of(np.arange(len(rows)))) & set(range(20, 40))
 
 
+def test_what_is_not_read_of_general_text_may_be_damaged(corpus: Path, pretraining_for: Jobs, tmp_path: Path) -> None:
+    """Nobody judges by its validation part; its training part stops a run like any other."""
+    money = ["money " * 30] * 20
+    general = make_corpus(tmp_path / "general", tiny_tokenizer(), money, money)
+    job = pretraining_for(data=DataOptions(train=str(corpus), replay=str(general)), steps=2, evaluate_every=2)
+    (general / "validation" / "00000.arrow").write_bytes(b"nothing")
+    assert quiet(job).history
+    (general / "train" / "00000.arrow").write_bytes(b"nothing")
+    with pytest.raises(LakeError, match=r"general/train/00000\.arrow has 7 bytes"):
+        quiet(replace(job, output=str(tmp_path / "other")))
+
+
 def test_no_documents(pretraining_for: Jobs, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), [], [])
     with pytest.raises(JobError, match="no documents to train on"):
