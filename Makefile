@@ -40,6 +40,7 @@ bench: setup
 	@$(PY) benchmarks/tasks.py
 
 quality: setup
+	@scripts/setup.sh bench
 	@$(PY) benchmarks/quality.py $(ARGS)
 
 pretrain-proof: setup

@@ -244,6 +244,9 @@ class TrainJob:
             1801.06146, section 3.2; as ELECTRA has it), the head having the full rate; 1: all alike.
         freeze_layers: so many of the lowest layers, and the embeddings under them, keep the base's weights; 0: all are
             trained.
+        keep_base: share of the encoder's weights that is the base's in what is judged and kept: the mean, so weighted,
+            of the base's and the trained ones (Wortsman et al., WiSE-FT, arXiv 2109.01903); 0: the trained ones. What
+            the base could do, such a model can do still: 0.5 for an embedding model that goes on in a domain.
         augmentation: see AugmentationOptions.
         dropout: rate for hidden states; None: the base model's.
         attention_dropout: rate for attention weights; None: the base model's. 0 keeps attention on its fast kernels.
@@ -298,6 +301,7 @@ class TrainJob:
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     layer_decay: float = 1.0
     freeze_layers: int = 0
+    keep_base: float = 0.0
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     dropout: float | None = None
     attention_dropout: float | None = 0.0
@@ -339,6 +343,14 @@ class TrainJob:
             self.min_workers is None or 1 <= self.min_workers <= self.workers,
             f"min_workers is {self.min_workers}; give a number from 1 to workers, which is {self.workers}",
         )
+        _check(
+            0.0 <= self.keep_base < 1.0, f"keep_base is {self.keep_base}; give a share from 0 to below 1, such as 0.5"
+        )
+        _check(
+            not self.keep_base or self.zero_stage < 3,
+            "keep_base takes the mean of whole weights, which no worker has at zero_stage 3: give 2 or less",
+        )
+        _check(not self.keep_base or self.model != "new", "keep_base: a new model has no base whose weights to keep")
         for name in ("batch_warmup", "cooldown"):
             share = getattr(self, name)
             _check(0.0 <= share < 1.0, f"{name} is {share}; give a share of the steps, from 0 to below 1")

@@ -9,7 +9,8 @@ Shapes: S samples of one optimiser step, over all workers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from bert_ray.model.peak import matmul_rate
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import Checkpoints
 from bert_ray.training.notice import stop_asked
-from bert_ray.training.optim import PRECISIONS, TaskModel, freeze, load_weights
+from bert_ray.training.optim import PRECISIONS, TaskModel, encoder_weights, freeze, load_weights
 from bert_ray.training.order import noise_seed, pieces_of_step, shares
 from bert_ray.training.schedule import learning_rate
 from bert_ray.training.watch import Watch
@@ -190,7 +191,13 @@ class Loop:
         found = self.checkpoints.latest()
         self.position = Position(**found.position) if found else Position()
         state = found.state() if found else None
-        self.stepper = make_stepper(new_module(job, base, card, device, state, data.learning))
+        module = new_module(job, base, card, device, state, data.learning)
+        # The encoder's weights as the base has them, where some of them are to be kept.
+        self._base_weights: list[torch.Tensor] = []
+        if job.keep_base:
+            start = module if state is None else new_module(job, base, card, device, None, data.learning)
+            self._base_weights = [weight.detach().to(device, copy=True) for weight in encoder_weights(start.model)]
+        self.stepper = make_stepper(module)
         self.module = self.stepper.module
         if state is not None and found is not None:
             self.stepper.restore(state, self.done)
@@ -339,19 +346,38 @@ class Loop:
             "tokens_per_second": position.epoch_tokens / max(1e-9, position.epoch_seconds),
         }
         metrics: dict[str, float] = {}
-        if len(self.validation):
-            loss, metrics = self.evaluate(self.validation)
-            entry |= {"validation_loss": loss, **metrics}
-        value = metrics.get(self.module.task.metric)
-        position.history.append(entry)
-        position.epoch += 1
-        position.index = position.epoch_tokens = 0
-        position.loss = position.weight = position.epoch_seconds = 0.0
-        # Without validation rows the last epoch is the one to keep.
-        if value is None or position.best is None or value > position.best:
-            position.best, position.best_epoch = value, position.epoch
-            self._keep_best(metrics)
+        with self._with_base():
+            if len(self.validation):
+                loss, metrics = self.evaluate(self.validation)
+                entry |= {"validation_loss": loss, **metrics}
+            value = metrics.get(self.module.task.metric)
+            position.history.append(entry)
+            position.epoch += 1
+            position.index = position.epoch_tokens = 0
+            position.loss = position.weight = position.epoch_seconds = 0.0
+            # Without validation rows the last epoch is the one to keep.
+            if value is None or position.best is None or value > position.best:
+                position.best, position.best_epoch = value, position.epoch
+                self._keep_best(metrics)
         self._tell("epoch", **entry)
+
+    @contextmanager
+    def _with_base(self) -> Iterator[None]:
+        """While open, the encoder's weights are the mean of the base's and the trained ones, as `keep_base` says."""
+        if not self._base_weights:
+            yield
+            return
+        weights = encoder_weights(self.module.model)
+        trained = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight, base in zip(weights, self._base_weights, strict=True):
+                weight.lerp_(base, self.job.keep_base)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(weights, trained, strict=True):
+                    weight.copy_(value)
 
     def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
         """Mean loss and the task's metrics over all samples of `source`, the same on every worker."""

@@ -188,6 +188,11 @@ def blocks_of(model: Any) -> list[list[nn.Parameter]]:
     return blocks
 
 
+def encoder_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the embeddings and of all encoder layers."""
+    return [weight for block in blocks_of(model) for weight in block]
+
+
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put the weights of a `Stepper.state()` into a model that no stepper has yet."""
     with torch.no_grad():

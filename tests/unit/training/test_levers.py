@@ -10,8 +10,9 @@ import torch
 
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training.job import TrainJob
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
+from bert_ray.training.loop import StepEvent
 from bert_ray.training.optim import clip, make_optimizer, set_rate
 
 Jobs = Callable[..., TrainJob]
@@ -64,6 +65,65 @@ def test_frozen_layers_keep_the_bases_weights(job_for: Jobs) -> None:
         low = name.startswith(("embeddings", "encoder.layer.0."))
         if "pooler" not in name:
             assert torch.equal(value, trained[f"bert.{name}"]) == low, name
+
+
+def weights_of(path: object) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForSequenceClassification
+
+    return dict(AutoModelForSequenceClassification.from_pretrained(path).state_dict())
+
+
+def test_the_mean_of_base_and_trained_encoder_is_kept(job_for: Jobs, tmp_path: Path) -> None:
+    """Training itself does not change; what is judged and kept does, the head alone being all trained."""
+    plain, mean = (
+        train(job_for(keep_base=share, output=str(tmp_path / str(share)), early_stopping=0), tell=lambda _: None)
+        for share in (0.0, 0.25)
+    )
+    assert [entry["train_loss"] for entry in mean.history] == [entry["train_loss"] for entry in plain.history]
+    assert [entry["validation_loss"] for entry in mean.history] != [entry["validation_loss"] for entry in plain.history]
+
+
+def test_a_kept_mean_is_what_it_says_also_after_a_cut(job_for: Jobs, tmp_path: Path) -> None:
+    class Cut(Exception):
+        """Stands for whatever ends a process."""
+
+    def cut(event: StepEvent) -> None:
+        if event.step == 3:
+            raise Cut
+
+    data = DataOptions(train=job_for().data.train, validation_fraction=0.0)
+    settings = {"data": data, "epochs": 2, "checkpoint": CheckpointOptions(every_steps=1)}
+    plain = train(job_for(**settings, output=str(tmp_path / "plain")), tell=lambda _: None)
+    job = job_for(**settings, output=str(tmp_path / "mean"), keep_base=0.25)
+    with pytest.raises(Cut):
+        train(job, tell=lambda _: None, callbacks=[cut])
+    mean = train(job, tell=lambda _: None)
+    base, trained, kept = (
+        dict(load_bundle(job.model).model().state_dict()),
+        *map(weights_of, (plain.bundle, mean.bundle)),
+    )
+    moved = 0
+    for name, value in kept.items():
+        first = base.get(name.removeprefix("bert."))
+        if first is None or "pooler" in name:
+            torch.testing.assert_close(value, trained[name], rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(value, 0.25 * first + 0.75 * trained[name])
+            moved += not torch.equal(value, trained[name])
+    assert moved > 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"keep_base": 1.0}, "keep_base is 1.0"),
+        ({"keep_base": 0.5, "zero_stage": 3}, "zero_stage 3"),
+        ({"keep_base": 0.5, "model": "new"}, "no base"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(job_for: Jobs, settings: dict[str, object], match: str) -> None:
+    with pytest.raises(JobError, match=match):
+        job_for(**settings)
 
 
 def test_more_layers_than_there_are_cannot_be_frozen(job_for: Jobs) -> None:
