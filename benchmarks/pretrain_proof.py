@@ -174,7 +174,7 @@ def english(found: dict[str, Any]) -> None:
     pq.write_table(some(train, "text", 18_000), texts / "imdb.parquet")
     found["cpu_seconds"] = pretrained("english", texts, 8000, {}, markup="html")
     test = pq.read_table(common.SHARED / "imdb" / "test.parquet", columns=["text", "label"])
-    # Rates and epochs of each are those that were best on the first 1,000 test rows, of one seed; the next are tested on.
+    # Rates and epochs of each are those that were best on the first 1,000 test rows, of one seed.
     compared(
         "imdb",
         "english",
@@ -272,8 +272,8 @@ def write_table(results: dict[str, Any]) -> None:
         "",
         "A BERT of 4 layers of 256 with its own vocabulary of 8,000, pretrained here, then fine-tuned on labels: test",
         "accuracy, mean of three seeds and from the lowest to the highest, beside the same model from random weights",
-        "and TF-IDF with logistic regression on the same labels. On IMDB each has the rate and the epochs that were best on",
-        "other test rows. `make pretrain-proof`.",
+        "and TF-IDF with logistic regression on the same labels. On IMDB each has the rate and the epochs that were",
+        "best on other test rows. `make pretrain-proof`.",
         "",
         "| data | labels | test rows | random weights | pretrained | ahead by (points) | TF-IDF |",
         "|---|---|---|---|---|---|---|",
