@@ -158,8 +158,10 @@ def write_table(results: dict[str, Any]) -> None:
         other = results[name].get("reference", {})
         if other:
             beside = _mean(other)
+        elif case.given:
+            beside = f"{case.given[0]:.4f} ({case.given[1]})"
         else:
-            beside = f"{case.given[0]:.4f} ({case.given[1]})" if case.given else "not run yet"
+            beside = "not run yet" if case.reference else "none does it"
         tfidf = results[name].get("tfidf", {})
         dates = sorted(run["date"] for run in found.values())
         lines.append(
@@ -170,7 +172,7 @@ def write_table(results: dict[str, Any]) -> None:
     for name, case in CASES.items():
         notes = {run["note"] for run in results.get(name, {}).get("ours", {}).values() if "note" in run}
         lines += [f"{case.title}: {note}." for note in sorted(notes)]
-    lines += ["", f"Machine: {machine['cpu']}, {machine['cores']} cores; versions in quality.json.", ""]
+    lines += ["", f"Machine of the last run: {machine['cpu']}, {machine['cores']} cores; versions in quality.json.", ""]
     (common.RESULTS / "quality.md").write_text("\n".join(lines), "utf-8")
 
 
