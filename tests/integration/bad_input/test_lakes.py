@@ -140,7 +140,7 @@ def test_on_error_fail_stops_an_engine_at_the_first(
     engine: str, tmp_path: Path, out: Path, tiny_bundle: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
-    lake = make_lake(tmp_path / "lake", partitions=1, files=30, group=12, repeat=60)
+    lake = make_lake(tmp_path / "lake", partitions=1, files=150, group=12, repeat=60)
     damaged = lake / "source=s0" / "f0.parquet"
     damaged.write_bytes(damaged.read_bytes()[:100])
     summary = bulk.run(job(lake, tiny_bundle, out, engine=engine, unit_rows=12, on_error="fail"))
