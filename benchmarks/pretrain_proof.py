@@ -64,11 +64,11 @@ def some(table: pa.Table, column: str, rows: int, salt: str = "") -> pa.Table:
     return table.take(pa.array(order))
 
 
-def pretrained(name: str, texts: Path, size: int, settings: dict[str, Any], **corpus: str) -> dict[str, float]:
+def pretrained(name: str, texts: Path, **corpus: str) -> dict[str, float]:
     """Vocabulary, corpus and a small BERT from the texts; CPU seconds of each."""
     place = RUNS / name
     spent = {
-        "vocabulary": command("vocabulary", f"input={texts}", f"output={place / 'vocabulary'}", f"size={size}"),
+        "vocabulary": command("vocabulary", f"input={texts}", f"output={place / 'vocabulary'}", "size=8000"),
         "corpus": command(
             "corpus",
             f"input={texts}",
@@ -87,7 +87,6 @@ def pretrained(name: str, texts: Path, size: int, settings: dict[str, Any], **co
         **{f"architecture.{key}": value for key, value in SHAPE.items()},
         "architecture.start": "cooccurrence",
         **PRETRAINING,
-        **settings,
     }
     spent["pretraining"] = command("train", *(f"{key}={value}" for key, value in keys.items()))
     # The same model, with the same vocabulary, that has learned nothing: one step at a rate of nearly nothing.
@@ -172,7 +171,7 @@ def english(found: dict[str, Any]) -> None:
     texts.mkdir(parents=True, exist_ok=True)
     train = pq.read_table(common.SHARED / "imdb" / "train.parquet", columns=["text", "label"])
     pq.write_table(some(train, "text", 18_000), texts / "imdb.parquet")
-    found["cpu_seconds"] = pretrained("english", texts, 8000, {}, markup="html")
+    found["cpu_seconds"] = pretrained("english", texts, markup="html")
     test = pq.read_table(common.SHARED / "imdb" / "test.parquet", columns=["text", "label"])
     # Rates and epochs of each are those that were best on the first 1,000 test rows, of one seed.
     compared(
@@ -209,7 +208,7 @@ def chinese(found: dict[str, Any]) -> None:
     }
     for name, column in sources.items():
         pq.write_table(pa.table({"text": column}), texts / f"{name}.parquet")
-    found["cpu_seconds"] = pretrained("chinese", texts, 8000, {}, words="jieba")
+    found["cpu_seconds"] = pretrained("chinese", texts, words="jieba")
     settings = {"epochs": 3, "batch_size": 32, "learning_rate": 2e-4, "max_length": 64}
     compared("waimai_10k", "chinese", some(waimai[0], "text", 4000), waimai[1], settings, found)
     compared("tnews", "chinese", some(tnews[0], "text", 5000), some(tnews[1], "text", 3000), settings, found)

@@ -120,14 +120,23 @@ def faq() -> Split:
     return table.select(["id", "question", "answer"]), table.select(["question", "id"])
 
 
+def answer_stands(row: dict[str, Any]) -> bool:
+    """Whether a row's answer stands in its context at its offset."""
+    return row["context"].startswith(row["answer_text"], int(row["answer_start"]))
+
+
 def covid_passages() -> pa.Table:
     """COVID-QA's questions, each with the passage around its answer, where that stands at its offset."""
     rows = []
     for row in read("covid_qa", "all.parquet").to_pylist():
-        start, context = int(row["answer_start"]), row["context"]
-        if context[start:].startswith(row["answer_text"]):
+        if answer_stands(row):
+            start, context = int(row["answer_start"]), row["context"]
             rows.append({"text": row["question"], "text_pair": context[max(0, start - 200) : start + 400]})
     return pa.Table.from_pylist(rows)
+
+
+# Characters.
+PASSAGE = 1500
 
 
 def covid_qa() -> Split:
@@ -144,7 +153,6 @@ def covid_qa() -> Split:
     return pa.Table.from_pylist(rows, schema=train.schema), test
 
 
-PASSAGE = 1500
 TRANSLATION = {"learning_rate": 5e-4, "batch_size": 64, "max_length": 128, "label_smoothing": 0.1}
 
 CASES: dict[str, Case] = {

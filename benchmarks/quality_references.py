@@ -13,7 +13,7 @@ from typing import Any
 import common
 import numpy as np
 import pyarrow as pa
-from quality_cases import Case
+from quality_cases import Case, answer_stands
 
 Reference = Callable[[Case, pa.Table, pa.Table, int], float]
 
@@ -134,14 +134,7 @@ def questions(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     set_seed(seed)
     model = AutoModelForQuestionAnswering.from_pretrained(_source())
     tokenizer = AutoTokenizer.from_pretrained(_source())
-    train, test = (
-        table.filter(
-            pa.array(
-                row["context"].startswith(row["answer_text"], int(row["answer_start"])) for row in table.to_pylist()
-            )
-        )
-        for table in (train, test)
-    )
+    train, test = (table.filter(pa.array(map(answer_stands, table.to_pylist()))) for table in (train, test))
     table = train.to_pydict()
     found = tokenizer(
         table["question"],

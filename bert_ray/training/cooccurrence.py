@@ -75,13 +75,11 @@ def count_neighbours(documents: Documents, vocabulary: int, seed: int) -> tuple[
     """
     from scipy.sparse import csr_matrix
 
-    lengths = documents.lengths.astype(np.int64)
-    if documents.readable is not None:
-        lengths = np.where(documents.readable, lengths, 0)
-    order = epoch_order(len(lengths), seed, 0)
-    before = np.cumsum(lengths[order]) - lengths[order]
-    chosen = np.sort(order[(before < MOST_TOKENS) & (lengths[order] > 0)])
-    stop = np.minimum(lengths[chosen], MOST_TOKENS)
+    order = epoch_order(len(documents.sizes), seed, 0)
+    sizes = documents.sizes[order]
+    before = np.cumsum(sizes) - sizes
+    chosen = np.sort(order[(before < MOST_TOKENS) & (sizes > 0)])
+    stop = np.minimum(documents.sizes[chosen], MOST_TOKENS)
     ids, _ = documents.take(chosen, np.zeros_like(chosen), stop)
     document = np.repeat(np.arange(len(chosen)), stop)
     counts = csr_matrix((vocabulary, vocabulary), dtype=np.float32)

@@ -105,9 +105,7 @@ class Rows:
     def __init__(self, documents: Documents, room: int) -> None:
         """Cut every document into as few rows of at most `room` tokens as can be, of about equal length."""
         self.documents = documents
-        sizes = documents.lengths.astype(np.int64)
-        if documents.readable is not None:
-            sizes = np.where(documents.readable, sizes, 0)
+        sizes = documents.sizes
         counts = -(-sizes // room)
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self._sizes, self._counts = sizes, counts

@@ -279,6 +279,12 @@ class Documents:
         """Which documents can be read, bool (D,); None: all."""
         return None if all(self._good) else np.repeat(self._good, np.diff(self.first))
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Tokens to be read of each document, int64 (D,): none of one that cannot be."""
+        lengths = self.lengths.astype(np.int64)
+        return lengths if self.readable is None else np.where(self.readable, lengths, 0)
+
     def shard_of(self, documents: np.ndarray) -> list[str]:
         """The paths of the shards that hold the given documents, each once, in order."""
         found = np.unique(np.searchsorted(self.first, documents, side="right") - 1)
