@@ -105,6 +105,16 @@ def test_class_probabilities(weights: str, make: Make, reviews: list[str], reque
         assert theirs[ours["label"]] == pytest.approx(max(theirs.values()), abs=1e-5)
 
 
+def undecided(pipe: Any, text: str) -> bool:
+    """Whether some token's two likeliest tags are as likely to five digits: rounding decides which is said."""
+    import torch
+
+    with torch.inference_mode():
+        logits = pipe.model(**pipe.tokenizer(text, return_tensors="pt")).logits[0]
+    likeliest = logits.softmax(dim=-1).topk(2, dim=-1).values
+    return bool((likeliest[:, 0] - likeliest[:, 1]).min() < 1e-5)
+
+
 def test_entity_spans(weights: str, make: Make, reviews: list[str], request: pytest.FixtureRequest) -> None:
     from transformers import pipeline
 
@@ -119,11 +129,16 @@ def test_entity_spans(weights: str, make: Make, reviews: list[str], request: pyt
     found = annotate(bundle, {"text": texts})
     pipe = pipeline("token-classification", model=str(bundle), aggregation_strategy="first", device="cpu")
     assert sum(map(len, found)) > ROWS
+    compared = 0
     for text, ours, theirs in zip(texts, found, pipe(texts), strict=True):
+        if undecided(pipe, text):
+            continue
+        compared += 1
         said = [(entity["start"], entity["end"], entity["label"]) for entity in ours]
         assert said == [(entity["start"], entity["end"], entity["entity_group"]) for entity in theirs], text
         scores = [float(entity["score"]) for entity in theirs]
         assert [entity["score"] for entity in ours] == pytest.approx(scores, abs=1e-4)
+    assert compared > 0.97 * len(texts)
 
 
 def test_answers(weights: str, make: Make, reviews: list[str], request: pytest.FixtureRequest) -> None:
@@ -148,9 +163,14 @@ def test_answers(weights: str, make: Make, reviews: list[str], request: pytest.F
     found = annotate(bundle, rows)
     # By such a head many questions of one context have the same answer.
     assert len({answer["text"] for answer in found}) > 50
+    ties = 0
     for context, ours, theirs in zip(rows["context"], found, expected, strict=True):
-        assert (ours["text"], ours["start"], ours["end"]) == (theirs["text"], theirs["start"], theirs["end"])
         assert context[ours["start"] : ours["end"]] == ours["text"]
+        if (ours["text"], ours["start"], ours["end"]) != (theirs["text"], theirs["start"], theirs["end"]):
+            # Of two spans as likely to five digits, either may be said.
+            ties += 1
+            assert ours["score"] == pytest.approx(theirs["score"], rel=1e-5)
+    assert ties < 0.02 * len(found)
     np.testing.assert_allclose(
         [answer["score"] for answer in found], [answer["score"] for answer in expected], rtol=1e-3
     )
