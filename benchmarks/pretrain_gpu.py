@@ -5,7 +5,8 @@
 
 Random token ids in rows of a natural length spread, random weights: what is measured is the device. The loop's own
 batches, task, loss and stepper; tokens per second, and model FLOPs (bert_ray/model/flops.py) as a share of the device's
-measured bf16 matrix-multiply rate. Results, with the device's name: benchmarks/results/pretrain_gpu.json.
+measured bf16 matrix-multiply rate. Beside it transformers' BertForMaskedLM on the same tokens, as full blocks and as
+padded lines. Results, with the device's name: benchmarks/results/pretrain_gpu.json.
 """
 
 from __future__ import annotations
@@ -13,31 +14,32 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import common
 import numpy as np
+import torch
 
 SHAPES = {"base": (12, 768, 12), "large": (24, 1024, 16)}
 VOCABULARY, LENGTH, MASKED = 30_528, 512, 0.3
-WARM_UP_STEPS = 5
+WARM_UP_STEPS, RATE = 5, 1e-4
 
 
-def measure(shape: str, micro_tokens: int, pieces: int, steps: int, precision: str, recompute: bool) -> dict[str, Any]:
-    """Tokens per second and share of the peak of one shape."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM
+@dataclass(kw_only=True)
+class Drawn:
+    """The batches of one shape: the same for all contestants."""
 
-    from bert_ray.model.bundle import Card
-    from bert_ray.model.flops import dims_of, training_flops
-    from bert_ray.model.packing import PackedBatch
-    from bert_ray.model.peak import matmul_rate
-    from bert_ray.model.tasks.pretraining import Pretraining
-    from bert_ray.training.job import DataOptions, TrainJob
-    from bert_ray.training.masking import Vocabulary, budget, keys, mask_rows
-    from bert_ray.training.optim import PRECISIONS, PlainStepper, TaskModel
+    config: Any
+    sizes: list[np.ndarray]
+    ids: list[np.ndarray]
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def drawn(shape: str, micro_tokens: int) -> Drawn:
+    """Four batches of random tokens, rows longest first, lengths spread as those of documents are."""
+    from transformers import BertConfig
+
     layers, hidden, heads = SHAPES[shape]
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -48,67 +50,182 @@ def measure(shape: str, micro_tokens: int, pieces: int, steps: int, precision: s
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.0,
     )
-    card = Card(task="fill-mask", max_length=LENGTH)
-    model = TaskModel(BertForMaskedLM(config), Pretraining(card, config), 0.0, PRECISIONS[precision], recompute)
-    job = TrainJob(model="unused", output="unused", data=DataOptions(train="unused"))
-    stepper = PlainStepper(model, job, device)
-    draw, vocabulary = np.random.default_rng(0), Vocabulary(mask=4, ordinary=np.arange(5, VOCABULARY))
-
-    def batch(number: int) -> tuple[PackedBatch, torch.Tensor, np.ndarray, float]:
-        lengths = []
+    draw = np.random.default_rng(0)
+    found = Drawn(config=config, sizes=[], ids=[])
+    for _ in range(4):
+        lengths: list[int] = []
         while sum(lengths) < micro_tokens:
             lengths.append(int(np.clip(draw.lognormal(5.4, 0.6), 16, LENGTH)))
-        sizes = np.sort(np.array(lengths))[::-1].copy()
-        ids = draw.integers(5, VOCABULARY, int(sizes.sum()))
-        masked, targets = mask_rows(ids, sizes, keys(number, np.arange(len(sizes))), MASKED, vocabulary)
-        ends = np.concatenate([[0], np.cumsum(sizes)])
-        counts = budget(sizes, MASKED)
-        packed = PackedBatch(
-            input_ids=torch.from_numpy(masked),
-            position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(ends[:-1], sizes)),
-            token_type_ids=None,
-            lengths=tuple(sizes.tolist()),
-            cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
-            rows=np.arange(len(sizes)),
-        )
-        parts = np.full(len(sizes), -1)
-        asked = torch.from_numpy(np.concatenate([targets, parts, counts]))
-        return packed.to(device), asked.to(device), sizes, float(counts.sum())
+        found.sizes.append(np.sort(np.array(lengths))[::-1].copy())
+        found.ids.append(draw.integers(5, VOCABULARY, sum(lengths)))
+    return found
 
-    batches = [batch(number) for number in range(4)]
-    dims = dims_of(config)
-    flops = tokens = 0.0
-    model.train()
+
+class Ours:
+    """The loop's own task, loss and stepper, on packed batches."""
+
+    def __init__(self, batches: Drawn, device: torch.device, precision: str, recompute: bool) -> None:
+        from transformers import BertForMaskedLM
+
+        from bert_ray.model.bundle import Card
+        from bert_ray.model.packing import PackedBatch
+        from bert_ray.model.tasks.pretraining import Pretraining
+        from bert_ray.training.job import DataOptions, TrainJob
+        from bert_ray.training.masking import Vocabulary, budget, keys, mask_rows
+        from bert_ray.training.optim import PRECISIONS, PlainStepper, TaskModel
+
+        task = Pretraining(Card(task="fill-mask", max_length=LENGTH), batches.config)
+        model = TaskModel(BertForMaskedLM(batches.config), task, 0.0, PRECISIONS[precision], recompute).train()
+        job = TrainJob(model="unused", output="unused", data=DataOptions(train="unused"))
+        self.stepper = PlainStepper(model, job, device)
+        vocabulary = Vocabulary(mask=4, ordinary=np.arange(5, VOCABULARY))
+        self.batches, self.weights = [], []
+        for number, (sizes, ids) in enumerate(zip(batches.sizes, batches.ids, strict=True)):
+            masked, targets = mask_rows(ids, sizes, keys(number, np.arange(len(sizes))), MASKED, vocabulary)
+            ends, counts = np.concatenate([[0], np.cumsum(sizes)]), budget(sizes, MASKED)
+            packed = PackedBatch(
+                input_ids=torch.from_numpy(masked),
+                position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(ends[:-1], sizes)),
+                token_type_ids=None,
+                lengths=tuple(sizes.tolist()),
+                cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+                rows=np.arange(len(sizes)),
+            )
+            asked = torch.from_numpy(np.concatenate([targets, np.full(len(sizes), -1), counts]))
+            self.batches.append((packed.to(device), asked.to(device)))
+            self.weights.append(float(counts.sum()))
+
+    def piece(self, number: int, pieces: int) -> torch.Tensor:
+        """Forward and backward of one batch; gives the sum of its losses."""
+        loss, total, _ = self.stepper.forward(*self.batches[number], 1.0 / (self.weights[number] * pieces))
+        self.stepper.backward(loss)
+        return total / self.weights[number]
+
+    def step(self) -> None:
+        """One optimiser step."""
+        self.stepper.step(RATE)
+
+
+class Transformers:
+    """transformers' BertForMaskedLM under autocast, as its run_mlm.py has it: full blocks, or padded lines."""
+
+    def __init__(self, batches: Drawn, device: torch.device, precision: str, lines: bool) -> None:
+        from transformers import BertForMaskedLM
+
+        from bert_ray.training.optim import PRECISIONS
+
+        torch.manual_seed(0)
+        self.dtype, self.device = PRECISIONS[precision], device
+        self.model = BertForMaskedLM._from_config(batches.config, attn_implementation="sdpa").to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
+        draw, self.batches = np.random.default_rng(1), []
+        for sizes, ids in zip(batches.sizes, batches.ids, strict=True):
+            if not lines:
+                sizes = np.full(len(ids) // LENGTH, LENGTH)
+            block, mask = np.zeros((len(sizes), sizes.max()), np.int64), np.zeros((len(sizes), sizes.max()), np.int64)
+            start = 0
+            for row, size in enumerate(sizes):
+                block[row, :size], mask[row, :size] = ids[start : start + size], 1
+                start += size
+            labels = np.where((draw.random(block.shape) < MASKED) & (mask == 1), block, -100)
+            rows = {"input_ids": np.where(labels >= 0, 4, block), "labels": labels}
+            if lines:
+                rows["attention_mask"] = mask
+            self.batches.append({name: torch.from_numpy(values).to(device) for name, values in rows.items()})
+
+    def piece(self, number: int, pieces: int) -> torch.Tensor:
+        """Forward and backward of one batch; gives its mean loss."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            loss = self.model(**self.batches[number]).loss
+        (loss / pieces).backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        """One optimiser step."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def timed(contestant: Ours | Transformers, device: torch.device, pieces: int, steps: int) -> dict[str, float | None]:
+    """Seconds of one step, the peak measured right before and after, memory, and the loss at the end."""
+    from bert_ray.model.peak import matmul_rate
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    before = matmul_rate(device, model.autocast or torch.float32)
-    start = 0.0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    begun, start, loss = time.perf_counter(), 0.0, torch.zeros(())
     for step in range(WARM_UP_STEPS + steps):
         if step == WARM_UP_STEPS:
             wait()
-            start, flops, tokens = time.perf_counter(), 0.0, 0.0
+            before, start = matmul_rate(device, dtype), time.perf_counter()
         for piece in range(pieces):
-            packed, asked, sizes, weight = batches[(step * pieces + piece) % len(batches)]
-            loss, _, _ = stepper.forward(packed, asked, 1.0 / (weight * pieces))
-            stepper.backward(loss)
-            flops += training_flops(dims, sizes.sum(), float((sizes.astype(float) ** 2).sum()), weight)
-            tokens += sizes.sum()
-        stepper.step(1e-4)
+            loss = contestant.piece((step * pieces + piece) % 4, pieces)
+        contestant.step()
     wait()
     seconds = time.perf_counter() - start
-    peak = (before + matmul_rate(device, model.autocast or torch.float32)) / 2
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "tokens_per_second": tokens / seconds,
-        "model_tflops": flops / seconds / 1e12,
-        "peak_tflops": peak / 1e12,
-        "share_of_peak": flops / seconds / peak,
-        "memory_gib": memory,
+        "seconds_per_step": seconds / steps,
+        "set_up_seconds": start - begun,
+        "peak_tflops": (before + matmul_rate(device, dtype)) / 2e12,
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "loss": float(loss),
     }
+
+
+def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Ours and transformers, on the same tokens, one after the other."""
+    from bert_ray.model.flops import dims_of, training_flops
+    from bert_ray.training.masking import budget
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = drawn(shape, options.micro_tokens)
+    tokens = options.pieces * float(np.mean([sizes.sum() for sizes in batches.sizes]))
+    dims = dims_of(batches.config)
+    flops = options.pieces * float(
+        np.mean(
+            [
+                training_flops(dims, sizes.sum(), float((sizes.astype(float) ** 2).sum()), budget(sizes, MASKED).sum())
+                for sizes in batches.sizes
+            ]
+        )
+    )
+    contestants: dict[str, Callable[[], Ours | Transformers]] = {
+        "bert_ray, packed": lambda: Ours(batches, device, options.precision, options.recompute)
+    }
+    if not options.alone:
+        contestants |= {
+            "transformers, blocks of 512": lambda: Transformers(batches, device, options.precision, lines=False),
+            "transformers, padded lines": lambda: Transformers(batches, device, options.precision, lines=True),
+        }
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "settings": vars(options),
+    }
+    for name, make in contestants.items():
+        contestant = make()
+        one = timed(contestant, device, options.pieces, options.steps)
+        own = tokens
+        if isinstance(contestant, Transformers):
+            own = options.pieces * float(
+                np.mean(
+                    [int((batch.get("attention_mask", batch["input_ids"]) != 0).sum()) for batch in contestant.batches]
+                )
+            )
+        seconds, peak = float(one["seconds_per_step"] or 0), float(one["peak_tflops"] or 0)
+        found[name] = one | {"tokens_per_second": own / seconds}
+        if isinstance(contestant, Ours):
+            tflops = flops / seconds / 1e12
+            found[name] |= {"model_tflops": tflops, "share_of_peak": tflops / peak}
+        print(shape, name, json.dumps(found[name]), flush=True)
+        del contestant
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
 
 
 def main() -> None:
@@ -119,15 +236,13 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=2, help="forward passes of a step")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     options = parser.parse_args()
     path = common.RESULTS / "pretrain_gpu.json"
     figures = json.loads(path.read_text()).get("shapes", {}) if path.exists() else {}
     for shape in options.shape or list(SHAPES):
-        figures[shape] = measure(
-            shape, options.micro_tokens, options.pieces, options.steps, options.precision, options.recompute
-        ) | {"settings": vars(options)}
-        print(shape, json.dumps(figures[shape], indent=1), flush=True)
+        figures[shape] = measure(shape, options)
     if any(figure["device"] != "cpu" for figure in figures.values()):
         common.keep("pretrain_gpu", {"shapes": figures})
 

@@ -53,6 +53,8 @@ def ours(
         options=case.options,
         threads=threads,
         seed=seed,
+        # As the references compute.
+        precision="fp32",
         data=DataOptions(train=str(paths["train"]), validation_fraction=0.0, columns=case.columns or None),
         **({"max_length": 256} | case.settings),
     )
@@ -89,6 +91,7 @@ def tuned(name: str, case: Case, seed: int, threads: int | None) -> tuple[str, d
             batch_size=64,
             learning_rate=5e-5,
             max_length=256,
+            precision="fp32",
             data=DataOptions(train=str(path), validation_fraction=0.0),
         )
     )
@@ -101,7 +104,7 @@ def tested(case: Case, model: str, path: str, threads: int | None, more: dict[st
     from bert_ray.training.data import read_labelled
 
     kind = case.test_task or (case.task if case.settings is None else None)
-    annotator = AnnotatorSpec(model=model, threads=threads, task=kind, **more).build()
+    annotator = AnnotatorSpec(model=model, threads=threads, task=kind, dtype="fp32", **more).build()
     task = annotator.task
     table = read_labelled(path, task, case.columns or None)
     for note in table.notes:

@@ -203,7 +203,7 @@ def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
 def _sentence_model() -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(_source(), device="cpu")
+    return SentenceTransformer(_source())
 
 
 def _cosines(model: Any, test: pa.Table) -> float:
@@ -220,6 +220,7 @@ def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
 
 def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     """The same after sentence-transformers' training with its CoSENTLoss."""
+    import torch
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
@@ -236,7 +237,7 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> flo
         save_strategy="no",
         report_to=[],
         seed=seed,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
     )
     SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(rows), loss=losses.CoSENTLoss(model)

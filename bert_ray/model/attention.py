@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Rows up to this long may share a group with shorter ones: a group's calls cost more than the scores it fills up with.
 _SHORT_ROW = 64
+# On a GPU it is the other way round: a hundred launches cost more than the largest rectangle.
+_SHORT_ROW_GPU = 2**30
 # The shortest row of such a group, as a share of its longest; below _TINY_ROW tokens anything goes.
 _SIMILAR, _TINY_ROW = 0.5, 16
 
@@ -58,12 +60,13 @@ class Group:
 def group_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Group]:
     """Split a packed batch's rows, in their order, into groups; longest rows first gives the fewest groups."""
     groups, first, start = [], 0, 0
+    short = _SHORT_ROW if torch.device(device).type == "cpu" else _SHORT_ROW_GPU
     while first < len(lengths):
         longest = shortest = lengths[first]
         last, stop = first + 1, start + longest
         while last < len(lengths):
             high, low = max(longest, lengths[last]), min(shortest, lengths[last])
-            similar = high <= _SHORT_ROW and low >= (0 if high <= _TINY_ROW else high * _SIMILAR)
+            similar = high <= short and low >= (0 if high <= _TINY_ROW else high * _SIMILAR)
             if not (high == low or similar):
                 break
             longest, shortest, stop, last = high, low, stop + lengths[last], last + 1
@@ -124,7 +127,8 @@ def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, 
     """FlashAttention over all rows in one kernel, forward and backward (half precision on a GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (part.contiguous() for part in qkv.view(qkv.shape[0], 3, heads, -1).unbind(1))
+    # Uncopied: the kernel asks that a head's numbers stand side by side, and no more.
+    q, k, v = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
     mixed = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
     return mixed.reshape(qkv.shape[0], -1)
 

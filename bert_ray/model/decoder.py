@@ -18,6 +18,7 @@ from torch import nn
 from bert_ray.model.dropout import dropout
 from bert_ray.model.encoder import Attention, Layer, bert_attention, bert_layer
 from bert_ray.model.ragged_attention import RaggedAttention
+from bert_ray.model.residual import residual_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,9 +104,9 @@ def decode_targets(
     hidden = dropout(decoder.norm(hidden), drop)
     for layer, over in decoder.layers:
         mixed = own(layer.query(hidden), layer.key(hidden), layer.value(hidden), decoder.heads, drop_attention)
-        hidden = layer.mix_norm(hidden + dropout(layer.mix(mixed), drop))
+        hidden = residual_norm(hidden, layer.mix(mixed), layer.mix_norm, drop)
         mixed = cross(over.query(hidden), over.key(memory), over.value(memory), decoder.heads, drop_attention)
-        hidden = over.mix_norm(hidden + dropout(over.mix(mixed), drop))
+        hidden = residual_norm(hidden, over.mix(mixed), over.mix_norm, drop)
         wide = decoder.activation(layer.up(hidden))
-        hidden = layer.down_norm(hidden + dropout(layer.down(wide), drop))
+        hidden = residual_norm(hidden, layer.down(wide), layer.down_norm, drop)
     return hidden

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 def dropout_mask(like: torch.Tensor, rate: float) -> torch.Tensor:
@@ -24,4 +25,6 @@ def dropout_mask(like: torch.Tensor, rate: float) -> torch.Tensor:
 
 def dropout(x: torch.Tensor, rate: float) -> torch.Tensor:
     """Scale each element of `x` by 0 (with probability `rate`) or 1 / (1 - rate); `x` itself at rate 0."""
-    return x * dropout_mask(x, rate) if rate else x
+    if not rate:
+        return x
+    return x * dropout_mask(x, rate) if x.device.type == "cpu" else F.dropout(x, rate)

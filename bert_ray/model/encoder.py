@@ -20,6 +20,7 @@ from bert_ray.model.attention import packed_attention
 from bert_ray.model.bundle import ENCODER_DECODER, positions_follow_padding
 from bert_ray.model.dropout import dropout
 from bert_ray.model.lookup import lookup
+from bert_ray.model.residual import residual_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +156,8 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool, recompute:
             hidden = checkpoint(_through, layer, hidden, encoder, batch, training, use_reentrant=False)
         else:
             hidden = _through(layer, hidden, encoder, batch, training)
-    return hidden
+    # Autocast may have left them in half precision; what pools many of them needs their own.
+    return hidden.to(encoder.words.weight.dtype)
 
 
 def _through(layer: Layer, hidden: torch.Tensor, encoder: Encoder, batch: PackedBatch, training: bool) -> torch.Tensor:
@@ -167,6 +169,6 @@ def _through(layer: Layer, hidden: torch.Tensor, encoder: Encoder, batch: Packed
     bias = torch.cat((layer.query.bias, layer.key.bias, layer.value.bias))
     qkv = F.linear(hidden, weight, bias)
     mixed = packed_attention(qkv, batch.lengths, batch.cu_seqlens, encoder.heads, drop_attention)
-    hidden = layer.mix_norm(hidden + dropout(layer.mix(mixed), drop))
+    hidden = residual_norm(hidden, layer.mix(mixed), layer.mix_norm, drop)
     wide = encoder.activation(layer.up(hidden))
-    return layer.down_norm(hidden + dropout(layer.down(wide), drop))
+    return residual_norm(hidden, layer.down(wide), layer.down_norm, drop)

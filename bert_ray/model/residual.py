@@ -1,0 +1,55 @@
+"""What stands between a layer's matrix products: dropout, the residual sum and its layer norm.
+
+    LayerNorm(x + Dropout(y))
+
+(Vaswani et al., arXiv 1706.03762, section 5.4). On a CPU and in fp32 these are torch's own operations. In half
+precision on a GPU they move more bytes than the products around them take time for: there the residual stream stays in
+half precision (autocast would turn it to fp32 at each norm, and back), statistics being fp32 as ever, and in training
+torch.compile makes one kernel of the three.
+
+Shapes: T tokens of a packed batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bert_ray.model.dropout import dropout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def residual_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, rate: float = 0.0) -> torch.Tensor:
+    """LayerNorm(x + Dropout(y)).
+
+    Args:
+        x: the residual stream, (T, D).
+        y: what is added to it, (T, D): a linear layer's output, whose type tells the precision.
+        norm: over D.
+        rate: of dropout; 0: none.
+    """
+    if not (y.is_cuda and y.dtype in _HALVES):
+        return norm(x + dropout(y, rate))
+    function = _compiled() if torch.is_grad_enabled() else _fused
+    return function(x, y, norm.weight, norm.bias, norm.eps, rate)
+
+
+def _fused(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rate: float
+) -> torch.Tensor:
+    total = x.float() + (F.dropout(y.float(), rate) if rate else y.float())
+    return F.layer_norm(total, weight.shape, weight.float(), bias.float(), eps).to(y.dtype)
+
+
+@lru_cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    # T differs from batch to batch: one kernel for all.
+    return torch.compile(_fused, dynamic=True)  # type: ignore[no-any-return]
