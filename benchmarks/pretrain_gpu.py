@@ -2,6 +2,7 @@
 
     python benchmarks/pretrain_gpu.py                      BERT-base and BERT-large, bf16, 40 steps each
     python benchmarks/pretrain_gpu.py --shape base --micro-tokens 65536
+    python benchmarks/pretrain_gpu.py --shape base --alone --profile      where the time goes, kernel by kernel
 
 Random token ids in rows of a natural length spread, random weights: what is measured is the device. The loop's own
 batches, task, loss and stepper; tokens per second, and model FLOPs (bert_ray/model/flops.py) as a share of the device's
@@ -177,6 +178,47 @@ def timed(contestant: Ours | Transformers, device: torch.device, pieces: int, st
     }
 
 
+def profile(contestant: Ours | Transformers, device: torch.device) -> None:
+    """Print where one step's time goes."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as found:
+        contestant.piece(0, 1)
+        contestant.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    key = f"self_{device.type}_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80), flush=True)
+
+
+def planned(batches: Drawn, options: argparse.Namespace) -> float:
+    """Bytes that `bert-ray plan` foretells of such a run on a GPU."""
+    from bert_ray.model.flops import dims_of, parameters
+    from bert_ray.planning.memory import memory
+    from bert_ray.planning.workload import Workload
+    from bert_ray.training.masking import budget
+
+    dims = dims_of(batches.config)
+    lengths = np.concatenate(batches.sizes).astype(float)
+    tokens = options.pieces * lengths.sum() / len(batches.sizes)
+    work = Workload(
+        dims=dims,
+        parameters=parameters(dims, vocabulary_head=True),
+        step_tokens=tokens,
+        steps=1,
+        tokens=tokens,
+        row_tokens=lengths.mean(),
+        row_squares=(lengths**2).mean(),
+        asked_share=budget(lengths.astype(int), MASKED).sum() / lengths.sum(),
+        accumulation=options.pieces,
+        precision=options.precision,
+        recompute=options.recompute,
+        dropout=batches.config.hidden_dropout_prob,
+    )
+    return float(memory(work, 1).peak)
+
+
 def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Ours and transformers, on the same tokens, one after the other."""
     from bert_ray.model.flops import dims_of, training_flops
@@ -209,6 +251,8 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     for name, make in contestants.items():
         contestant = make()
         one = timed(contestant, device, options.pieces, options.steps)
+        if options.profile:
+            profile(contestant, device)
         own = tokens
         if isinstance(contestant, Transformers):
             own = options.pieces * float(
@@ -221,6 +265,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         if isinstance(contestant, Ours):
             tflops = flops / seconds / 1e12
             found[name] |= {"model_tflops": tflops, "share_of_peak": tflops / peak}
+            found[name]["planned_memory_gib"] = planned(batches, options) / 2**30
         print(shape, name, json.dumps(found[name]), flush=True)
         del contestant
         if device.type == "cuda":
@@ -236,6 +281,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=2, help="forward passes of a step")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--profile", action="store_true", help="print the kernels that take longest; nothing is kept")
     parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     options = parser.parse_args()
@@ -243,7 +289,7 @@ def main() -> None:
     figures = json.loads(path.read_text()).get("shapes", {}) if path.exists() else {}
     for shape in options.shape or list(SHAPES):
         figures[shape] = measure(shape, options)
-    if any(figure["device"] != "cpu" for figure in figures.values()):
+    if not options.profile and any(figure["device"] != "cpu" for figure in figures.values()):
         common.keep("pretrain_gpu", {"shapes": figures})
 
 

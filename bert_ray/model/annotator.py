@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,12 +94,21 @@ class AnnotatorSpec:
         return bundle.bind(kind=self.task, options=options)
 
     def build(self) -> Annotator:
-        """The annotator of this description, built once per process."""
-        return _build(self)
+        """The annotator of this description, built once per process, anew when its directory holds another bundle."""
+        return _build(self, _stamp(self.model))
+
+
+def _stamp(reference: str) -> tuple[tuple[str, int, int], ...]:
+    """What tells the bundle in a directory from one that took its place; the same for all that is no directory."""
+    if not os.path.isdir(reference):
+        return ()
+    with os.scandir(reference) as entries:
+        found = [(entry.name, entry.stat()) for entry in entries]
+    return tuple(sorted((name, stat.st_mtime_ns, stat.st_ino) for name, stat in found))
 
 
 @lru_cache(maxsize=16)
-def _build(spec: AnnotatorSpec) -> Annotator:
+def _build(spec: AnnotatorSpec, stamp: tuple[tuple[str, int, int], ...]) -> Annotator:
     return Annotator(load_bundle(spec.model), spec)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,6 +80,25 @@ class Pieces:
         return np.searchsorted(self.rows, np.arange(count + 1))
 
 
+@lru_cache
+def _check_that_nothing_is_lost() -> None:
+    """Releases 0.23.0 to 0.23.2 of tokenizers stop reading where the first window is full, and say nothing of it.
+
+    https://github.com/huggingface/tokenizers/issues/2091
+    """
+    import tokenizers
+
+    probe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    probe.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    probe.enable_truncation(2)
+    windows = 1 + len(probe.encode("a " * 8).overflowing)
+    if windows != 4:
+        raise BundleError(
+            f"tokenizers {tokenizers.__version__} loses what stands behind a text's first window (of 4 it gave "
+            f"{windows}): pip install 'tokenizers>=0.23.3'"
+        )
+
+
 Overflow = Literal["truncate", "head_tail", "windows"]
 Cut = Literal["longest_first", "only_first", "only_second"]
 
@@ -113,7 +133,8 @@ class Tokenizer:
             spans: also tell which code points each token stems from.
 
         Raises:
-            BundleError: the overlap leaves no room for a window to move on.
+            BundleError: the overlap leaves no room for a window to move on; or the tokenizers library that is installed
+                loses what stands behind a text's first window.
         """
         self.max_length = max_length
         self.overflow = overflow
@@ -132,6 +153,8 @@ class Tokenizer:
                 raise BundleError(
                     f"an overlap of {stride} tokens fills a window of {max_length}: give a smaller overlap"
                 )
+            if overflow == "windows":
+                _check_that_nothing_is_lost()
             self._backend.enable_truncation(max_length, stride=stride, strategy=cut)
 
     def __call__(self, inputs: Sequence[pa.Array]) -> Pieces:

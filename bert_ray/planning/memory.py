@@ -152,7 +152,8 @@ def activations(work: Workload, passed: Pass) -> float:
     dims = work.dims
     ids = 3 * _INT64  # Tokens, positions, targets.
     embeddings = ids + _FP32 * dims.hidden + 2 * _FP32 + (_FP32 * dims.hidden if work.dropout else 0)
-    each = _FP32 * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
+    stream = _HALF if work.fused_norms else _FP32
+    each = stream * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
     return passed.tokens * (embeddings + _FP32 * dims.hidden) + dims.layers * each + _head(work, passed)
 
 
@@ -163,9 +164,11 @@ def layer_activations(work: Workload, passed: Pass) -> float:
     size = _size(work)
     # Input of the product of queries, keys and values; these; what attention gives, the input of the next product.
     attention = size * (width + 3 * width + width)
-    # Layer norms keep their input in fp32 (residual sums are), mean and standard deviation.
-    norms = 2 * (_FP32 * width + 2 * _FP32)
-    masks = 2 * size * width if work.dropout else 0
+    # Layer norms keep mean, standard deviation and their input, the residual sum in fp32; where sum and norm are one
+    # kernel only what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
+    kept, mask = (_HALF, 1) if work.fused_norms else (_FP32, size)
+    norms = 2 * (kept * width + 2 * _FP32)
+    masks = 2 * mask * width if work.dropout else 0
     # Input of the wide product, of the activation, of the narrow product.
     feed_forward = size * (width + wide + wide)
     each = attention + norms + masks + feed_forward
@@ -197,7 +200,10 @@ def _working(work: Workload, passed: Pass) -> float:
         # Gradients of the weights and of the scores, of the rows that are taken together: those of one length.
         together = passed.squares if work.row_squares <= work.row_tokens**2 else work.row_squares
         attention += 2.0 * size * dims.heads * together
-    gone = size * (width + 2 * wide) + 2 * _FP32 * width + (2 * size * width if work.dropout else 0)
+    gone = size * (width + 2 * wide)
+    gone += (
+        (2 * _HALF + 1) * width if work.fused_norms else 2 * _FP32 * width + (2 * size * width if work.dropout else 0)
+    )
     last = max(last, attention - passed.tokens * gone)
     if work.asked_share:
         last += _FP32 * dims.vocabulary * width  # The gradient of the head's matrix has come by then.

@@ -81,6 +81,11 @@ class Workload:
         """Whether attention runs as one kernel that keeps no scores (`attention.packed_attention` decides so)."""
         return self.device == "cuda" and self.precision != "fp32" and self.attention_dropout == 0.0
 
+    @property
+    def fused_norms(self) -> bool:
+        """Whether the residual stream is in half precision, its norms one kernel each (`residual.residual_norm`)."""
+        return self.device == "cuda" and self.precision != "fp32"
+
     def rows(self) -> float:
         """Rows of one step."""
         return self.step_tokens / self.row_tokens

