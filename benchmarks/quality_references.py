@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import common
 import numpy as np
 import pyarrow as pa
 from quality_cases import Case, answer_stands
@@ -18,10 +17,10 @@ from quality_cases import Case, answer_stands
 Reference = Callable[[Case, pa.Table, pa.Table, int], float]
 
 
-def _source() -> str:
+def _source(case: Case) -> str:
     from bert_ray.model.references import resolve
 
-    return str(resolve(common.MODEL))
+    return str(resolve(case.base))
 
 
 def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, seed: int) -> Any:
@@ -59,8 +58,10 @@ def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     inputs = [names["text"]] + ([case.columns["text_pair"]] if "text_pair" in case.columns else [])
     regression = case.task == "regression"
     known = [] if regression else sorted(set(train[names["label"]].to_pylist()), key=str)
-    model = AutoModelForSequenceClassification.from_pretrained(_source(), num_labels=1 if regression else len(known))
-    tokenizer = AutoTokenizer.from_pretrained(_source())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        _source(case), num_labels=1 if regression else len(known)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(_source(case))
 
     def encoded(table: pa.Table) -> tuple[list[dict[str, Any]], np.ndarray]:
         found = tokenizer(
@@ -95,8 +96,8 @@ def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
 
     set_seed(seed)
     names = sorted({tag for tags in train["tags"].to_pylist() for tag in tags})
-    model = AutoModelForTokenClassification.from_pretrained(_source(), num_labels=len(names))
-    tokenizer = AutoTokenizer.from_pretrained(_source())
+    model = AutoModelForTokenClassification.from_pretrained(_source(case), num_labels=len(names))
+    tokenizer = AutoTokenizer.from_pretrained(_source(case))
 
     def encoded(table: pa.Table) -> list[dict[str, Any]]:
         found = tokenizer(table["tokens"].to_pylist(), truncation=True, max_length=256, is_split_into_words=True)
@@ -132,8 +133,8 @@ def questions(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     from bert_ray.model.tasks import get_task
 
     set_seed(seed)
-    model = AutoModelForQuestionAnswering.from_pretrained(_source())
-    tokenizer = AutoTokenizer.from_pretrained(_source())
+    model = AutoModelForQuestionAnswering.from_pretrained(_source(case))
+    tokenizer = AutoTokenizer.from_pretrained(_source(case))
     train, test = (table.filter(pa.array(map(answer_stands, table.to_pylist()))) for table in (train, test))
     table = train.to_pydict()
     found = tokenizer(
@@ -200,10 +201,10 @@ def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     return float(accuracy_score(so, said))
 
 
-def _sentence_model() -> Any:
+def _sentence_model(case: Case) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(_source())
+    return SentenceTransformer(_source(case))
 
 
 def _cosines(model: Any, test: pa.Table) -> float:
@@ -215,7 +216,7 @@ def _cosines(model: Any, test: pa.Table) -> float:
 
 def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     """Cosines of sentence-transformers' embeddings."""
-    return _cosines(_sentence_model(), test)
+    return _cosines(_sentence_model(case), test)
 
 
 def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
@@ -225,7 +226,7 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> flo
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
     assert case.settings is not None
-    model = _sentence_model()
+    model = _sentence_model(case)
     rows = {"sentence1": train["text"].to_pylist(), "sentence2": train["text_pair"].to_pylist()}
     rows["score"] = train["score"].to_pylist()
     arguments = SentenceTransformerTrainingArguments(
@@ -249,7 +250,7 @@ def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     """The right answer first, by sentence-transformers' semantic_search."""
     from sentence_transformers.util import semantic_search
 
-    model = _sentence_model()
+    model = _sentence_model(case)
     answers = model.encode(train["answer"].to_pylist(), convert_to_tensor=True)
     asked = model.encode(test["question"].to_pylist(), convert_to_tensor=True)
     found = semantic_search(asked, answers, top_k=1)
