@@ -40,6 +40,10 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
     for stage in STAGES:
         levers = replace(job, zero_stage=stage, freeze_layers=1, layer_decay=0.5)
         found[f"levers {stage}"] = run_loop(levers, root / f"world{world}-levers{stage}")
+    for stage in STAGES[:3]:
+        found[f"mean {stage}"] = run_loop(
+            replace(job, zero_stage=stage, keep_base=0.25), root / f"world{world}-mean{stage}"
+        )
     found["accumulated"] = run_loop(replace(job, gradient_accumulation=3), root / f"world{world}-accumulated")
     return found
 
@@ -102,6 +106,22 @@ def test_frozen_layers_and_layer_wise_rates(runs: dict[Any, Any], world: int) ->
     assert expected != losses(runs[world]["stage 0"])
     for stage in STAGES:
         assert losses(runs[world][f"levers {stage}"]) == pytest.approx(expected, abs=1e-5), stage
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_mean_with_the_base_is_judged(runs: dict[Any, Any], world: int) -> None:
+    from bert_ray.training.launch import train
+
+    output = str(runs["root"] / f"plain mean {world}")
+    job = replace(runs["job"], engine="local", threads=1, output=output, keep_base=0.25)
+    expected = train(job, tell=lambda _: None).history
+    trained = runs[world]["stage 0"]
+    for stage in STAGES[:3]:
+        found = runs[world][f"mean {stage}"]
+        assert losses(found) == pytest.approx(losses(expected), abs=1e-5), stage
+        # Training goes on with the trained weights, bucket by bucket as they were.
+        assert [entry["train_loss"] for entry in found] == pytest.approx([e["train_loss"] for e in trained], abs=1e-5)
+    assert losses(expected) != losses(trained)
 
 
 @pytest.mark.parametrize("world", [1, 2])
