@@ -42,11 +42,12 @@ def texts(rows: int) -> list[str]:
 
 
 def questions(rows: int) -> list[dict[str, str]]:
-    """Questions with their paragraphs."""
+    """Questions with their paragraphs, shuffled."""
     path = common.SHARED / "xquad" / "en.parquet"
     if not path.exists():
         return [{"question": text[:60], "context": text} for text in texts(rows)]
-    return pq.read_table(path, columns=["question", "context"]).slice(0, rows).to_pylist()
+    found = pq.read_table(path, columns=["question", "context"])
+    return found.take(pa.array(np.random.default_rng(0).permutation(len(found))[:rows])).to_pylist()
 
 
 def save(auto: Any, directory: Path, **settings: Any) -> str:
