@@ -3,11 +3,13 @@
     python benchmarks/pretrain.py                              five rounds, MiniLM's shape, IMDB's texts
     python benchmarks/pretrain.py --rounds 2 --steps 3         a quick look
     python benchmarks/pretrain.py --section loader             how fast rows are read; how soon a resume starts
+    python benchmarks/pretrain.py --section workers            two workers of a thread each beside one, on Ray
 
 The same corpus, model, vocabulary, threads and tokens of a step; masked language modelling at 15 %, AdamW, clipping at
-1, dropout 0.1, fp32. The Trainer has DataCollatorForLanguageModeling, and rows as run_mlm.py makes them: `blocks` are
-all texts end to end, cut into full rows of 512; `lines` are texts of their own, cut at 512 and padded. What counts is
-real tokens per second; set-up and evaluation are left out on both sides.
+1, fp32, dropout 0.1 also of attention weights, as transformers' BERT has it; once more ours as its jobs have it,
+without the latter. The Trainer has DataCollatorForLanguageModeling, and rows as run_mlm.py makes them: `blocks` are all
+texts end to end, cut into full rows of 512; `lines` are texts of their own, cut at 512 and padded. What counts is real
+tokens per second; set-up and evaluation are left out on both sides.
 
 Share of the peak: model FLOPs (bert_ray/model/flops.py: 6 N T + attention, the vocabulary's head over masked tokens
 alone, Kaplan et al., arXiv 2001.08361) over the fp32 matrix-multiply peak measured beside each round. A head over all
@@ -50,8 +52,10 @@ def make(texts: list[str], corpus: Path) -> None:
     assert status == 0, f"exit status {status}"
 
 
-def ours(scratch: Path, tokens: int, steps: int, threads: int) -> tuple[float, float]:
-    """Real tokens per second by the plain loop, and model FLOPs per token."""
+def ours(
+    scratch: Path, tokens: int, steps: int, threads: int, attention_dropout: float = 0.1, workers: int = 0
+) -> tuple[float, float]:
+    """Real tokens per second by the loop, in this process or by so many workers of Ray Train; model FLOPs per token."""
     from bert_ray.training.job import DataOptions, PretrainingOptions, TrainJob
     from bert_ray.training.launch import train
 
@@ -60,7 +64,8 @@ def ours(scratch: Path, tokens: int, steps: int, threads: int) -> tuple[float, f
         task="pretraining",
         model=common.MODEL,
         output=str(scratch / "model"),
-        engine="local",
+        engine="ray" if workers else "local",
+        workers=max(1, workers),
         threads=threads,
         data=DataOptions(train=str(scratch / "corpus")),
         steps=steps,
@@ -69,7 +74,7 @@ def ours(scratch: Path, tokens: int, steps: int, threads: int) -> tuple[float, f
         max_length=LENGTH,
         learning_rate=1e-4,
         dropout=0.1,
-        attention_dropout=0.1,
+        attention_dropout=attention_dropout,
         pretraining=PretrainingOptions(mask_rate=MASKED),
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -137,15 +142,16 @@ def trainer(scratch: Path, tokens: int, steps: int, threads: int, kind: str) -> 
 
 def speed(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every contestant in turn."""
-    measured: dict[str, list[tuple[float, float]]] = {"bert_ray": [], "Trainer, blocks": [], "Trainer, lines": []}
+    names = ("bert_ray", "bert_ray, attention_dropout 0", "Trainer, blocks", "Trainer, lines")
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     arguments = (scratch, options.tokens, options.steps, options.threads)
     for turn in range(options.rounds):
         for name, runs in measured.items():
             before = common.peak_flops()
             # A process of its own: settings that one makes for its process (the allocator's) are not the other's.
             with multiprocessing.get_context("spawn").Pool(1) as process:
-                if name == "bert_ray":
-                    rate, flops = process.apply(ours, arguments)
+                if name.startswith("bert_ray"):
+                    rate, flops = process.apply(ours, (*arguments, 0.0 if name.endswith(" 0") else 0.1))
                 else:
                     rate, flops = process.apply(trainer, (*arguments, name.split()[-1]))
             runs.append((rate, rate * flops / ((before + common.peak_flops()) / 2)))
@@ -175,6 +181,24 @@ def speed(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
         lines,
     )
     return found
+
+
+def workers(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Two workers of one thread each beside one, the same step, by Ray Train and DeepSpeed."""
+    found: dict[str, list[float]] = {"one worker": [], "two workers": []}
+    for turn in range(options.rounds):
+        for count, runs in zip((1, 2), found.values(), strict=True):
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                rate, _ = process.apply(ours, (scratch, options.tokens, options.steps, 1, 0.0, count))
+            runs.append(rate)
+        print(f"  round {turn + 1} of {options.rounds}", flush=True)
+    shares = [two / (2 * one) for one, two in zip(*found.values(), strict=True)]
+    lines = [(name, f"{common.median(rates):.0f}") for name, rates in found.items()]
+    common.table(
+        "Workers of one thread", ("what", "real tokens/s"), [*lines, ("share", f"{common.median(shares):.2f}")]
+    )
+    rates = {name: common.median(values) for name, values in found.items()}
+    return {"tokens_per_second": rates, "share_of_twice_one": common.median(shares), "shares": shares}
 
 
 def loader(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -212,6 +236,9 @@ def loader(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+SECTIONS = {"speed": speed, "loader": loader, "workers": workers}
+
+
 def main() -> None:
     """Measure the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,7 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps of each run")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--section", choices=("speed", "loader"), action="append", help="default: both")
+    parser.add_argument("--section", choices=list(SECTIONS), action="append", help="default: all")
     options = parser.parse_args()
     common.set_threads(options.threads)
     path = common.RESULTS / "pretrain.json"
@@ -229,7 +256,7 @@ def main() -> None:
     try:
         make(texts, scratch / "corpus")
         (scratch / "texts.json").write_text(json.dumps(texts))
-        for name, section in (("speed", speed), ("loader", loader)):
+        for name, section in SECTIONS.items():
             if not options.section or name in options.section:
                 settings = {"rounds": options.rounds, "steps": options.steps, "tokens": options.tokens}
                 figures[name] = {"settings": settings | {"threads": options.threads}, **section(scratch, options)}
