@@ -223,6 +223,10 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     except Exception as error:
         raise JobError(f"Spark cannot be started: {_why(error)}") from error
     session.sparkContext.setLogLevel("ERROR")
+    # On Ctrl-C Java may end before we do: that the thread which listens for accumulators (there are none) then finds
+    # nobody at the other end is no news.
+    if (listener := getattr(session.sparkContext, "_accumulatorServer", None)) is not None:
+        listener.handle_error = lambda *_: None
     return session
 
 
