@@ -2,10 +2,10 @@
 
     LayerNorm(x + Dropout(y))
 
-(Vaswani et al., arXiv 1706.03762, section 5.4). On a CPU and in fp32 these are torch's own operations. In half
-precision on a GPU they move more bytes than the products around them take time for: there the residual stream stays in
-half precision (autocast would turn it to fp32 at each norm, and back), statistics being fp32 as ever, and in training
-torch.compile makes one kernel of the three.
+(Vaswani et al., arXiv 1706.03762, section 5.4). These are torch's own operations, but for training in half precision on
+a GPU, where they move more bytes than the products around them take time for: there torch.compile makes one kernel of
+the three, and the residual stream stays in half precision (autocast would turn it to fp32 at each norm, and back),
+statistics being fp32 as ever.
 
 Shapes: T tokens of a packed batch, D hidden size.
 """
@@ -36,13 +36,12 @@ def residual_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, rate: fl
         norm: over D.
         rate: of dropout; 0: none.
     """
-    if not (y.is_cuda and y.dtype in _HALVES):
+    if not (y.is_cuda and y.dtype in _HALVES and torch.is_grad_enabled()):
         return norm(x + dropout(y, rate))
-    function = _compiled() if torch.is_grad_enabled() else _fused
-    return function(x, y, norm.weight, norm.bias, norm.eps, rate)
+    return _compiled()(x, y, norm.weight, norm.bias, norm.eps, rate)
 
 
-def _fused(
+def _in_one(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, rate: float
 ) -> torch.Tensor:
     total = x.float() + (F.dropout(y.float(), rate) if rate else y.float())
@@ -52,4 +51,4 @@ def _fused(
 @lru_cache
 def _compiled() -> Callable[..., torch.Tensor]:
     # T differs from batch to batch: one kernel for all.
-    return torch.compile(_fused, dynamic=True)  # type: ignore[no-any-return]
+    return torch.compile(_in_one, dynamic=True)  # type: ignore[no-any-return]
