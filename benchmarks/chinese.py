@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 import common
-from pretrain_proof import RUNS, chinese_texts, command
+from pretrain_proof import RUNS, chinese_texts, command, prepared
 
 
 def main() -> None:
@@ -20,10 +20,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     texts, place = RUNS / "chinese-texts", common.CHINESE.parent
     chinese_texts(texts)
-    if not (place / "vocabulary").exists():
-        command("vocabulary", f"input={texts}", f"output={place / 'vocabulary'}", "size=8000")
-    words = {"input": texts, "tokenizer": place / "vocabulary", "output": place / "corpus", "words": "jieba"}
-    command("corpus", *(f"{key}={value}" for key, value in words.items()))
+    prepared(place, texts, words="jieba")
     keys: dict[str, Any] = {
         "task": "pretraining",
         "model": "new",

@@ -53,7 +53,7 @@ def make(texts: list[str], corpus: Path) -> None:
 
 
 def ours(
-    scratch: Path, tokens: int, steps: int, threads: int, attention_dropout: float = 0.1, workers: int = 0
+    scratch: Path, tokens: int, steps: int, threads: int, attention_dropout: float, workers: int = 0
 ) -> tuple[float, float]:
     """Real tokens per second by the loop, in this process or by so many workers of Ray Train; model FLOPs per token."""
     from bert_ray.training.job import DataOptions, PretrainingOptions, TrainJob
@@ -142,18 +142,21 @@ def trainer(scratch: Path, tokens: int, steps: int, threads: int, kind: str) -> 
 
 def speed(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every contestant in turn."""
-    names = ("bert_ray", "bert_ray, attention_dropout 0", "Trainer, blocks", "Trainer, lines")
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    contestants: dict[str, tuple[Any, Any]] = {
+        "bert_ray": (ours, 0.1),
+        "bert_ray, attention_dropout 0": (ours, 0.0),
+        "Trainer, blocks": (trainer, "blocks"),
+        "Trainer, lines": (trainer, "lines"),
+    }
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     arguments = (scratch, options.tokens, options.steps, options.threads)
     for turn in range(options.rounds):
         for name, runs in measured.items():
             before = common.peak_flops()
             # A process of its own: settings that one makes for its process (the allocator's) are not the other's.
             with multiprocessing.get_context("spawn").Pool(1) as process:
-                if name.startswith("bert_ray"):
-                    rate, flops = process.apply(ours, (*arguments, 0.0 if name.endswith(" 0") else 0.1))
-                else:
-                    rate, flops = process.apply(trainer, (*arguments, name.split()[-1]))
+                run, own_argument = contestants[name]
+                rate, flops = process.apply(run, (*arguments, own_argument))
             runs.append((rate, rate * flops / ((before + common.peak_flops()) / 2)))
         print(f"  round {turn + 1} of {options.rounds}", flush=True)
     own = measured["bert_ray"]

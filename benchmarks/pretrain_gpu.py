@@ -17,11 +17,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from bert_ray.planning.workload import Workload
 
 SHAPES = {"base": (12, 768, 12), "large": (24, 1024, 16)}
 VOCABULARY, LENGTH, MASKED = 30_528, 512, 0.3
@@ -192,17 +195,16 @@ def profile(contestant: Ours | Transformers, device: torch.device) -> None:
     print(found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80), flush=True)
 
 
-def planned(batches: Drawn, options: argparse.Namespace) -> float:
-    """Bytes that `bert-ray plan` foretells of such a run on a GPU."""
+def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
+    """A step as `bert-ray plan` sees it."""
     from bert_ray.model.flops import dims_of, parameters
-    from bert_ray.planning.memory import memory
     from bert_ray.planning.workload import Workload
     from bert_ray.training.masking import budget
 
     dims = dims_of(batches.config)
     lengths = np.concatenate(batches.sizes).astype(float)
     tokens = options.pieces * lengths.sum() / len(batches.sizes)
-    work = Workload(
+    return Workload(
         dims=dims,
         parameters=parameters(dims, vocabulary_head=True),
         step_tokens=tokens,
@@ -216,26 +218,18 @@ def planned(batches: Drawn, options: argparse.Namespace) -> float:
         recompute=options.recompute,
         dropout=batches.config.hidden_dropout_prob,
     )
-    return float(memory(work, 1).peak)
 
 
 def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Ours and transformers, on the same tokens, one after the other."""
-    from bert_ray.model.flops import dims_of, training_flops
-    from bert_ray.training.masking import budget
+    from bert_ray.model.flops import training_flops
+    from bert_ray.planning.memory import memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = drawn(shape, options.micro_tokens)
-    tokens = options.pieces * float(np.mean([sizes.sum() for sizes in batches.sizes]))
-    dims = dims_of(batches.config)
-    flops = options.pieces * float(
-        np.mean(
-            [
-                training_flops(dims, sizes.sum(), float((sizes.astype(float) ** 2).sum()), budget(sizes, MASKED).sum())
-                for sizes in batches.sizes
-            ]
-        )
-    )
+    work = work_of(batches, options)
+    one_pass = work.passes(1)
+    flops = one_pass.times * training_flops(work.dims, one_pass.tokens, one_pass.squares, one_pass.asked)
     contestants: dict[str, Callable[[], Ours | Transformers]] = {
         "bert_ray, packed": lambda: Ours(batches, device, options.precision, options.recompute)
     }
@@ -253,7 +247,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         one = timed(contestant, device, options.pieces, options.steps)
         if options.profile:
             profile(contestant, device)
-        own = tokens
+        own = work.step_tokens
         if isinstance(contestant, Transformers):
             own = options.pieces * float(
                 np.mean(
@@ -265,7 +259,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         if isinstance(contestant, Ours):
             tflops = flops / seconds / 1e12
             found[name] |= {"model_tflops": tflops, "share_of_peak": tflops / peak}
-            found[name]["planned_memory_gib"] = planned(batches, options) / 2**30
+            found[name]["planned_memory_gib"] = memory(work, 1).peak / 2**30
         print(shape, name, json.dumps(found[name]), flush=True)
         del contestant
         if device.type == "cuda":

@@ -64,10 +64,9 @@ def some(table: pa.Table, column: str, rows: int, salt: str = "") -> pa.Table:
     return table.take(pa.array(order))
 
 
-def pretrained(name: str, texts: Path, **corpus: str) -> dict[str, float]:
-    """Vocabulary, corpus and a small BERT from the texts; CPU seconds of each."""
-    place = RUNS / name
-    spent = {
+def prepared(place: Path, texts: Path, **corpus: str) -> dict[str, float]:
+    """Vocabulary and corpus of the texts, in `place`; CPU seconds of each."""
+    return {
         "vocabulary": command("vocabulary", f"input={texts}", f"output={place / 'vocabulary'}", "size=8000"),
         "corpus": command(
             "corpus",
@@ -77,6 +76,12 @@ def pretrained(name: str, texts: Path, **corpus: str) -> dict[str, float]:
             *(f"{key}={value}" for key, value in corpus.items()),
         ),
     }
+
+
+def pretrained(name: str, texts: Path, **corpus: str) -> dict[str, float]:
+    """Vocabulary, corpus and a small BERT from the texts; CPU seconds of each."""
+    place = RUNS / name
+    spent = prepared(place, texts, **corpus)
     keys = {
         "task": "pretraining",
         "model": "new",

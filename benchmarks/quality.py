@@ -209,9 +209,6 @@ def main() -> None:
     for name, case in CASES.items():
         if (options.case and name not in options.case) or (options.minutes and case.minutes > options.minutes):
             continue
-        if case.base == str(common.CHINESE) and not common.CHINESE.exists():
-            print(f"{name}: left out, there is no {common.CHINESE}: run benchmarks/chinese.py", flush=True)
-            continue
         try:
             train, test = case.split()
         except FileNotFoundError as error:

@@ -160,7 +160,14 @@ TRANSLATION = {"learning_rate": 5e-4, "batch_size": 64, "max_length": 128, "labe
 
 def from_chinese(case: Case, minutes: float) -> Case:
     """The same from the Chinese BERT of chinese.py."""
-    return replace(case, title=f"{case.title}, from a Chinese BERT", base=str(common.CHINESE), minutes=minutes)
+
+    def split() -> Split:
+        if not common.CHINESE.exists():
+            raise FileNotFoundError(f"there is no {common.CHINESE}: run benchmarks/chinese.py")
+        return case.split()
+
+    title, base = f"{case.title}, from a Chinese BERT", str(common.CHINESE)
+    return replace(case, title=title, base=base, split=split, minutes=minutes)
 
 
 CASES: dict[str, Case] = {
