@@ -77,8 +77,7 @@ class Generator:
         """
         self._decoder = decoder = decoder_of(model)
         self.begin, self.end = begin, end
-        weight = decoder.words.weight
-        packed = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_grad_enabled()
+        packed = decoder.words.weight.device.type == "cpu" and not torch.is_grad_enabled()
         linear = Linear if packed else _plain
         self._layers = [
             _Step(

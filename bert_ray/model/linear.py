@@ -28,7 +28,10 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight = weight.detach().contiguous()
         self.bias = bias
-        self.library = _fastest(*self.weight.shape)
+        if weight.dtype == torch.float32:
+            self.library = _fastest(*self.weight.shape)
+        else:  # MKL has no packed product in half precision.
+            self.library = "onednn" if multiplies(weight.dtype) else "torch"
         self._packed = _PACK[self.library](self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,12 +47,35 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "gelu", [], "none")
         return torch.ops.aten.gelu_(self(x))
 
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + b + other (T, N); by oneDNN in one pass, the sum rounded once."""
+        if self.library == "onednn":
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, "add")
+        return self(x) + other
+
 
 _PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "onednn": lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, TILE_TOKENS),
     "mkl": lambda weight: torch.ops.mkl._mkl_reorder_linear_weight(weight, TILE_TOKENS),
     "torch": lambda weight: weight,
 }
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in a type by instructions of its own, as torch's oneDNN says.
+
+    bf16 with AVX-512-BF16 or AMX, fp16 with AVX-512-FP16 or AMX-FP16; fp32 always. AMX makes about eight times fp32's
+    rate (benchmarks/LOG.md).
+    """
+    if dtype == torch.float32:
+        return True
+    probe = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.get(dtype)
+    if probe is None or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return bool(getattr(torch.ops.mkldnn, probe)())
 
 
 @lru_cache

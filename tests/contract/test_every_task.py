@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from bert_ray.inference import local
+from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.tasks import TASKS
 from tests.lakes import assert_same_table
 from tests.tiny_tasks import MAKERS, Tiny
@@ -48,6 +49,18 @@ def test_neighbours_make_no_difference(kind: str, tiny: Make) -> None:
     assert_same_table(together, here(it, it.table.take(order)).sort_by("id"), "annotation")
     for row in (0, 4):
         assert_same_table(together.slice(row, 1), here(it, it.table.slice(row, 1)), "annotation")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_half_precision_on_a_cpu(kind: str, dtype: str, tiny: Make) -> None:
+    it = tiny(kind)
+    spec = AnnotatorSpec(model=it.model, task=it.task, options=it.options, name="annotation", device="cpu", dtype=dtype)
+    found = spec.build()(it.table)
+    assert found.schema.field("annotation").type == it.type
+    assert [item is None for item in found["annotation"].to_pylist()] == [
+        item is None for item in here(it)["annotation"].to_pylist()
+    ]
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))

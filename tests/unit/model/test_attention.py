@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from bert_ray.model.attention import group_rows, packed_attention
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.encoder import encode
+from bert_ray.model.half_layers import HalfLayers
 from bert_ray.model.inference_encoder import InferenceEncoder
+from bert_ray.model.linear import multiplies
 from bert_ray.model.packing import pack_rows, plan
 from bert_ray.model.tokenization import Ragged
 
@@ -130,6 +132,28 @@ def test_packed_encoder_matches_the_other_architectures(kind: str) -> None:
         if name.endswith("bias"):  # Fresh biases are zero, which would hide one that is moved wrongly.
             torch.nn.init.normal_(parameter, std=0.5)
     assert_rows_match(model, model, random_rows(np.array([1, 2, 5, 5, 5, 30, 66, 70]), 90), budget=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("library", ["onednn", "torch"])
+def test_half_precision_on_a_cpu(dtype: torch.dtype, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounded weights' own hidden states, but for the rounding of what stands between the products."""
+    if library == "torch":  # As on a CPU that does not multiply in this type.
+        monkeypatch.setattr("bert_ray.model.linear.multiplies", lambda _: False)
+    elif not multiplies(dtype):
+        pytest.skip(f"this CPU does not multiply in {dtype}")
+    model = load_bundle(MINILM).model().to(dtype)
+    inference = InferenceEncoder(model)
+    assert isinstance(inference._layers, HalfLayers)
+    assert inference._layers._layers[0].up.library == library
+    batch = pack_rows(random_rows(np.array([70, 70, 64, 33, 9, 9, 2, 1]), 30522), np.arange(8))
+    with torch.inference_mode():
+        found = inference(batch)
+        right = encode(model.float(), batch)
+    assert found.dtype == dtype
+    cosine = F.cosine_similarity(found.float(), right, dim=1)
+    assert float(cosine.min()) > 0.998
+    assert float(cosine.mean()) > (0.9998 if dtype == torch.bfloat16 else 0.99999)
 
 
 def test_a_row_does_not_see_its_neighbours(tiny_encoder: object) -> None:
