@@ -7,7 +7,9 @@ itself: a token sees the tokens of its own row and no others, which is the formu
 and -∞ between rows.
 
 On a GPU in half precision that is one variable-length kernel. Elsewhere rows are taken a group at a time: short rows of
-similar lengths together (filled up to the longest of them, for the scores alone), long ones by equal length.
+similar lengths together (filled up to the longest of them, for the scores alone), long ones by equal length. Without
+dropout of attention weights a group goes through torch's flash kernel on a CPU, which keeps no scores; in half
+precision its backward pass is slower than the formula written out, which serves there and wherever weights are dropped.
 
 Shapes: T tokens of a packed batch, B rows, L length of a row, H heads, d_k width of a head, D = H * d_k;
 N rows of a group.
@@ -15,6 +17,7 @@ N rows of a group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 _SHORT_ROW = 64
 # On a GPU it is the other way round: a hundred launches cost more than the largest rectangle.
 _SHORT_ROW_GPU = 2**30
+# What torch's flash kernel is the fastest in on a CPU.
+_FULL = (torch.float32, torch.float64)
+# Scores of a head that a group on a CPU has at most, unless one row alone has more: what twelve heads make of them passes
+# through the second-level cache, not through memory (benchmarks/LOG.md).
+GROUP_SCORES = 2**18
 # The shortest row of such a group, as a share of its longest; below _TINY_ROW tokens anything goes.
 _SIMILAR, _TINY_ROW = 0.5, 16
 
@@ -60,14 +68,15 @@ class Group:
 def group_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Group]:
     """Split a packed batch's rows, in their order, into groups; longest rows first gives the fewest groups."""
     groups, first, start = [], 0, 0
-    short = _SHORT_ROW if torch.device(device).type == "cpu" else _SHORT_ROW_GPU
+    on_cpu = torch.device(device).type == "cpu"
+    short, most = (_SHORT_ROW, GROUP_SCORES) if on_cpu else (_SHORT_ROW_GPU, math.inf)
     while first < len(lengths):
         longest = shortest = lengths[first]
         last, stop = first + 1, start + longest
         while last < len(lengths):
             high, low = max(longest, lengths[last]), min(shortest, lengths[last])
             similar = high <= short and low >= (0 if high <= _TINY_ROW else high * _SIMILAR)
-            if not (high == low or similar):
+            if not (high == low or similar) or (last + 1 - first) * high**2 > most:
                 break
             longest, shortest, stop, last = high, low, stop + lengths[last], last + 1
         group = Group(start=start, stop=stop, rows=last - first, length=longest)
@@ -109,7 +118,8 @@ def packed_attention(
     """Attention of every row over itself.
 
     Args:
-        qkv: (T, 3 * D), queries, keys and values side by side.
+        qkv: (T, 3 * D), queries, keys and values side by side. On a CPU there may be more below the last row's: of
+            those the result is 0.
         lengths: tokens of each row.
         cu_seqlens: int32 (B + 1,), where each row starts.
         heads: H.
@@ -120,7 +130,10 @@ def packed_attention(
     """
     if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
         return _variable_length(qkv, max(lengths), cu_seqlens, heads)
-    return _GroupedAttention.apply(qkv, group_rows(lengths, qkv.device), heads, dropout)
+    groups = group_rows(lengths, qkv.device)
+    if dropout == 0.0 and qkv.device.type == "cpu" and qkv.dtype in _FULL:
+        return _FlashAttention.apply(qkv, groups, heads)
+    return _GroupedAttention.apply(qkv, groups, heads, dropout)
 
 
 def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, heads: int) -> torch.Tensor:
@@ -133,6 +146,45 @@ def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, 
     return mixed.reshape(qkv.shape[0], -1)
 
 
+class _FlashAttention(torch.autograd.Function):
+    """torch's flash kernel for a CPU, a group at a time in one node of the graph, on queries, keys and values uncopied."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, groups: list[Group], heads: int) -> torch.Tensor:
+        out = _below(qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), groups)
+        kept: list[torch.Tensor] = []
+        for group in groups:
+            mixed, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_rectangle(qkv, group, 3, heads), attn_mask=group.bias
+            )
+            _join(mixed, out, group, heads)
+            kept.append(logsumexp)
+        ctx.save_for_backward(qkv, out, *kept)
+        ctx.groups, ctx.heads = groups, heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        qkv, out, *kept = ctx.saved_tensors
+        d_qkv = _below(torch.empty_like(qkv), ctx.groups)
+        for group, logsumexp in zip(ctx.groups, kept, strict=True):
+            (d_o,) = _rectangle(d_out, group, 1, ctx.heads)
+            if group.real is not None:
+                d_o = d_o * (group.bias == 0).view(group.rows, 1, -1, 1)
+            three = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                d_o,
+                *_rectangle(qkv, group, 3, ctx.heads),
+                *_rectangle(out, group, 1, ctx.heads),
+                logsumexp,
+                0.0,
+                False,
+                attn_mask=group.bias,
+            )
+            for part, d_part in zip(three, d_qkv.chunk(3, dim=1), strict=True):
+                _join(part, d_part, group, ctx.heads)
+        return d_qkv, None, None
+
+
 class _GroupedAttention(torch.autograd.Function):
     """The formula and its derivative, a group at a time, with as few passes over the scores as torch allows.
 
@@ -142,8 +194,7 @@ class _GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, groups: list[Group], heads: int, dropout: float) -> torch.Tensor:
-        width = qkv.shape[1] // 3
-        out = qkv.new_empty(qkv.shape[0], width)
+        out = _below(qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), groups)
         kept: list[torch.Tensor | None] = []
         for group in groups:
             q, k, v = _split(qkv, group, 3, heads)
@@ -161,7 +212,7 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         qkv, *kept = ctx.saved_tensors
-        d_qkv = torch.empty_like(qkv)
+        d_qkv = _below(torch.empty_like(qkv), ctx.groups)
         for index, group in enumerate(ctx.groups):
             weights, mask = kept[2 * index], kept[2 * index + 1]
             q, k, v = _split(qkv, group, 3, ctx.heads)
@@ -174,26 +225,36 @@ class _GroupedAttention(torch.autograd.Function):
                 d_weights *= mask
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_scores *= q.shape[2] ** -0.5
-            d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
-            _join(torch.stack((d_q, d_k, d_v)), d_qkv, group, ctx.heads)
+            three = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v
+            for part, d_part in zip(three, d_qkv.chunk(3, dim=1), strict=True):
+                _join(part, d_part, group, ctx.heads)
         return d_qkv, None, None, None
 
 
-def _split(packed: torch.Tensor, group: Group, parts: int, heads: int) -> torch.Tensor:
-    """A group's tokens of (T, parts * D) as (parts, N * H, L, d_k), a copy; short rows filled up."""
+def _below(packed: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+    """`packed`, 0 from behind the last group on: rows that are no token's, where a batch was filled up."""
+    packed[groups[-1].stop :] = 0
+    return packed
+
+
+def _rectangle(packed: torch.Tensor, group: Group, parts: int, heads: int) -> torch.Tensor:
+    """A group's tokens of (T, parts * D) as (parts, N, H, L, d_k), uncopied but for short rows, which are filled up."""
     tokens = packed[group.start : group.stop]
     if group.gather is not None:
         tokens = tokens[group.gather]
-    split = tokens.view(group.rows, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
-    return split.contiguous().view(parts, group.rows * heads, group.length, -1)
+    return tokens.view(group.rows, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
+
+
+def _split(packed: torch.Tensor, group: Group, parts: int, heads: int) -> torch.Tensor:
+    """The same as (parts, N * H, L, d_k), a copy."""
+    return _rectangle(packed, group, parts, heads).contiguous().view(parts, group.rows * heads, group.length, -1)
 
 
 def _join(values: torch.Tensor, packed: torch.Tensor, group: Group, heads: int) -> None:
-    """The way back of `_split`: (parts * N * H, L, d_k) into the group's tokens of (T, parts * D)."""
-    parts = packed.shape[1] // (heads * values.shape[-1])
-    joined = values.view(parts, group.rows, heads, group.length, -1).permute(1, 3, 0, 2, 4)
+    """The way back: (N, H, L, d_k) or (N * H, L, d_k) into the group's tokens of (T, D), a copy."""
+    joined = values.view(group.rows, heads, group.length, -1).transpose(1, 2)
     target = packed[group.start : group.stop]
     if group.real is None:
-        target.view(joined.shape).copy_(joined)
+        target.unflatten(0, (group.rows, group.length)).unflatten(2, (heads, -1)).copy_(joined)
     else:
-        torch.index_select(joined.reshape(group.rows * group.length, -1), 0, group.real, out=target)
+        target.copy_(joined.reshape(group.rows * group.length, -1)[group.real])

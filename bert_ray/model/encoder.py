@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from bert_ray.model.attention import packed_attention
 from bert_ray.model.bundle import ENCODER_DECODER, positions_follow_padding
 from bert_ray.model.dropout import dropout
+from bert_ray.model.linear import fill_rows
 from bert_ray.model.lookup import lookup
 from bert_ray.model.residual import residual_norm
 
@@ -151,13 +152,16 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool, recompute:
         types = batch.token_type_ids
         hidden = hidden + (encoder.types.weight[0] if types is None else encoder.types(types))
     hidden = dropout(encoder.norm(hidden), drop)
+    tokens = len(hidden)
+    if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        hidden = fill_rows(hidden)
     for layer in encoder.layers:
         if recompute:
             hidden = checkpoint(_through, layer, hidden, encoder, batch, training, use_reentrant=False)
         else:
             hidden = _through(layer, hidden, encoder, batch, training)
     # Autocast may have left them in half precision; what pools many of them needs their own.
-    return hidden.to(encoder.words.weight.dtype)
+    return hidden[:tokens].to(encoder.words.weight.dtype)
 
 
 def _through(layer: Layer, hidden: torch.Tensor, encoder: Encoder, batch: PackedBatch, training: bool) -> torch.Tensor:

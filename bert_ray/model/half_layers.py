@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bert_ray.model.encoder import Encoder, Layer
-from bert_ray.model.linear import Linear
+from bert_ray.model.linear import Linear, fill_rows
 
 
 class HalfLayers:
@@ -35,15 +35,20 @@ class HalfLayers:
 
     def __call__(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Embeddings (T, D) of rows that lie end to end -> hidden states (T, D)."""
+        tokens = len(hidden)
+        hidden = fill_rows(hidden)
         for layer in self._layers:
             mixed = self._attend(layer.qkv(hidden), lengths)
             hidden = layer.mix_norm(layer.mix.plus(mixed, hidden))
             wide = layer.up.gelu(hidden) if self._encoder.is_gelu else self._encoder.activation(layer.up(hidden))
             hidden = layer.down_norm(layer.down.plus(wide, hidden))
-        return hidden
+        return hidden[:tokens]
 
     def _attend(self, qkv: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Attention of every row over itself, (T, 3D) -> (T, D); rows of one length side by side are taken together."""
+        """Attention of every row over itself, (T, 3D) -> (T, D); rows of one length side by side are taken together.
+
+        Below the rows' own tokens the result is 0.
+        """
         d_k = qkv.shape[1] // (3 * self._encoder.heads)
         parts, start = [], 0
         for length, run in groupby(lengths):
@@ -53,7 +58,7 @@ class HalfLayers:
             mixed = F.scaled_dot_product_attention(q, k, v)
             parts.append(mixed.transpose(1, 2).reshape(stop - start, -1))
             start = stop
-        return torch.cat(parts)
+        return torch.cat((*parts, qkv.new_zeros(len(qkv) - start, qkv.shape[1] // 3)))
 
 
 @dataclass(kw_only=True, slots=True)

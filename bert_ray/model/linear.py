@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 # Rows of a tile on a CPU. Measured beside 256 and 1,024 in benchmarks/LOG.md.
 TILE_TOKENS = 512
+# In half precision oneDNN compiles a kernel for every number of rows that it has not seen (some 3 ms each, as much as the
+# product itself): rows are filled up to a multiple of this, so that it sees few.
+HALF_ROWS = 64
 # Products by which two libraries are compared when a model loads.
 _TRIES = 5
 
@@ -59,6 +62,11 @@ _PACK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mkl": lambda weight: torch.ops.mkl._mkl_reorder_linear_weight(weight, TILE_TOKENS),
     "torch": lambda weight: weight,
 }
+
+
+def fill_rows(x: torch.Tensor) -> torch.Tensor:
+    """(T, D) with rows of zeros below, so that their number is a multiple of HALF_ROWS."""
+    return F.pad(x, (0, 0, 0, -len(x) % HALF_ROWS))
 
 
 def multiplies(dtype: torch.dtype) -> bool:

@@ -36,8 +36,10 @@ def residual_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, rate: fl
         norm: over D.
         rate: of dropout; 0: none.
     """
-    if not (y.is_cuda and y.dtype in _HALVES and torch.is_grad_enabled()):
+    if not (y.dtype in _HALVES and torch.is_grad_enabled()):
         return norm(x + dropout(y, rate))
+    if not y.is_cuda:
+        return F.layer_norm(x.to(y.dtype) + dropout(y, rate), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return _compiled()(x, y, norm.weight, norm.bias, norm.eps, rate)
 
 

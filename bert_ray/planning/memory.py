@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bert_ray.model.attention import GROUP_SCORES
 from bert_ray.planning.workload import Pass, Workload
 
 _FP32, _HALF, _INT64 = 4, 2, 8
@@ -152,7 +153,7 @@ def activations(work: Workload, passed: Pass) -> float:
     dims = work.dims
     ids = 3 * _INT64  # Tokens, positions, targets.
     embeddings = ids + _FP32 * dims.hidden + 2 * _FP32 + (_FP32 * dims.hidden if work.dropout else 0)
-    stream = _HALF if work.fused_norms else _FP32
+    stream = _HALF if work.half else _FP32
     each = stream * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
     return passed.tokens * (embeddings + _FP32 * dims.hidden) + dims.layers * each + _head(work, passed)
 
@@ -164,9 +165,9 @@ def layer_activations(work: Workload, passed: Pass) -> float:
     size = _size(work)
     # Input of the product of queries, keys and values; these; what attention gives, the input of the next product.
     attention = size * (width + 3 * width + width)
-    # Layer norms keep mean, standard deviation and their input, the residual sum in fp32; where sum and norm are one
-    # kernel only what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
-    kept, mask = (_HALF, 1) if work.fused_norms else (_FP32, size)
+    # Layer norms keep mean, standard deviation and their input, the residual sum; where sum and norm are one kernel only
+    # what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
+    kept, mask = (_HALF if work.half else _FP32), (1 if work.fused_norms else size)
     norms = 2 * (kept * width + 2 * _FP32)
     masks = 2 * mask * width if work.dropout else 0
     # Input of the wide product, of the activation, of the narrow product.
@@ -193,23 +194,28 @@ def _working(work: Workload, passed: Pass) -> float:
     width, wide = dims.hidden, dims.feed_forward
     head = float(_LOGITS * _FP32 * passed.asked * dims.vocabulary)
     # Gradients of the activation's output and of the residual sum.
-    last = passed.tokens * (size * wide + _FP32 * width)
-    # Queries, keys, values, their gradients, and four more of attention's output and of sums, of width D each.
-    attention = passed.tokens * (size * 8 * width + _FP32 * 2 * width) + _FP32 * dims.layer_matrices
+    last = passed.tokens * size * (wide + width)
+    # Gradients of queries, keys and values, of attention's output and of the residual sums.
+    attention = passed.tokens * size * 6 * width + _FP32 * dims.layer_matrices
+    # Of the rows that are taken together (those of one length; on a CPU so many as GROUP_SCORES allows) the gradients
+    # once more, without a fused kernel also copies of all, and the gradients of weights and of scores.
+    squares = passed.squares if work.row_squares <= work.row_tokens**2 else work.row_squares
+    if work.device == "cpu":
+        squares = min(squares, max(float(GROUP_SCORES), work.row_squares))
+    attention += size * squares / work.row_tokens * width * (3 if work.fused_attention else 7)
     if not work.fused_attention:
-        # Gradients of the weights and of the scores, of the rows that are taken together: those of one length.
-        together = passed.squares if work.row_squares <= work.row_tokens**2 else work.row_squares
-        attention += 2.0 * size * dims.heads * together
+        attention += 2.0 * size * dims.heads * squares
     gone = size * (width + 2 * wide)
-    gone += (
-        (2 * _HALF + 1) * width if work.fused_norms else 2 * _FP32 * width + (2 * size * width if work.dropout else 0)
-    )
+    gone += 2 * (_HALF if work.half else _FP32) * width
+    if work.dropout:
+        gone += (1 if work.fused_norms else 2 * size) * width
     last = max(last, attention - passed.tokens * gone)
     if work.asked_share:
         last += _FP32 * dims.vocabulary * width  # The gradient of the head's matrix has come by then.
-    if work.recompute:
-        last += layer_activations(work, passed)
-    return max(head, last)
+    if work.recompute:  # Its input is there already.
+        last += layer_activations(work, passed) - passed.tokens * (_HALF if work.half else _FP32) * width
+    # What the head kept has gone by then, and its weights as autocast made them.
+    return max(head, last - _head(work, passed) - (_HALF * dims.head_matrices if work.half else 0))
 
 
 def _size(work: Workload) -> int:

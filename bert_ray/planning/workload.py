@@ -53,7 +53,7 @@ class Workload:
         attention_dropout: rate for attention weights; above 0 attention keeps its scores.
         optimizer: see TrainJob; both keep two fp32 moments.
         gradient_bytes: of a gradient's number as it is communicated; here always fp32.
-        device: what it runs on. A CPU computes attention without a fused kernel.
+        device: what it runs on.
     """
 
     dims: Dims
@@ -78,13 +78,18 @@ class Workload:
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention runs as one kernel that keeps no scores (`attention.packed_attention` decides so)."""
-        return self.device == "cuda" and self.precision != "fp32" and self.attention_dropout == 0.0
+        """Whether attention runs as a kernel that keeps no scores (`attention.packed_attention` decides so)."""
+        return self.attention_dropout == 0.0 and self.half != (self.device == "cpu")
+
+    @property
+    def half(self) -> bool:
+        """Whether products are in half precision, and with them the residual stream (`residual.residual_norm`)."""
+        return self.precision != "fp32"
 
     @property
     def fused_norms(self) -> bool:
-        """Whether the residual stream is in half precision, its norms one kernel each (`residual.residual_norm`)."""
-        return self.device == "cuda" and self.precision != "fp32"
+        """Whether dropout, residual sum and norm are one kernel (`residual.residual_norm` decides so)."""
+        return self.device == "cuda" and self.half
 
     def rows(self) -> float:
         """Rows of one step."""

@@ -60,7 +60,9 @@ def worst_moment(stepper: PlainStepper, batch: PackedBatch, targets: torch.Tenso
         (32, 64, "fp32", False, 0.0),
         (8, 256, "fp32", False, 0.1),
         (8, 256, "fp32", True, 0.0),
+        (64, 32, "fp32", True, 0.1),
         (8, 64, "bf16", False, 0.0),
+        (8, 256, "bf16", True, 0.1),
         (2, 16, "fp32", False, 0.0),  # Weights and gradients outweigh activations.
     ],
 )

@@ -76,8 +76,10 @@ def test_one_layer_by_hand() -> None:
     dims = Dims(layers=1, hidden=4, heads=2, feed_forward=16, vocabulary=10)
     work = replace(WORK, dims=dims, step_tokens=6.0, row_tokens=3.0, row_squares=9.0, precision="fp32", device="cpu")
     vectors = 1 + 3 + 1 + 2 + 1 + 2  # Input; queries, keys, values; attention; norms' inputs; next input; masks.
-    numbers = 6 * (vectors * 4 + 2 * 16 + 2 * 2) + 2 * 2 * 3 * 3  # Activation in and out; norms; scores.
-    assert layer_activations(work, work.passes(1)) == 4 * numbers
+    numbers = 6 * (vectors * 4 + 2 * 16 + 2 * 2)  # Activation in and out; norms.
+    assert layer_activations(work, work.passes(1)) == 4 * (numbers + 6 * 2)  # A number for each row of scores.
+    dropped = replace(work, attention_dropout=0.1)
+    assert layer_activations(dropped, dropped.passes(1)) == 4 * (numbers + 2 * 2 * 2 * 3 * 3)  # Scores and masks.
 
 
 def test_half_precision_and_the_fused_kernel_keep_less() -> None:
