@@ -38,7 +38,7 @@ _FULL = (torch.float32, torch.float64)
 # through the second-level cache, not through memory (benchmarks/LOG.md).
 GROUP_SCORES = 2**18
 # The shortest row of such a group, as a share of its longest; below _TINY_ROW tokens anything goes.
-_SIMILAR, _TINY_ROW = 0.5, 16
+_SIMILAR, _TINY_ROW = 0.7, 16
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,7 +241,7 @@ def _rectangle(packed: torch.Tensor, group: Group, parts: int, heads: int) -> to
     """A group's tokens of (T, parts * D) as (parts, N, H, L, d_k), uncopied but for short rows, which are filled up."""
     tokens = packed[group.start : group.stop]
     if group.gather is not None:
-        tokens = tokens[group.gather]
+        tokens = tokens.index_select(0, group.gather)
     return tokens.view(group.rows, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4)
 
 
@@ -257,4 +257,4 @@ def _join(values: torch.Tensor, packed: torch.Tensor, group: Group, heads: int) 
     if group.real is None:
         target.unflatten(0, (group.rows, group.length)).unflatten(2, (heads, -1)).copy_(joined)
     else:
-        target.copy_(joined.reshape(group.rows * group.length, -1)[group.real])
+        target.copy_(joined.reshape(group.rows * group.length, -1).index_select(0, group.real))
