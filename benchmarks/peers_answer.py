@@ -43,7 +43,7 @@ def answers(
             for place, window in enumerate(windows):
                 inside = np.array([source == 1 for source in found.sequence_ids(window)])
                 first, last = (
-                    np.where(inside, logits[place, : len(inside)].cpu().numpy(), -np.inf)
+                    np.where(inside, logits[place, : len(inside)].float().cpu().numpy(), -np.inf)
                     for logits in (outputs.start_logits, outputs.end_logits)
                 )
                 starts, ends = (np.argsort(-values)[:_BEST] for values in (first, last))

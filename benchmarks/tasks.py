@@ -2,6 +2,7 @@
 
     python benchmarks/tasks.py
     python benchmarks/tasks.py --rounds 2 --rows 60        a quick look
+    python benchmarks/tasks.py --dtype bf16                both sides in bf16, for a CPU that multiplies it
 
 The same weights on both sides: MiniLM's encoder with a fresh head; speed does not depend on what a head has learned.
 Texts of mixed lengths (sentences, news, film reviews; questions with their paragraphs), shuffled. The pipeline
@@ -10,7 +11,7 @@ recipe of its example run_qa.py does. Translation stands beside `model.generate`
 tokens, texts sorted by length, greedily and with four beams, on sentences of Tatoeba: with the model that
 `quality.py --case en_zh` has trained where it is there, else with one that has learned from 3,000 sentences and says 16
 tokens at most.
-Results: benchmarks/results/tasks.json.
+Results: benchmarks/results/tasks.json, tasks_bf16.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 BATCH = 16
 TASKS = ("classification", "entities", "answer", "translation", "translation, 4 beams")
 MAX_LENGTH = 512
+TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def texts(rows: int) -> list[str]:
@@ -98,7 +100,7 @@ def english(rows: int) -> pa.Array:
     return pa.array([found[index] for index in np.random.default_rng(0).permutation(len(found))][:rows], pa.string())
 
 
-def translation(rows: int, scratch: Path, beams: int) -> tuple[dict[str, Callable[[], Any]], int]:
+def translation(rows: int, scratch: Path, beams: int, dtype: str) -> tuple[dict[str, Callable[[], Any]], int]:
     """Ours, and transformers' `generate` with its own key-value cache."""
     import torch
     import transformers
@@ -108,8 +110,8 @@ def translation(rows: int, scratch: Path, beams: int) -> tuple[dict[str, Callabl
     model, longest = translator(scratch)
     table = pa.table({"text": english(rows)})
     options = {"beams": beams, "max_target_tokens": longest, "split": "none"}
-    annotator = AnnotatorSpec(model=model, options=options).build()
-    peer = transformers.AutoModelForSeq2SeqLM.from_pretrained(model).eval()
+    annotator = AnnotatorSpec(model=model, options=options, dtype=dtype).build()
+    peer = transformers.AutoModelForSeq2SeqLM.from_pretrained(model, dtype=TYPES[dtype]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     target = annotator.task.target_tokenizer  # type: ignore[attr-defined]
     search = {"num_beams": beams, "do_sample": False, "max_new_tokens": longest}
@@ -133,15 +135,15 @@ def translation(rows: int, scratch: Path, beams: int) -> tuple[dict[str, Callabl
 
     said = annotator(table)["translation"].to_pylist()
     same = np.mean([one == other for one, other in zip(said, generated(), strict=True)])
-    if same < 0.99:  # Ties apart, both say the same.
+    if same < (0.99 if dtype == "fp32" else 0.9):  # Ties apart, which rounding makes more of, both say the same.
         raise SystemExit(f"the two translate only {same:.1%} of the sentences alike: no fair comparison")
     return {"bert_ray": lambda: annotator(table), "model.generate, sorted": generated}, len(table)
 
 
-def contestants(task: str, rows: int, scratch: Path) -> tuple[dict[str, Callable[[], Any]], int]:
+def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[dict[str, Callable[[], Any]], int]:
     """What runs for a task, and how many rows it annotates."""
     if task.startswith("translation"):
-        return translation(5 * rows, scratch, 4 if task.endswith("beams") else 1)
+        return translation(5 * rows, scratch, 4 if task.endswith("beams") else 1, dtype)
     import transformers
 
     from bert_ray.model.annotator import AnnotatorSpec
@@ -168,12 +170,12 @@ def contestants(task: str, rows: int, scratch: Path) -> tuple[dict[str, Callable
         data = questions(rows)
         columns = {key: [row[key] for row in data] for key in ("question", "context")}
         call, name = {}, ""
-    annotator = AnnotatorSpec(model=model).build()
+    annotator = AnnotatorSpec(model=model, dtype=dtype).build()
     table = pa.table(columns)
     if not name:
         from peers_answer import answers
 
-        peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model).eval()
+        peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model, dtype=TYPES[dtype]).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
         def searched(batch: int) -> Callable[[], Any]:
@@ -185,7 +187,7 @@ def contestants(task: str, rows: int, scratch: Path) -> tuple[dict[str, Callable
             f"run_qa.py's recipe, batches of {BATCH}": searched(BATCH),
         }, len(data)
     more = {"aggregation_strategy": "first", "stride": 64} if task == "entities" else {}
-    pipe = transformers.pipeline(name, model=model, device="cpu", **more)
+    pipe = transformers.pipeline(name, model=model, device="cpu", dtype=TYPES[dtype], **more)
 
     def piped(batch: int) -> Callable[[], Any]:
         return lambda: list(pipe(list(data), batch_size=batch, **call))
@@ -203,6 +205,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=TYPES, default="fp32", help="of all contestants")
     parser.add_argument("--task", choices=TASKS, help="default: all")
     options = parser.parse_args()
     common.set_threads(options.threads)
@@ -212,10 +215,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     figures: dict[str, Any] = {}
+    kept = {"rounds": options.rounds, "threads": options.threads, "dtype": options.dtype}
     lines = []
     with tempfile.TemporaryDirectory(prefix="bert_ray-bench-") as scratch:
         for task in (options.task,) if options.task else TASKS:
-            runs, rows = contestants(task, options.rows, Path(scratch))
+            runs, rows = contestants(task, options.rows, Path(scratch), options.dtype)
             for run in runs.values():
                 run()  # Warm-up.
             measured = common.interleaved(runs, options.rounds)
@@ -235,9 +239,9 @@ def main() -> None:
                 for name, found in speeds.items()
             ]
             # Kept as they come: one that cannot be compared ends the run, and loses nothing.
-            common.keep("tasks", {"rounds": options.rounds, "tasks": figures})
+            common.keep("tasks" if options.dtype == "fp32" else f"tasks_{options.dtype}", kept | {"tasks": figures})
     common.table(
-        f"Tasks beside the Hugging Face pipeline, MiniLM, {options.threads} threads",
+        f"Tasks beside the Hugging Face pipeline, MiniLM, {options.threads} threads, {options.dtype}",
         ("task", "contestant", "rows/s", "beside its best"),
         lines,
     )

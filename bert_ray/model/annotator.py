@@ -222,7 +222,8 @@ class Annotator:
 
     def _encoded(self, distinct: list[pa.Array]) -> Iterator[tuple[int, int, Pieces]]:
         """Stretches of encoded rows (start, size, pieces), the next one made while the caller works on this one."""
-        windows = _windows(distinct)
+        # A search takes far longer than tokenising, and a small batch of it nearly as many steps as a full one.
+        windows = _windows(distinct, _LAST_WINDOW_TEXTS if self.task.generates else _FIRST_WINDOW_TEXTS)
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
             pending = None
             for start, size in windows:
@@ -238,7 +239,7 @@ class Annotator:
     def outputs_of(self, pieces: Pieces) -> Outputs:
         """The task's outputs for P pieces that are encoded already."""
         tokens = pieces.tokens
-        batches = plan(tokens.lengths, self.batch_tokens)
+        batches = plan(tokens.lengths, self._encoder.even(int(tokens.lengths.sum()), self.batch_tokens))
 
         def outputs(which: np.ndarray) -> torch.Tensor:
             batch = pack_rows(tokens, which).to(self.device)
@@ -270,11 +271,11 @@ def _distinct(arrays: list[pa.Array]) -> tuple[list[pa.Array], np.ndarray]:
     return [array.take(pa.array(first)) for array in arrays], inverse
 
 
-def _windows(distinct: list[pa.Array]) -> Iterator[tuple[int, int]]:
-    """(start, size) of the windows that are tokenised at a time."""
+def _windows(distinct: list[pa.Array], most: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of the windows that are tokenised at a time, the first of at most `most` texts."""
     total = len(distinct[0])
     ends = np.cumsum(sum(pc.binary_length(array).to_numpy(zero_copy_only=False) for array in distinct))
-    start, most = 0, _FIRST_WINDOW_TEXTS
+    start = 0
     while start < total:
         before = int(ends[start - 1]) if start else 0
         by_bytes = int(np.searchsorted(ends, before + _WINDOW_BYTES, side="right")) - start

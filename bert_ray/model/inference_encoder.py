@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bert_ray.model.encoder import encode_with, encoder_of
 from bert_ray.model.folded_layers import FoldedLayers
 from bert_ray.model.half_layers import HalfLayers
+from bert_ray.model.linear import TILE_TOKENS
 from bert_ray.model.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -57,6 +58,18 @@ class InferenceEncoder:
         if self._layers is None:
             return encode_with(self._encoder, batch, training=False)
         return self._layers(self._embed(batch), batch.lengths)
+
+    def even(self, tokens: int, batch_tokens: int) -> int:
+        """Tokens of a packed batch, at most `batch_tokens`, such that on a CPU the threads have as many batches each.
+
+        Batches of several tiles are few, and one more or less on a thread is felt.
+        """
+        threads = torch.get_num_threads()
+        if self._layers is None or batch_tokens <= TILE_TOKENS or threads == 1:
+            return batch_tokens
+        rounds = max(1, -(-tokens // (threads * batch_tokens)))
+        # A sixteenth more than the mean: batches are not filled to the last token.
+        return min(batch_tokens, max(TILE_TOKENS, -(-tokens * 17 // (rounds * threads * 16))))
 
     def map(self, function: Callable[[Batch], torch.Tensor], batches: Sequence[Batch]) -> list[torch.Tensor]:
         """`function`, which calls this encoder, of every batch, in their order.

@@ -14,7 +14,7 @@ from bert_ray.model.bundle import load_bundle
 from bert_ray.model.encoder import encode
 from bert_ray.model.half_layers import HalfLayers
 from bert_ray.model.inference_encoder import InferenceEncoder
-from bert_ray.model.linear import multiplies
+from bert_ray.model.linear import TILE_TOKENS, multiplies
 from bert_ray.model.packing import pack_rows, plan
 from bert_ray.model.tokenization import Ragged
 
@@ -154,6 +154,23 @@ def test_half_precision_on_a_cpu(dtype: torch.dtype, library: str, monkeypatch: 
     cosine = F.cosine_similarity(found.float(), right, dim=1)
     assert float(cosine.min()) > 0.998
     assert float(cosine.mean()) > (0.9998 if dtype == torch.bfloat16 else 0.99999)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 500, 1600, 4685, 100_000])
+def test_threads_get_as_many_batches_of_several_tiles(tokens: int, tiny_encoder: object) -> None:
+    inference = InferenceEncoder(load_bundle(str(tiny_encoder)).model())
+    lengths = np.full(tokens // 10, 10)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert inference.even(tokens, TILE_TOKENS) == TILE_TOKENS
+        budget = inference.even(tokens, 4 * TILE_TOKENS)
+    finally:
+        torch.set_num_threads(threads)
+    sizes = [int(lengths[rows].sum()) for rows in plan(lengths, budget)]
+    assert TILE_TOKENS <= budget <= 4 * TILE_TOKENS
+    assert len(sizes) <= 1 or len(sizes) % 2 == 0
+    assert len(sizes) < 3 or sum(sizes) / 4 / TILE_TOKENS > len(sizes) - 2
 
 
 def test_a_row_does_not_see_its_neighbours(tiny_encoder: object) -> None:
