@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,11 +38,13 @@ def set_threads(threads: int) -> None:
     }
 
 
-def peak_flops() -> float:
-    """Fp32 matrix-multiply rate of this CPU right now, FLOP/s."""
+def peak_flops(dtype: torch.dtype | None = None) -> float:
+    """Matrix-multiply rate of this CPU right now, in fp32 or another type, FLOP/s."""
+    import torch
+
     from bert_ray.model.peak import matmul_rate
 
-    return matmul_rate()
+    return matmul_rate(dtype=dtype or torch.float32)
 
 
 def encoder_flops(lengths: np.ndarray, *, layers: int, hidden: int, feed_forward: int) -> float:
@@ -53,7 +58,9 @@ def encoder_flops(lengths: np.ndarray, *, layers: int, hidden: int, feed_forward
     return flops.encoder_flops(dims, float(lengths.sum()), float((lengths.astype(float) ** 2).sum()))
 
 
-def interleaved(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def interleaved(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, dtype: torch.dtype | None = None
+) -> dict[str, list[tuple[float, float]]]:
     """Seconds and the peak beside them of every contestant, in turn, `rounds` times.
 
     The peak is measured right before and right after each run and averaged: shared machines change their speed within
@@ -62,11 +69,11 @@ def interleaved(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> di
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name, run in contestants.items():
-            before = peak_flops()
+            before = peak_flops(dtype)
             start = time.perf_counter()
             run()
             seconds = time.perf_counter() - start
-            measured[name].append((seconds, (before + peak_flops()) / 2))
+            measured[name].append((seconds, (before + peak_flops(dtype)) / 2))
         print(f"  round {turn + 1} of {rounds}", flush=True)
     return measured
 

@@ -19,27 +19,30 @@ _BATCH = 16
 _FILE_ORDER_BATCH = 32
 
 
-def contestants(directory: Path, rows: list[np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
-    """Name -> a call that embeds all rows."""
+def contestants(directory: Path, rows: list[np.ndarray], dtype: str = "fp32") -> dict[str, Callable[[], np.ndarray]]:
+    """Name -> a call that embeds all rows, in fp32 or bf16; ONNX Runtime always in fp32."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(directory, attn_implementation="sdpa").eval()
+    full = AutoModel.from_pretrained(directory, attn_implementation="sdpa").eval()
+    model = full
+    if dtype == "bf16":
+        model = AutoModel.from_pretrained(directory, attn_implementation="sdpa", dtype="bfloat16").eval()
     in_order = np.arange(len(rows))
     by_length = np.argsort([-len(row) for row in rows], kind="stable")
 
     def transformers(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+            return model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.float().numpy()
 
     found = {
         "transformers, file order": lambda: _embed(transformers, rows, in_order, _FILE_ORDER_BATCH),
         "transformers, sorted": lambda: _embed(transformers, rows, by_length, _BATCH),
     }
-    onnx = _exported(model)
-    onnxruntime = _onnxruntime(onnx, model.config)
+    onnx = _exported(full)
+    onnxruntime = _onnxruntime(onnx, full.config)
     found["ONNX Runtime fp32 fused, sorted"] = lambda: _embed(onnxruntime, rows, by_length, _BATCH)
-    openvino = _openvino(onnx)
-    found["OpenVINO fp32, sorted"] = lambda: _embed(openvino, rows, by_length, _BATCH)
+    openvino = _openvino(onnx, "f32" if dtype == "fp32" else dtype)
+    found[f"OpenVINO {dtype}, sorted"] = lambda: _embed(openvino, rows, by_length, _BATCH)
     return found
 
 
@@ -112,7 +115,7 @@ def _onnxruntime(path: Path, config: object) -> Callable[[np.ndarray, np.ndarray
     return lambda ids, mask: session.run(None, {"ids": ids, "mask": mask})[0]
 
 
-def _openvino(path: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _openvino(path: Path, precision: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     import openvino
 
     compiled = openvino.Core().compile_model(
@@ -121,7 +124,7 @@ def _openvino(path: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
         },
     )
     request = compiled.create_infer_request()
