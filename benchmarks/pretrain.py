@@ -88,8 +88,8 @@ def flops_per_token(scratch: Path, job: Any) -> float:
 
     from bert_ray.model.bundle import load_bundle
     from bert_ray.model.flops import dims_of, training_flops
+    from bert_ray.training.corpus_source import Rows
     from bert_ray.training.masking import budget
-    from bert_ray.training.pretraining import Rows
     from bert_ray.training.shards import Documents
 
     rows = Rows(Documents(scratch / "corpus", "train"), LENGTH - 2)
@@ -207,8 +207,8 @@ def workers(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
 def loader(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Rows read, masked and laid end to end, tokens per second of one thread; and the first batch of a resume."""
     from bert_ray.model.bundle import load_bundle
+    from bert_ray.training.corpus_source import CorpusSource, Rows, marks_of
     from bert_ray.training.job import DataOptions, PretrainingOptions, TrainJob
-    from bert_ray.training.pretraining import CorpusSource, Rows, marks_of
     from bert_ray.training.shards import Documents
 
     job = TrainJob(

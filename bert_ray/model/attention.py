@@ -34,8 +34,8 @@ _SHORT_ROW = 64
 _SHORT_ROW_GPU = 2**30
 # What torch's flash kernel is the fastest in on a CPU.
 _FULL = (torch.float32, torch.float64)
-# Scores of a head that a group on a CPU has at most, unless one row alone has more: what twelve heads make of them passes
-# through the second-level cache, not through memory (benchmarks/LOG.md).
+# Scores of a head that a group on a CPU has at most, unless one row alone has more: what twelve heads make of them
+# passes through the second-level cache, not through memory (benchmarks/LOG.md).
 GROUP_SCORES = 2**18
 # The shortest row of such a group, as a share of its longest; below _TINY_ROW tokens anything goes.
 _SIMILAR, _TINY_ROW = 0.7, 16
@@ -147,7 +147,7 @@ def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, 
 
 
 class _FlashAttention(torch.autograd.Function):
-    """torch's flash kernel for a CPU, a group at a time in one node of the graph, on queries, keys and values uncopied."""
+    """torch's flash kernel for a CPU, a group at a time in one node of the graph; queries, keys and values uncopied."""
 
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, groups: list[Group], heads: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 # Rows of a tile on a CPU. Measured beside 256 and 1,024 in benchmarks/LOG.md.
 TILE_TOKENS = 512
-# In half precision oneDNN compiles a kernel for every number of rows that it has not seen (some 3 ms each, as much as the
-# product itself): rows are filled up to a multiple of this, so that it sees few.
+# In half precision oneDNN compiles a kernel for every number of rows that it has not seen (some 3 ms each, as much as
+# the product itself): rows are filled up to a multiple of this, so that it sees few.
 HALF_ROWS = 64
 # Products by which two libraries are compared when a model loads.
 _TRIES = 5
@@ -51,7 +51,7 @@ class Linear:
         return torch.ops.aten.gelu_(self(x))
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ + b + other (T, N); by oneDNN in one pass, the sum rounded once."""
+        """X Wᵀ + b + other (T, N); by oneDNN in one pass, the sum rounded once."""
         if self.library == "onednn":
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, "add")
         return self(x) + other

@@ -165,8 +165,8 @@ def layer_activations(work: Workload, passed: Pass) -> float:
     size = _size(work)
     # Input of the product of queries, keys and values; these; what attention gives, the input of the next product.
     attention = size * (width + 3 * width + width)
-    # Layer norms keep mean, standard deviation and their input, the residual sum; where sum and norm are one kernel only
-    # what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
+    # Layer norms keep mean, standard deviation and their input, the residual sum; where sum and norm are one kernel,
+    # only what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
     kept, mask = (_HALF if work.half else _FP32), (1 if work.fused_norms else size)
     norms = 2 * (kept * width + 2 * _FP32)
     masks = 2 * mask * width if work.dropout else 0

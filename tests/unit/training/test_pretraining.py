@@ -20,11 +20,11 @@ import torch
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import load_bundle
+from bert_ray.training.corpus_source import CorpusSource, Rows, marks_of
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import prepare, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.masking import NOT_ASKED
-from bert_ray.training.pretraining import CorpusSource, Rows, marks_of
 from bert_ray.training.shards import Documents, read_manifest
 from tests.conftest import tiny_tokenizer
 from tests.corpora import make_corpus, random_texts

@@ -1,0 +1,348 @@
+"""A corpus as something to learn from: rows of one document each, masked anew each time they are seen.
+
+A document longer than a row is cut into rows of about equal length. A step takes rows by their tokens, not by their
+number, and lays them end to end without padding; attention stays within each row, so no document sees another.
+
+The rows of all passes over the corpus form one stream, each pass in an order of its own. Step s takes the rows that
+begin between its first and its last token of that stream: a function of seed and step alone. General text that is
+replayed is a second corpus with a stream of its own, of which each step takes its share.
+
+Shapes: R rows of all corpora, D documents, S samples (rows as their stream numbers them: pass * R + row), T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bert_ray.errors import JobError
+from bert_ray.model.examples import ranges
+from bert_ray.model.packing import PackedBatch
+from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, uniform
+from bert_ray.training.order import epoch_order
+from bert_ray.training.shards import Documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from bert_ray.model.examples import Examples
+    from bert_ray.training.job import TrainJob
+
+# Batch-size warm-up starts from this share of the full step (as GPT-3 and MosaicBERT have it, a small share).
+_SMALLEST_BATCH = 8
+# Rows that are judged by get their masks from a seed of their own, the same after each round.
+_JUDGED = 0x7E57
+# A row of two parts has this many tokens at least: one each.
+_TWO_PARTS = 2
+# Tokens that end a sentence, where a row may be parted.
+_ENDS = (".", "!", "?", "。", "！", "？", "…")
+_NO_PARTS, _AS_IT_IS, _CHANGED = -1, 0, 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Marks:
+    """What a row needs of the tokenizer.
+
+    Attributes:
+        begin, end: ids that stand before a row, and behind each of its parts.
+        vocabulary: see masking.Vocabulary.
+        ends: ids of tokens that end a sentence.
+    """
+
+    begin: int
+    end: int
+    vocabulary: Vocabulary
+    ends: np.ndarray
+
+
+def marks_of(tokenizer: PreTrainedTokenizerFast, name: str) -> Marks:
+    """What pretraining needs of a tokenizer.
+
+    Raises:
+        JobError: it has no mask token, or none that begins or ends a row.
+    """
+    found = {
+        "mask": tokenizer.mask_token_id,
+        "begin": tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id,
+        "end": tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id,
+    }
+    if lacking := [what for what, value in found.items() if value is None]:
+        names = {"mask": "[MASK]", "begin": "[CLS]", "end": "[SEP]"}
+        raise JobError(
+            f"the tokenizer of {name} has no {' and no '.join(names[what] for what in lacking)} token, without which "
+            "nothing can be masked: train one with `bert-ray vocabulary`"
+        )
+    special = set(tokenizer.all_special_ids)
+    known = tokenizer.get_vocab()
+    ordinary = np.array(sorted(value for value in known.values() if value not in special), np.int64)
+    if not len(ordinary):
+        raise JobError(f"the tokenizer of {name} knows no token but special ones: train one with `bert-ray vocabulary`")
+    return Marks(
+        begin=found["begin"],
+        end=found["end"],
+        vocabulary=Vocabulary(mask=found["mask"], ordinary=ordinary),
+        ends=np.array([known[token] for token in _ENDS if token in known], np.int64),
+    )
+
+
+class Rows:
+    """The documents of a split, cut into rows.
+
+    Attributes:
+        lengths: content tokens of each row, int64 (R,), special tokens not counted.
+    """
+
+    def __init__(self, documents: Documents, room: int) -> None:
+        """Cut every document into as few rows of at most `room` tokens as can be, of about equal length."""
+        self.documents = documents
+        sizes = documents.sizes
+        counts = -(-sizes // room)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._sizes, self._counts = sizes, counts
+        document = np.repeat(np.arange(len(sizes)), counts)
+        start, stop = self._stretch(document, np.arange(len(document)))
+        self.lengths = stop - start
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def before(self, document: int) -> int:
+        """How many rows the documents before one have."""
+        return int(self._first[document])
+
+    def document_of(self, rows: np.ndarray) -> np.ndarray:
+        """The document that each row stems from, int64."""
+        return np.searchsorted(self._first, rows, side="right") - 1
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of rows end to end, int64 (T,), and whether each begins a word, bool (T,)."""
+        document = self.document_of(rows)
+        return self.documents.take(document, *self._stretch(document, rows))
+
+    def _stretch(self, document: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in its document each row begins and ends."""
+        part, parts, size = rows - self._first[document], self._counts[document], self._sizes[document]
+        return part * size // parts, (part + 1) * size // parts
+
+
+class _Stream:
+    """Rows side by side, pass after pass, each pass in an order of its own."""
+
+    def __init__(self, lengths: np.ndarray, first: int, rows: int, seed: int) -> None:
+        """Set up.
+
+        Args:
+            lengths: tokens of its rows, int64.
+            first: the number of the first of them.
+            rows: how many there are in all streams: a sample is pass * rows + row.
+            seed: of the order.
+        """
+        self._lengths, self._first, self._rows, self._seed = lengths, first, rows, seed
+        self._order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+        self.pass_tokens = int(lengths.sum())
+
+    def between(self, begin: int, end: int) -> np.ndarray:
+        """The samples that begin between two tokens of the stream, the second not included."""
+        chosen = [np.empty(0, np.int64)]
+        while begin < end:
+            number, inside = divmod(begin, self.pass_tokens)
+            order, starts = self._pass(number)
+            last = min(self.pass_tokens, inside + end - begin)
+            low, high = np.searchsorted(starts, [inside, last])
+            chosen.append(number * self._rows + self._first + order[low:high])
+            begin += last - inside
+        return np.concatenate(chosen)
+
+    def at(self, token: int) -> np.ndarray:
+        """The sample that a token of the stream belongs to."""
+        number, inside = divmod(token, self.pass_tokens)
+        order, starts = self._pass(number)
+        place = int(np.searchsorted(starts, inside, side="right")) - 1
+        return number * self._rows + self._first + order[place : place + 1]
+
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a pass in order, and where each begins in it, in tokens."""
+        if self._order[0] != number:
+            order = epoch_order(len(self._lengths), self._seed, number)
+            lengths = self._lengths[order]
+            self._order = number, order, np.cumsum(lengths) - lengths
+        return self._order[1], self._order[2]
+
+
+class CorpusSource:
+    """Rows of a corpus as samples; see the module's first lines."""
+
+    examples: Examples | None = None
+
+    def __init__(self, rows: Rows, marks: Marks, job: TrainJob, judged: bool = False, own: int | None = None) -> None:
+        """Set up.
+
+        Args:
+            rows: of one split.
+            marks: of its tokenizer.
+            job: says how much a step takes, and what is masked.
+            judged: these rows are judged by: the first `validation_rows` in an order of their own, always the same.
+            own: so many rows are the corpus's, those behind them are replayed; None: all are its own.
+        """
+        self._rows, self._marks, self._options, self._seed = rows, marks, job.pretraining, job.seed
+        self._special = 2 if job.pretraining.sentences == "none" else 3
+        self._lengths = rows.lengths + self._special
+        self._all = len(rows)
+        self._judged = None
+        if judged:
+            self._judged = epoch_order(self._all, _JUDGED, 0)[: job.pretraining.validation_rows]
+        self._own = own = self._all if own is None else own
+        streams = [_Stream(self._lengths[:own], 0, self._all, self._seed)]
+        self._shares = [1.0]
+        if own < self._all:
+            streams.append(_Stream(self._lengths[own:], own, self._all, self._seed))
+            self._shares = [1.0 - job.data.replay_share, job.data.replay_share]
+        self._streams = streams
+        if not judged and not all(stream.pass_tokens for stream in streams):
+            raise JobError(f"{job.data.train if not streams[0].pass_tokens else job.data.replay} has no rows to learn")
+        self._batch_tokens, self._warmup = job.batch_tokens, job.batch_warmup
+        tokens = job.epochs * streams[0].pass_tokens / self._shares[0]
+        self.steps = job.steps or max(1, math.ceil(tokens / job.batch_tokens))
+        self.round_steps = min(job.evaluate_every, self.steps)
+        self._rising = math.ceil(self._warmup * self.steps)
+
+    def __len__(self) -> int:
+        return self._all if self._judged is None else len(self._judged)
+
+    def select(self, step: int) -> np.ndarray:
+        """See Source."""
+        begin, end = self._tokens_before(step), self._tokens_before(step + 1)
+        samples = np.concatenate(
+            [
+                stream.between(round(share * begin), round(share * end))
+                for share, stream in zip(self._shares, self._streams, strict=True)
+            ]
+        )
+        # A step of fewer tokens than the next row has: it takes that row too, rather than none.
+        return samples if len(samples) else self._streams[0].at(round(self._shares[0] * begin))
+
+    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
+        """See Source."""
+        return self._lengths[self._row_of(samples)]
+
+    def weigh(self, samples: np.ndarray) -> float:
+        """See Source. The tokens that are to be guessed."""
+        return float(budget(self._rows.lengths[self._row_of(samples)], self._options.mask_rate).sum())
+
+    def batch(self, samples: np.ndarray, step: int | None = None) -> tuple[PackedBatch, torch.Tensor]:
+        """See Source. Targets as `Pretraining.losses` wants them; its rows are the samples."""
+        rows = self._row_of(samples)
+        noise = keys(self._seed, samples) if self._judged is None else keys(_JUDGED, rows)
+        sizes = self._rows.lengths[rows]
+        ids, starts = self._rows.take(rows)
+        whole = starts if self._options.whole_words else None
+        split, changed = np.zeros(len(rows), np.int64), np.full(len(rows), _NO_PARTS)
+        if self._special > 2:
+            ids, whole, split, changed = self._in_parts(ids, whole, sizes, rows, noise)
+        ids, targets = mask_rows(ids, sizes, noise, self._options.mask_rate, self._marks.vocabulary, whole)
+        lengths = sizes + self._special
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        begin = ends[:-1]
+        # Places of the content: all but those of the special tokens.
+        content = np.ones(int(ends[-1]), bool)
+        content[begin] = content[ends[1:] - 1] = False
+        types = None
+        if self._special > 2:
+            middle = begin + 1 + split
+            content[middle] = False
+            kinds = np.zeros(len(content), np.int64)
+            kinds[ranges(middle + 1, ends[1:])] = 1
+            types = torch.from_numpy(kinds)
+        laid, asked = np.full(len(content), self._marks.end), np.full(len(content), NOT_ASKED)
+        laid[begin] = self._marks.begin
+        laid[content], asked[content] = ids, targets
+        batch = PackedBatch(
+            input_ids=torch.from_numpy(laid),
+            position_ids=torch.from_numpy(np.arange(len(content)) - np.repeat(begin, lengths)),
+            token_type_ids=types,
+            lengths=tuple(lengths.tolist()),
+            cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+            rows=samples,
+        )
+        counts = budget(sizes, self._options.mask_rate)
+        return batch, torch.from_numpy(np.concatenate([asked, changed, counts]))
+
+    def where(self, samples: np.ndarray) -> str:
+        """See Source."""
+        shards = self._rows.documents.shard_of(self._rows.document_of(self._row_of(samples)))
+        shown = ", ".join(shards[:5]) + (f" and {len(shards) - 5} more" if len(shards) > 5 else "")
+        return f"{len(samples)} rows of {shown}"
+
+    def _row_of(self, samples: np.ndarray) -> np.ndarray:
+        return samples % self._all if self._judged is None else self._judged[samples]
+
+    def _tokens_before(self, step: int) -> int:
+        """Tokens of the stream that the steps before this one take."""
+        full = self._batch_tokens
+        if not self._rising:
+            return step * full
+        # Rises on a line from full / 8; the sum over a line's steps.
+        low, rising = full / _SMALLEST_BATCH, min(step, self._rising)
+        risen = rising * low + (full - low) * rising * (rising - 1) / 2 / self._rising
+        return round(risen) + (step - rising) * full
+
+    def _in_parts(
+        self, ids: np.ndarray, whole: np.ndarray | None, sizes: np.ndarray, rows: np.ndarray, noise: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+        """Part each row in two near its middle, where a sentence ends if one does; change one row of two.
+
+        Returns:
+            ids, word starts, the first part's tokens of each row, and _AS_IT_IS or _CHANGED (_NO_PARTS for rows of
+            one token).
+        """
+        first = np.cumsum(sizes) - sizes
+        split = self._splits(ids, sizes, first)
+        change = uniform(mix(noise ^ np.uint64(4))) < 0.5
+        changed = np.where(sizes < _TWO_PARTS, _NO_PARTS, np.where(change, _CHANGED, _AS_IT_IS))
+        moved = changed == _CHANGED
+        if self._options.sentences == "order":
+            # Rows to change begin with their second part.
+            begins = np.where(moved, first + split, first)
+            place = np.arange(len(ids)) - np.repeat(first, sizes)
+            take = np.repeat(first, sizes) + (place + np.repeat(begins - first, sizes)) % np.repeat(sizes, sizes)
+            split = np.where(moved, sizes - split, split)
+            return ids[take], None if whole is None else whole[take], split, changed
+        # The second part comes from another row of the same corpus, as much as there was, or repeated where that is
+        # short: another corpus's would tell itself by its subject.
+        lowest = np.where(rows < self._own, 0, self._own)
+        count = np.where(rows < self._own, self._own, self._all - self._own)
+        others = (mix(noise ^ np.uint64(5)) % count.astype(np.uint64)).astype(np.int64)
+        others = lowest + np.where(others == rows - lowest, (others + 1) % count, others)
+        foreign, foreign_starts = self._rows.take(others)
+        foreign_sizes = self._rows.lengths[others]
+        foreign_first = np.cumsum(foreign_sizes) - foreign_sizes
+        row = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(ids)) - first[row]
+        second = moved[row] & (place >= split[row])
+        source = (foreign_first[row] + (place - split[row]) % foreign_sizes[row])[second]
+        ids = ids.copy()
+        ids[second] = foreign[source]
+        if whole is not None:
+            whole = whole.copy()
+            whole[second] = foreign_starts[source]
+        return ids, whole, split, changed
+
+    def _splits(self, ids: np.ndarray, sizes: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """After how many tokens each row is parted: behind the sentence's end nearest to its middle, else there."""
+        split = np.maximum(1, sizes // 2)
+        ends = np.flatnonzero(np.isin(ids, self._marks.ends))
+        if not len(ends):
+            return np.minimum(split, np.maximum(1, sizes - 1))
+        row = np.searchsorted(first, ends, side="right") - 1
+        after = ends - first[row] + 1
+        inside = after < sizes[row]
+        row, after = row[inside], after[inside]
+        nearest = np.lexsort((np.abs(after - split[row]), row))
+        row, after = row[nearest], after[nearest]
+        leading = np.append(True, row[1:] != row[:-1])[: len(row)]
+        split[row[leading]] = after[leading]
+        return np.minimum(split, np.maximum(1, sizes - 1))
