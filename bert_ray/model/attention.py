@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from bert_ray.model.dropout import dropout_mask
 
@@ -134,6 +136,30 @@ def packed_attention(
     if dropout == 0.0 and qkv.device.type == "cpu" and qkv.dtype in _FULL:
         return _FlashAttention.apply(qkv, groups, heads)
     return _GroupedAttention.apply(qkv, groups, heads, dropout)
+
+
+def attend(qkv: torch.Tensor, lengths: Sequence[int], heads: int, scale: float | None = None) -> torch.Tensor:
+    """The same on a CPU for a forward pass alone: torch's flash kernel on queries, keys and values as they lie there.
+
+    Args:
+        qkv: (T, 3 * D); there may be more below the last row's: of those the result is 0.
+        lengths: tokens of each row; rows of one length that stand side by side are taken together.
+        heads: H.
+        scale: of the scores; None: 1 / √d_k.
+
+    Returns:
+        (T, D), the heads side by side.
+    """
+    width = qkv.shape[1] // 3
+    parts, start = [], 0
+    for length, run in groupby(lengths):
+        stop = start + length * sum(1 for _ in run)
+        # (N, L, 3, H, d_k) -> (3, N, H, L, d_k), uncopied.
+        q, k, v = qkv[start:stop].view(-1, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        parts.append(mixed.transpose(1, 2).reshape(stop - start, width))
+        start = stop
+    return torch.cat((*parts, qkv.new_zeros(len(qkv) - start, width)))
 
 
 def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, heads: int) -> torch.Tensor:

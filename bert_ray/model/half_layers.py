@@ -2,23 +2,20 @@
 
 With AMX a bf16 product takes an eighth of its time in fp32, so what stands around the products is arranged to move few
 bytes: biases, GELU and the residual sum are applied by oneDNN while a product's result is still in registers (and
-are rounded once), and attention is torch's flash kernel on queries, keys and values as they lie in their product, with
-sums in fp32.
+are rounded once), and attention is a kernel on queries, keys and values as they lie in their product.
 
-Shapes: T tokens of a packed batch, L length of a row, N rows of that length, D hidden size, H heads, d_k width of a
-head.
+Shapes: T tokens of a packed batch, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from bert_ray.model.attention import attend
 from bert_ray.model.encoder import Encoder, Layer
 from bert_ray.model.linear import Linear, fill_rows
 
@@ -38,27 +35,11 @@ class HalfLayers:
         tokens = len(hidden)
         hidden = fill_rows(hidden)
         for layer in self._layers:
-            mixed = self._attend(layer.qkv(hidden), lengths)
+            mixed = attend(layer.qkv(hidden), lengths, self._encoder.heads)
             hidden = layer.mix_norm(layer.mix.plus(mixed, hidden))
             wide = layer.up.gelu(hidden) if self._encoder.is_gelu else self._encoder.activation(layer.up(hidden))
             hidden = layer.down_norm(layer.down.plus(wide, hidden))
         return hidden[:tokens]
-
-    def _attend(self, qkv: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Attention of every row over itself, (T, 3D) -> (T, D); rows of one length side by side are taken together.
-
-        Below the rows' own tokens the result is 0.
-        """
-        d_k = qkv.shape[1] // (3 * self._encoder.heads)
-        parts, start = [], 0
-        for length, run in groupby(lengths):
-            stop = start + length * sum(1 for _ in run)
-            # (N, L, 3, H, d_k) -> (3, N, H, L, d_k), uncopied.
-            q, k, v = qkv[start:stop].view(-1, length, 3, self._encoder.heads, d_k).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v)
-            parts.append(mixed.transpose(1, 2).reshape(stop - start, -1))
-            start = stop
-        return torch.cat((*parts, qkv.new_zeros(len(qkv) - start, qkv.shape[1] // 3)))
 
 
 @dataclass(kw_only=True, slots=True)
