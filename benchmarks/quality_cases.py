@@ -314,7 +314,7 @@ CASES: dict[str, Case] = {
         minutes=12,
     ),
     "covid_qa": Case(
-        title="COVID-QA, split by document; whole articles of 30,000 characters to test on",
+        title="COVID-QA, split by document; whole articles, 22,000 characters on average, to test on",
         task="answer",
         measure="f1",
         split=covid_qa,
