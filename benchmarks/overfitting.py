@@ -49,6 +49,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "early stopping on a tenth of the rows": {"early_stopping": 2, "validation_fraction": 0.1},
     "layer-wise learning rate, 0.8": {"layer_decay": 0.8},
     "the lowest 3 of 6 layers frozen": {"freeze_layers": 3},
+    "the mean of the base's weights and the trained ones": {"keep_base": 0.5},
     "a tenth of the words left out": {"augmentation": {"deletion": 0.1}},
     "a tenth of the words swapped": {"augmentation": {"swap": 0.1}},
     "a tenth of the words misspelled": {"augmentation": {"characters": 0.1}},
