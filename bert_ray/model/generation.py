@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 _NEVER = -1.0e9
 # Rows that are done are taken out once they are this share of the batch: taking out copies the caches.
 _DONE_SHARE = 0.25
-# The caches have room for so many tokens at first, and twice as many whenever that is used up.
-_FIRST_ROOM_TOKENS = 32
+# The caches have room for so many tokens at first, and twice as many whenever that is used up. Beams change places at
+# each step, and all of the room with them.
+_FIRST_ROOM_TOKENS = 8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,7 +122,7 @@ class Generator:
         search = _Search(len(lengths), beams, longest, self.begin, self.end, length_penalty, memory.device)
         for position in range(longest):
             logits = self._say(search.last, position, caches, bias, beams)
-            order = search.step(logits.float().log_softmax(1), position)
+            order = search.step(logits.float(), position)
             if search.done:
                 break
             if (alive := search.shrink()) is not None:
@@ -201,20 +202,23 @@ class _Search:
         self.result = torch.full((rows, longest), -1, dtype=torch.int64, device=device)
         self.done = False
 
-    def step(self, log_probabilities: torch.Tensor, position: int) -> torch.Tensor:
+    def step(self, logits: torch.Tensor, position: int) -> torch.Tensor:
         """Take the next token of every hypothesis.
 
         Args:
-            log_probabilities: (N, V).
+            logits: (N, V).
             position: t, tokens said before this one.
 
         Returns:
             int64 (N,), the hypothesis that each one which goes on continues.
         """
-        beams, vocabulary = self._beams, log_probabilities.shape[1]
-        total = self._running[:, :, None] + log_probabilities.view(-1, beams, vocabulary)
-        scores, index = total.view(len(total), -1).topk(2 * beams, dim=1)
-        beam, token = index // vocabulary, index % vocabulary
+        beams = self._beams
+        # A row's 2K likeliest are among the 2K of each of its hypotheses: one pass over the vocabulary finds those,
+        # another what normalises them, log softmax(z) = z - logsumexp(z).
+        likeliest, tokens = logits.topk(min(2 * beams, logits.shape[1]), dim=1)
+        likeliest += self._running.view(-1, 1) - logits.logsumexp(1, keepdim=True)
+        scores, index = likeliest.view(-1, beams * tokens.shape[1]).topk(2 * beams, dim=1)
+        beam, token = index // tokens.shape[1], tokens.view(len(index), -1).gather(1, index)
         said = torch.cat((self._said.gather(1, beam[:, :, None].expand(-1, -1, position)), token[:, :, None]), dim=2)
         ends = token == self._end
         if position + 1 == self._longest:
@@ -229,7 +233,7 @@ class _Search:
         if position + 1 == self._longest or bool(self._full.all()):
             self._give(torch.ones_like(self._full))
             self.done = True
-        rows = torch.arange(len(total), device=kept.device)[:, None]
+        rows = torch.arange(len(index), device=kept.device)[:, None]
         return (rows * beams + beam.gather(1, kept)).view(-1)
 
     def _keep_ended(self, scores: torch.Tensor, said: torch.Tensor) -> None:
