@@ -51,7 +51,7 @@ class Linear:
         return torch.ops.aten.gelu_(self(x))
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """X Wᵀ + b + other (T, N); by oneDNN in one pass, the sum rounded once."""
+        """Product and sum, x Wᵀ + b + other (T, N); by oneDNN in one pass, rounded once."""
         if self.library == "onednn":
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, "add")
         return self(x) + other
@@ -81,9 +81,11 @@ def multiplies(dtype: torch.dtype) -> bool:
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }.get(dtype)
-    if probe is None or not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    return bool(getattr(torch.ops.mkldnn, probe)())
+    return probe is not None and _has_onednn() and bool(getattr(torch.ops.mkldnn, probe)())
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @lru_cache
@@ -95,7 +97,7 @@ def _fastest(rows: int, columns: int) -> str:
     known = ["torch"]
     if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
         known.append("mkl")
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if _has_onednn():
         known.append("onednn")
     if len(known) == 1:
         return known[0]

@@ -2,10 +2,10 @@
 
     LayerNorm(x + Dropout(y))
 
-(Vaswani et al., arXiv 1706.03762, section 5.4). These are torch's own operations, but for training in half precision on
-a GPU, where they move more bytes than the products around them take time for: there torch.compile makes one kernel of
-the three, and the residual stream stays in half precision (autocast would turn it to fp32 at each norm, and back),
-statistics being fp32 as ever.
+(Vaswani et al., arXiv 1706.03762, section 5.4). These are torch's own operations. In training in half precision the
+residual stream stays in it (autocast would turn it to fp32 at each norm, and back), statistics being fp32 as ever; on a
+GPU the three then move more bytes than the products around them take time for, and torch.compile makes one kernel of
+them.
 
 Shapes: T tokens of a packed batch, D hidden size.
 """

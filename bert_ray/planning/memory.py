@@ -153,8 +153,7 @@ def activations(work: Workload, passed: Pass) -> float:
     dims = work.dims
     ids = 3 * _INT64  # Tokens, positions, targets.
     embeddings = ids + _FP32 * dims.hidden + 2 * _FP32 + (_FP32 * dims.hidden if work.dropout else 0)
-    stream = _HALF if work.half else _FP32
-    each = stream * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
+    each = _size(work) * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
     return passed.tokens * (embeddings + _FP32 * dims.hidden) + dims.layers * each + _head(work, passed)
 
 
@@ -167,9 +166,8 @@ def layer_activations(work: Workload, passed: Pass) -> float:
     attention = size * (width + 3 * width + width)
     # Layer norms keep mean, standard deviation and their input, the residual sum; where sum and norm are one kernel,
     # only what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
-    kept, mask = (_HALF if work.half else _FP32), (1 if work.fused_norms else size)
-    norms = 2 * (kept * width + 2 * _FP32)
-    masks = 2 * mask * width if work.dropout else 0
+    norms = 2 * (size * width + 2 * _FP32)
+    masks = 2 * (1 if work.fused_norms else size) * width if work.dropout else 0
     # Input of the wide product, of the activation, of the narrow product.
     feed_forward = size * (width + wide + wide)
     each = attention + norms + masks + feed_forward
@@ -206,18 +204,18 @@ def _working(work: Workload, passed: Pass) -> float:
     if not work.fused_attention:
         attention += 2.0 * size * dims.heads * squares
     gone = size * (width + 2 * wide)
-    gone += 2 * (_HALF if work.half else _FP32) * width
+    gone += 2 * size * width
     if work.dropout:
         gone += (1 if work.fused_norms else 2 * size) * width
     last = max(last, attention - passed.tokens * gone)
     if work.asked_share:
         last += _FP32 * dims.vocabulary * width  # The gradient of the head's matrix has come by then.
     if work.recompute:  # Its input is there already.
-        last += layer_activations(work, passed) - passed.tokens * (_HALF if work.half else _FP32) * width
+        last += layer_activations(work, passed) - passed.tokens * size * width
     # What the head kept has gone by then, and its weights as autocast made them.
     return max(head, last - _head(work, passed) - (_HALF * dims.head_matrices if work.half else 0))
 
 
 def _size(work: Workload) -> int:
-    """Bytes of a number in matrix products."""
-    return _FP32 if work.precision == "fp32" else _HALF
+    """Bytes of a number in matrix products and in the residual stream."""
+    return _HALF if work.half else _FP32
