@@ -5,8 +5,10 @@
     python benchmarks/quality.py --only ours --minutes 30     what is quick, without the references
     python benchmarks/quality.py --list                       the cases, and about how long each takes
 
-Trains from MiniLM and tests on rows that were not trained on. What has been measured is kept and not repeated:
-benchmarks/results/quality.json has every run, benchmarks/results/quality.md the table.
+Trains from MiniLM and tests on rows that were not trained on. Ours and the reference compute in the same precision:
+bf16 where the CPU multiplies it (three seeds in the time of one), else fp32; --precision chooses. What has been
+measured in that precision is kept and not repeated: benchmarks/results/quality.json has every run,
+benchmarks/results/quality.md the table.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import datetime
 import json
 import shutil
 import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import common
@@ -23,88 +28,98 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from quality_cases import CASES, Case
 
-# Where runs and bundles lie: a run that was stopped goes on from its checkpoint.
+# Where runs and bundles lie.
 RUNS = common.ROOT / "out" / "quality"
 RESULTS = common.RESULTS / "quality.json"
 
 
-def ours(
-    name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, threads: int | None, base: str | None = None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Run:
+    """What a run needs beside its case's rows."""
+
+    seed: int
+    precision: str
+    threads: int | None
+
+    def place(self, name: str) -> Path:
+        """Where what is trained lies: it goes on from there if it is stopped."""
+        return RUNS / f"{name}-{self.seed}-{self.precision}"
+
+
+def ours(name: str, case: Case, train: pa.Table, test: pa.Table, how: Run, base: str | None = None) -> dict[str, Any]:
     """Train by the loop from `base` (None: the case's own), annotate by the annotator, measure by the task."""
     from bert_ray.training.job import DataOptions, TrainJob
-    from bert_ray.training.launch import train as run
+    from bert_ray.training.launch import train as run_job
 
-    place = RUNS / f"{name}-{seed}"
+    place = how.place(name)
     place.parent.mkdir(parents=True, exist_ok=True)
     paths = {part: RUNS / f"{name}-{part}.parquet" for part in ("train", "test")}
     pq.write_table(train, paths["train"])
     pq.write_table(test, paths["test"])
     base, tuning = base or case.base, {}
     if case.pairs is not None:
-        base, tuning = tuned(name, case, seed, threads)
+        base, tuning = tuned(name, case, how)
     if case.settings is None:
-        return {"train_rows": 0, **tested(case, base, str(paths["test"]), threads, {"options": case.options})}
+        return {"train_rows": 0, **tested(case, base, str(paths["test"]), how, {"options": case.options})}
     job = TrainJob(
         model=base,
         output=str(place),
         engine="local",
         task=case.task,
         options=case.options,
-        threads=threads,
-        seed=seed,
-        # As the references compute.
-        precision="fp32",
+        threads=how.threads,
+        seed=how.seed,
+        precision=how.precision,
         data=DataOptions(train=str(paths["train"]), validation_fraction=0.0, columns=case.columns or None),
         **({"max_length": 256} | case.settings),
     )
     began, cpu_began = time.monotonic(), time.process_time()
-    trained = run(job)
+    trained = run_job(job)
     seconds = time.monotonic() - began
     return {
         "train_rows": trained.train_rows,
         "train_seconds": round(seconds) + tuning.get("seconds", 0),
         "train_cpu_minutes": round((time.process_time() - cpu_began) / 60, 1),
         "tokens_per_second": round(trained.tokens_per_second),
-        **tested(case, str(place), str(paths["test"]), threads, {}),
+        **tested(case, str(place), str(paths["test"]), how, {}),
     }
 
 
-def tuned(name: str, case: Case, seed: int, threads: int | None) -> tuple[str, dict[str, Any]]:
+def tuned(name: str, case: Case, how: Run) -> tuple[str, dict[str, Any]]:
     """The base model's embedding, fine-tuned on the case's pairs."""
     from bert_ray.training.job import DataOptions, TrainJob
-    from bert_ray.training.launch import train as run
+    from bert_ray.training.launch import train as run_job
 
     assert case.pairs is not None
-    path, place = RUNS / f"{name}-pairs.parquet", RUNS / f"{name}-base-{seed}"
+    path, place = RUNS / f"{name}-pairs.parquet", how.place(f"{name}-base")
     pq.write_table(case.pairs(), path)
     began = time.monotonic()
-    run(
+    run_job(
         TrainJob(
             model=common.MODEL,
             output=str(place),
             engine="local",
             task="embedding",
-            threads=threads,
-            seed=seed,
+            threads=how.threads,
+            seed=how.seed,
             epochs=2,
             batch_size=64,
             learning_rate=5e-5,
             max_length=256,
-            precision="fp32",
+            precision=how.precision,
             data=DataOptions(train=str(path), validation_fraction=0.0),
         )
     )
     return str(place), {"seconds": round(time.monotonic() - began)}
 
 
-def tested(case: Case, model: str, path: str, threads: int | None, more: dict[str, Any]) -> dict[str, Any]:
+def tested(case: Case, model: str, path: str, how: Run, more: dict[str, Any]) -> dict[str, Any]:
     """Annotate the test rows, and compare as the task does."""
     from bert_ray.model.annotator import AnnotatorSpec
     from bert_ray.training.data import read_labelled
 
     kind = case.test_task or (case.task if case.settings is None else None)
-    annotator = AnnotatorSpec(model=model, threads=threads, task=kind, dtype="fp32", **more).build()
+    annotator = AnnotatorSpec(model=model, threads=how.threads, task=kind, dtype=how.precision, **more).build()
     task = annotator.task
     table = read_labelled(path, task, case.columns or None)
     for note in table.notes:
@@ -128,17 +143,15 @@ def random_weights() -> str:
     return str(place)
 
 
-def reference(
-    name: str, case: Case, train: pa.Table, test: pa.Table, seed: int, kind: str, threads: int | None
-) -> dict[str, Any]:
+def reference(name: str, case: Case, train: pa.Table, test: pa.Table, how: Run, kind: str) -> dict[str, Any]:
     """The same by somebody else's code; or, where nothing else does it, by ours from weights that know nothing."""
     if kind == "reference" and case.reference == "from_random_weights":
-        return ours(f"{name}-random", case, train, test, seed, threads, random_weights())
+        return ours(f"{name}-random", case, train, test, how, random_weights())
     import quality_references
 
     run = quality_references.tfidf if kind == "tfidf" else quality_references.REFERENCES[str(case.reference)]
     began = time.monotonic()
-    value = run(case, train, test, seed)
+    value = run(case, train, test, how.seed, how.precision)
     return {"value": value, "seconds": round(time.monotonic() - began)}
 
 
@@ -154,15 +167,16 @@ def write_table(results: dict[str, Any]) -> None:
         "examples, unless the line says otherwise. Means over seeds, and from the lowest to the highest.",
         "`python benchmarks/quality.py`.",
         "",
-        "| data | measure | bert_ray | reference | TF-IDF | aim | seeds | date |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | measure | bert_ray | reference | TF-IDF | aim | seeds | computed in | date |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, case in CASES.items():
-        if not (found := results.get(name, {}).get("ours")):
+        if not results.get(name, {}).get("ours"):
             continue
-        other = results[name].get("reference", {})
+        found, precision = _alike(results[name]["ours"])
+        other, its_precision = _alike(results[name].get("reference", {}))
         if other:
-            beside = _mean(other)
+            beside = _mean(other) + (f" in {its_precision}" if its_precision != precision else "")
         elif case.given:
             beside = f"{case.given[0]:.4f} ({case.given[1]})"
         else:
@@ -171,7 +185,8 @@ def write_table(results: dict[str, Any]) -> None:
         dates = sorted(run["date"] for run in found.values())
         lines.append(
             f"| {case.title} | {case.measure} | {_mean(found)} | {beside} | {_mean(tfidf) if tfidf else ''} | "
-            f"{case.least if case.least is not None else 'the reference'} | {len(found)} | {dates[-1]} |"
+            f"{case.least if case.least is not None else 'the reference'} | {len(found)} | {precision} | "
+            f"{dates[-1]} |"
         )
     lines.append("")
     for name, case in CASES.items():
@@ -179,6 +194,14 @@ def write_table(results: dict[str, Any]) -> None:
         lines += [f"{case.title}: {note}." for note in sorted(notes)]
     lines += ["", f"Machine of the last run: {machine['cpu']}, {machine['cores']} cores; versions in quality.json.", ""]
     (common.RESULTS / "quality.md").write_text("\n".join(lines), "utf-8")
+
+
+def _alike(runs: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The runs in the precision that most have, the newest of equals; and that precision."""
+    counts = Counter(run["precision"] for run in runs.values())
+    newest = {run["precision"]: run["date"] for run in sorted(runs.values(), key=lambda run: run["date"])}
+    precision = max(counts, key=lambda name: (counts[name], newest[name]), default="")
+    return {seed: run for seed, run in runs.items() if run["precision"] == precision}, precision
 
 
 def _mean(runs: dict[str, Any]) -> str:
@@ -195,6 +218,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "reference", "tfidf"), help="default: all three")
     parser.add_argument("--minutes", type=float, help="leave out cases that take longer, by their estimate")
     parser.add_argument("--fresh", action="store_true", help="measure again what has been measured")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the CPU multiplies it")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     options = parser.parse_args()
@@ -205,6 +229,11 @@ def main() -> None:
             [(name, case.title, case.measure, f"{case.minutes:g}") for name, case in CASES.items()],
         )
         return
+    import torch
+
+    from bert_ray.model.linear import multiplies
+
+    precision = options.precision or ("bf16" if multiplies(torch.bfloat16) else "fp32")
     results = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
     for name, case in CASES.items():
         if (options.case and name not in options.case) or (options.minutes and case.minutes > options.minutes):
@@ -220,15 +249,17 @@ def main() -> None:
                     kind == "ours" or (kind == "tfidf" and case.tfidf) or (kind == "reference" and case.reference)
                 )
                 done = results.setdefault(name, {}).setdefault(kind, {})
-                if not wanted or (str(seed) in done and not options.fresh):
+                how = Run(seed, "fp64" if kind == "tfidf" else precision, options.threads)
+                if not wanted or (done.get(str(seed), {}).get("precision") == how.precision and not options.fresh):
                     continue
                 if kind == "ours":
                     if options.fresh:
-                        shutil.rmtree(RUNS / f"{name}-{seed}", ignore_errors=True)
-                    found = ours(name, case, train, test, seed, options.threads)
+                        shutil.rmtree(how.place(name), ignore_errors=True)
+                    found = ours(name, case, train, test, how)
                 else:
-                    found = reference(name, case, train, test, seed, kind, options.threads)
-                done[str(seed)] = found | {"settings": case.settings, "date": datetime.date.today().isoformat()}
+                    found = reference(name, case, train, test, how, kind)
+                today = datetime.date.today().isoformat()
+                done[str(seed)] = found | {"settings": case.settings, "precision": how.precision, "date": today}
                 print(f"{name}, {kind}, seed {seed}: {case.measure} {found['value']:.4f}", flush=True)
                 common.keep("quality", {"cases": results})
                 write_table(results)

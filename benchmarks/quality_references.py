@@ -1,6 +1,7 @@
 """Reference implementations for `quality.py`: the recipes of transformers' own examples, by transformers.Trainer.
 
-Each takes the rows to train on and to test on with the case's settings and a seed, and returns the case's measure.
+Each takes the rows to train on and to test on, a seed and the precision (bf16: as Trainer does it, by autocast; TF-IDF
+has its own), and returns the case's measure.
 Padded batches in random order; like ours: linear decay with a tenth of warm-up, weight decay 0.01, clipping at 1.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from quality_cases import Case, answer_stands
 
-Reference = Callable[[Case, pa.Table, pa.Table, int], float]
+Reference = Callable[[Case, pa.Table, pa.Table, int, str], float]
 
 
 def _source(case: Case) -> str:
@@ -23,7 +24,7 @@ def _source(case: Case) -> str:
     return str(resolve(case.base))
 
 
-def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, seed: int) -> Any:
+def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, seed: int, precision: str) -> Any:
     """A trained Trainer."""
     import torch
     from transformers import Trainer, TrainingArguments
@@ -41,13 +42,14 @@ def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, se
         logging_strategy="no",
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
+        bf16=precision == "bf16",
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     trainer.train()
     return trainer
 
 
-def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """Classification and regression of one text or two, as run_classification.py and run_glue.py do."""
     from scipy.stats import spearmanr
     from sklearn.metrics import accuracy_score, f1_score
@@ -75,7 +77,7 @@ def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
         return rows, np.array(labels)
 
     rows, _ = encoded(train)
-    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed)
+    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed, precision)
     tested, so = encoded(test)
     outputs = trainer.predict(tested).predictions
     if regression:
@@ -84,7 +86,7 @@ def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     return float(f1_score(so, said)) if case.measure == "f1" else float(accuracy_score(so, said))
 
 
-def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """Entities, as run_ner.py does: the first piece of a word carries its tag; F1 by seqeval."""
     from seqeval.metrics import f1_score
     from transformers import (
@@ -110,7 +112,7 @@ def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
             rows.append({"input_ids": found["input_ids"][row], "labels": labels})
         return rows
 
-    trainer = _train(model, encoded(train), DataCollatorForTokenClassification(tokenizer), case, seed)
+    trainer = _train(model, encoded(train), DataCollatorForTokenClassification(tokenizer), case, seed, precision)
     rows = encoded(test)
     outputs = trainer.predict(rows)
     said, so = [], []
@@ -121,12 +123,13 @@ def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     return float(f1_score(so, said))
 
 
-def questions(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def questions(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """Answers, as run_qa.py does: windows of 384 tokens with 128 shared, [CLS] where a window has no answer.
 
     The best span of a test row as run_qa.py finds it; F1 as in SQuAD's own script. Rows whose answer does not stand at
     its offset are left out, as ours does.
     """
+    import torch
     from peers_answer import answers
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, set_seed
 
@@ -167,8 +170,9 @@ def questions(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
             {key: found[key][window] for key in ("input_ids", "token_type_ids", "attention_mask")}
             | {"start_positions": first, "end_positions": last}
         )
-    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed)
-    said = answers(trainer.model.eval(), tokenizer, test.to_pylist(), max_length=case.settings["max_length"])
+    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed, precision)
+    with torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        said = answers(trainer.model.eval(), tokenizer, test.to_pylist(), max_length=case.settings["max_length"])
     # One way to compare answers: the task's own metric, which is SQuAD's.
     from bert_ray.model.bundle import Card
 
@@ -178,7 +182,7 @@ def questions(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
     return task.metrics(pa.array(said, task.output_type()), inputs, truth)[case.measure]
 
 
-def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """TF-IDF with logistic regression."""
     from sklearn.metrics import accuracy_score, f1_score
 
@@ -214,12 +218,12 @@ def _cosines(model: Any, test: pa.Table) -> float:
     return float(spearmanr((one * other).sum(axis=1), test["score"].to_numpy()).statistic)
 
 
-def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """Cosines of sentence-transformers' embeddings."""
     return _cosines(_sentence_model(case), test)
 
 
-def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """The same after sentence-transformers' training with its CoSENTLoss."""
     import torch
     from datasets import Dataset
@@ -238,6 +242,7 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> flo
         save_strategy="no",
         report_to=[],
         seed=seed,
+        bf16=precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
     )
     SentenceTransformerTrainer(
@@ -246,7 +251,7 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int) -> flo
     return _cosines(model, test)
 
 
-def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int) -> float:
+def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """The right answer first, by sentence-transformers' semantic_search."""
     from sentence_transformers.util import semantic_search
 
