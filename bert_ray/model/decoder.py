@@ -17,6 +17,8 @@ from torch import nn
 
 from bert_ray.model.dropout import dropout
 from bert_ray.model.encoder import Attention, Layer, bert_attention, bert_layer
+from bert_ray.model.lookup import lookup
+from bert_ray.model.projection import project
 from bert_ray.model.ragged_attention import RaggedAttention
 from bert_ray.model.residual import residual_norm
 
@@ -100,13 +102,18 @@ def decode_targets(
     own = RaggedAttention(target_lengths, target_lengths, causal=True, device=device)
     cross = RaggedAttention(target_lengths, source_lengths, device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in target_lengths])
-    hidden = decoder.words(target_ids) + decoder.positions(positions) + decoder.types.weight[0]
+    hidden = lookup(decoder.words.weight, target_ids) + decoder.positions(positions) + decoder.types.weight[0]
     hidden = dropout(decoder.norm(hidden), drop)
     for layer, over in decoder.layers:
-        mixed = own(layer.query(hidden), layer.key(hidden), layer.value(hidden), decoder.heads, drop_attention)
-        hidden = residual_norm(hidden, layer.mix(mixed), layer.mix_norm, drop)
-        mixed = cross(over.query(hidden), over.key(memory), over.value(memory), decoder.heads, drop_attention)
-        hidden = residual_norm(hidden, over.mix(mixed), over.mix_norm, drop)
-        wide = decoder.activation(layer.up(hidden))
-        hidden = residual_norm(hidden, layer.down(wide), layer.down_norm, drop)
+        mixed = own(*_qkv(layer, hidden, hidden), decoder.heads, drop_attention)
+        hidden = residual_norm(hidden, project(mixed, layer.mix), layer.mix_norm, drop)
+        mixed = cross(*_qkv(over, hidden, memory), decoder.heads, drop_attention)
+        hidden = residual_norm(hidden, project(mixed, over.mix), over.mix_norm, drop)
+        wide = decoder.activation(project(hidden, layer.up))
+        hidden = residual_norm(hidden, project(wide, layer.down), layer.down_norm, drop)
     return hidden
+
+
+def _qkv(attention: Attention, hidden: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries of (S, D) for keys and values of (T, D)."""
+    return project(hidden, attention.query), project(source, attention.key), project(source, attention.value)

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bert_ray.model.attention import packed_attention
 from bert_ray.model.bundle import ENCODER_DECODER, positions_follow_padding
 from bert_ray.model.dropout import dropout
-from bert_ray.model.linear import fill_rows
 from bert_ray.model.lookup import lookup
+from bert_ray.model.projection import filled, multiply, project
 from bert_ray.model.residual import residual_norm
 
 if TYPE_CHECKING:
@@ -151,10 +150,8 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool, recompute:
         # Without a second text every token is of type 0: one row, added to all.
         types = batch.token_type_ids
         hidden = hidden + (encoder.types.weight[0] if types is None else encoder.types(types))
-    hidden = dropout(encoder.norm(hidden), drop)
     tokens = len(hidden)
-    if hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        hidden = fill_rows(hidden)
+    hidden = filled(dropout(encoder.norm(hidden), drop))
     for layer in encoder.layers:
         if recompute:
             hidden = checkpoint(_through, layer, hidden, encoder, batch, training, use_reentrant=False)
@@ -171,8 +168,8 @@ def _through(layer: Layer, hidden: torch.Tensor, encoder: Encoder, batch: Packed
     # One matrix product for queries, keys and values: (T, D) x (D, 3D).
     weight = torch.cat((layer.query.weight, layer.key.weight, layer.value.weight))
     bias = torch.cat((layer.query.bias, layer.key.bias, layer.value.bias))
-    qkv = F.linear(hidden, weight, bias)
+    qkv = multiply(hidden, weight, bias)
     mixed = packed_attention(qkv, batch.lengths, batch.cu_seqlens, encoder.heads, drop_attention)
-    hidden = residual_norm(hidden, layer.mix(mixed), layer.mix_norm, drop)
-    wide = encoder.activation(layer.up(hidden))
-    return residual_norm(hidden, layer.down(wide), layer.down_norm, drop)
+    hidden = residual_norm(hidden, project(mixed, layer.mix), layer.mix_norm, drop)
+    wide = encoder.activation(project(hidden, layer.up))
+    return residual_norm(hidden, project(wide, layer.down), layer.down_norm, drop)

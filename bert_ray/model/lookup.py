@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bert_ray.model.gradients import gathered
+
 # Weight -> its gradient's storage (V, D), zero but for the rows of the ids (T,) beside it.
 _buffers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -38,11 +40,12 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, d_rows: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         weight, ids = ctx.saved_tensors
         buffer, last = _buffers.get(weight, (None, None))
-        if weight.grad is not None:
-            # An earlier piece of the same step: the buffer is in use as that gradient, and autograd adds to it.
+        if (before := gathered(weight)) is not None:
+            # Of an earlier pass of the same step; the buffer may be what it lies in.
             if buffer is not None:
                 _buffers[weight] = (buffer, torch.cat((last, ids)))
-            return torch.zeros_like(weight).index_add_(0, ids, d_rows), None
+            before.index_add_(0, ids, d_rows)
+            return None, None
         # A gradient clipped by a norm that is no number is spoilt in every row.
         if buffer is None or not buffer[0, 0].isfinite():
             buffer = torch.zeros_like(weight)

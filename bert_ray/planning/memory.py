@@ -36,9 +36,6 @@ _BUCKET_ELEMENTS = 64 * 2**20
 # Elements that DeepSpeed 0.19 copies into one flat tensor for stage 0's all-reduce (runtime/engine.py,
 # MEMORY_OPT_ALLREDUCE_SIZE).
 _FLAT_ELEMENTS = 500_000_000
-# Copies of the logits (M, V) in fp32 when the backward pass of cross_entropy is under way: log-probabilities, the
-# gradient that nll_loss makes, and the one that log_softmax makes of it.
-_LOGITS = 3
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -178,8 +175,12 @@ def layer_activations(work: Workload, passed: Pass) -> float:
 
 
 def _head(work: Workload, passed: Pass) -> float:
-    """What the vocabulary's head keeps: inputs of its transform, activation, layer norm and product."""
-    return passed.asked * work.dims.hidden * (3 * _size(work) + _FP32)
+    """What the vocabulary's head keeps: inputs of its transform, activation, layer norm and product; and the logits.
+
+    These become their own gradient where they lie (`model/vocabulary_head.py`).
+    """
+    size = _size(work)
+    return passed.asked * (work.dims.hidden * (3 * size + _FP32) + size * work.dims.vocabulary)
 
 
 def _working(work: Workload, passed: Pass) -> float:
@@ -190,7 +191,9 @@ def _working(work: Workload, passed: Pass) -> float:
     """
     dims, size = work.dims, _size(work)
     width, wide = dims.hidden, dims.feed_forward
-    head = float(_LOGITS * _FP32 * passed.asked * dims.vocabulary)
+    # The gradient of its matrix; in half precision as the product gives it, and in the weights' own.
+    table = dims.vocabulary * width if work.asked_share else 0
+    head = float((_FP32 + (_HALF if work.half else 0)) * table)
     # Gradients of the activation's output and of the residual sum.
     last = passed.tokens * size * (wide + width)
     # Gradients of queries, keys and values, of attention's output and of the residual sums.
@@ -209,7 +212,7 @@ def _working(work: Workload, passed: Pass) -> float:
         gone += (1 if work.fused_norms else 2 * size) * width
     last = max(last, attention - passed.tokens * gone)
     if work.asked_share:
-        last += _FP32 * dims.vocabulary * width  # The gradient of the head's matrix has come by then.
+        last += _FP32 * table  # That gradient has come by then.
     if work.recompute:  # Its input is there already.
         last += layer_activations(work, passed) - passed.tokens * size * width
     # What the head kept has gone by then, and its weights as autocast made them.

@@ -20,8 +20,9 @@ from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.encoder import encode
 from bert_ray.model.packing import pack_rows
-from bert_ray.model.tasks.fill_mask import FillMask, vocabulary_logits
+from bert_ray.model.tasks.fill_mask import FillMask
 from bert_ray.model.tokenization import Ragged
+from bert_ray.model.vocabulary_head import vocabulary_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,6 +20,7 @@ import torch
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, Task
 from bert_ray.model.tasks.sections import Case, Cases, Section, Table, texts_at
+from bert_ray.model.vocabulary_head import vocabulary_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,14 +180,3 @@ def _places(annotations: pa.Array, truth: pa.Array) -> np.ndarray:
         if token in tokens:
             places[row] = tokens.index(token) + 1
     return places
-
-
-def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Transformers' own masked-language-model head: hidden states (N, D) -> logits (N, V)."""
-    kind = model.config.model_type
-    if kind == "bert":
-        return model.cls.predictions(hidden)
-    if kind == "distilbert":
-        hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-        return model.vocab_projector(hidden)
-    return model.lm_head(hidden)

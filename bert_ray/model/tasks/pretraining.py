@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model.tasks.base import Outputs, set_dropout
-from bert_ray.model.tasks.fill_mask import FillMask, vocabulary_logits
+from bert_ray.model.tasks.fill_mask import FillMask
+from bert_ray.model.vocabulary_head import vocabulary_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,23 +88,21 @@ class Pretraining(FillMask):
         tokens, parts, budget = targets.split((len(hidden), pieces, pieces))
         places = (tokens >= 0).nonzero().squeeze(1)
         of = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
-        logits = vocabulary_logits(model, hidden[places]).float()
-        each = F.cross_entropy(logits, tokens[places], reduction="none")
+        each, right = vocabulary_losses(model, hidden[places], tokens[places])
         zeros = each.new_zeros(pieces)
         sums, counts = zeros.index_add(0, of, each), zeros.index_add(0, of, torch.ones_like(each))
         losses = sums / counts.clamp(min=1)
         outputs = None
-        right = torch.full_like(zeros, float("nan"))
+        belong = torch.full_like(zeros, float("nan"))
         asked = parts != _NO_PARTS
         if bool(asked.any()) or not model.training:
             if bool(asked.any()):
                 first = hidden[batch.cu_seqlens[:-1].long()]
                 said = model.cls.seq_relationship(model.bert.pooler.dense(first).tanh()).float()
                 losses = losses + F.cross_entropy(said, parts.clamp(min=0), reduction="none") * asked
-                right = torch.where(asked, (said.argmax(1) == parts).float(), right)
+                belong = torch.where(asked, (said.argmax(1) == parts).float(), belong)
             if not model.training:
-                guessed = zeros.index_add(0, of, (logits.argmax(1) == tokens[places]).float())
-                outputs = torch.stack((sums, guessed, counts, right), dim=1)
+                outputs = torch.stack((sums, zeros.index_add(0, of, right.float()), counts, belong), dim=1)
         return losses * budget, outputs
 
     def validate(self, outputs: Outputs, examples: Any) -> dict[str, float]:

@@ -35,6 +35,7 @@ from bert_ray.model.tasks.base import Options, Outputs, Task, one_of, set_dropou
 from bert_ray.model.tasks.sections import Section, text_cases
 from bert_ray.model.tasks.translation_start import TARGET_TOKENIZER, make_start
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, to_python_strings
+from bert_ray.model.vocabulary_head import vocabulary_losses
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -312,16 +313,10 @@ class Translation(Task):
         goes_in = torch.ones_like(targets, dtype=torch.bool)
         goes_in[first + lengths] = False
         comes_out = targets != begin
-        decoder = decoder_of(model)
         states = decode_targets(
-            decoder, hidden, batch.lengths, targets[goes_in], tuple(lengths.tolist()), model.training
+            decoder_of(model), hidden, batch.lengths, targets[goes_in], tuple(lengths.tolist()), model.training
         )
-        losses = F.cross_entropy(
-            decoder.head(states).float(),
-            targets[comes_out],
-            reduction="none",
-            label_smoothing=self.learning.label_smoothing,
-        )
+        losses, _ = vocabulary_losses(model.decoder, states, targets[comes_out], self.learning.label_smoothing)
         return torch.segment_reduce(losses, "sum", lengths=lengths), None
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
