@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.lake.files import file_sha256
+from bert_ray.training.corpus_source import CorpusSource, Rows, marks_of
 from bert_ray.training.shards import (
     INDEX_FILE,
     SPLITS,
     TOKENIZER_FOLDER,
+    Documents,
     Manifest,
     Split,
     batches_of,
@@ -23,9 +25,12 @@ from bert_ray.training.shards import (
     write_index,
     write_shard,
 )
+from tests.conftest import tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from bert_ray.training.job import TrainJob
 
 
 WORDS = "the film phone food place was very good bad great terrible staff and story with a happy waiter".split()
@@ -71,3 +76,14 @@ def make_corpus(
     tokenizer_sha256 = file_sha256(directory / TOKENIZER_FOLDER / "tokenizer.json")
     Manifest(splits=splits, vocabulary=size, tokenizer_sha256=tokenizer_sha256).write(directory)
     return directory
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    """The same, each a sentence with its end."""
+    return [f"{text} ." for text in random_texts(count, seed)]
+
+
+def corpus_source(corpus: Path, job: TrainJob) -> CorpusSource:
+    """The rows that a job trains on."""
+    room = job.max_length - (2 if job.pretraining.sentences == "none" else 3)
+    return CorpusSource(Rows(Documents(corpus, "train"), room), marks_of(tiny_tokenizer(), "the model"), job)

@@ -11,6 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.training.job import DataOptions, TrainJob
+from tests.conftest import tiny_tokenizer
+from tests.corpora import documents, make_corpus
+
+Jobs = Callable[..., TrainJob]
 
 
 def review_rows(rows: int, seed: int = 0) -> pa.Table:
@@ -55,3 +59,38 @@ def job_for(reviews: Path, tiny_encoder: Path, tmp_path: Path) -> Callable[..., 
         return TrainJob(data=data, **(defaults | settings))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 documents to train on in five shards, 20 to be judged by."""
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", tiny_tokenizer(), documents(100), documents(20, 1))
+
+
+@pytest.fixture
+def pretraining_for(corpus: Path, tiny_encoder: Path, tmp_path: Path) -> Jobs:
+    """Makes small local pretraining jobs; keywords replace settings."""
+
+    def make(**settings: object) -> TrainJob:
+        defaults: dict[str, object] = {
+            "task": "pretraining",
+            "model": str(tiny_encoder),
+            "output": str(tmp_path / "model"),
+            "data": DataOptions(train=str(corpus)),
+            "engine": "local",
+            "threads": 1,
+            "steps": 12,
+            "batch_tokens": 512,
+            "evaluate_every": 6,
+            "learning_rate": 3e-3,
+            "max_length": 40,
+        }
+        return TrainJob(**(defaults | settings))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second corpus, of 40 documents, all of one word."""
+    return make_corpus(tmp_path_factory.mktemp("general") / "corpus", tiny_tokenizer(), ["money " * 30] * 40)

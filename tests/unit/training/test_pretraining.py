@@ -1,9 +1,8 @@
-"""Pretraining in one plain process: the stream of rows, the loss, packed beside padded, resuming, bad corpora."""
+"""Pretraining in one plain process: the loss, packed beside padded, resuming, bad corpora."""
 
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import os
 import shutil
@@ -20,54 +19,16 @@ import torch
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training.corpus_source import CorpusSource, Rows, marks_of
+from bert_ray.training.corpus_source import Rows
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import prepare, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.masking import NOT_ASKED
 from bert_ray.training.shards import Documents, read_manifest
 from tests.conftest import tiny_tokenizer
-from tests.corpora import make_corpus, random_texts
+from tests.corpora import corpus_source, documents, make_corpus
 
 Jobs = Callable[..., TrainJob]
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    return [f"{text} ." for text in random_texts(count, seed)]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 documents to train on in five shards, 20 to be judged by."""
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", tiny_tokenizer(), texts(100), texts(20, 1))
-
-
-@pytest.fixture
-def pretraining_for(corpus: Path, tiny_encoder: Path, tmp_path: Path) -> Jobs:
-    """Makes small local pretraining jobs; keywords replace settings."""
-
-    def make(**settings: object) -> TrainJob:
-        defaults: dict[str, object] = {
-            "task": "pretraining",
-            "model": str(tiny_encoder),
-            "output": str(tmp_path / "model"),
-            "data": DataOptions(train=str(corpus)),
-            "engine": "local",
-            "threads": 1,
-            "steps": 12,
-            "batch_tokens": 512,
-            "evaluate_every": 6,
-            "learning_rate": 3e-3,
-            "max_length": 40,
-        }
-        return TrainJob(**(defaults | settings))
-
-    return make
-
-
-def source(corpus: Path, job: TrainJob) -> CorpusSource:
-    room = job.max_length - (2 if job.pretraining.sentences == "none" else 3)
-    return CorpusSource(Rows(Documents(corpus, "train"), room), marks_of(tiny_tokenizer(), "the model"), job)
 
 
 def quiet(job: TrainJob, **more: object) -> object:
@@ -76,104 +37,6 @@ def quiet(job: TrainJob, **more: object) -> object:
 
 def figures(result: object) -> list[dict[str, float]]:
     return [{name: value for name, value in entry.items() if name != "tokens_per_second"} for entry in result.history]
-
-
-# The stream of rows.
-
-
-def test_documents_come_back_from_their_rows(corpus: Path) -> None:
-    documents = Documents(corpus, "train")
-    rows = Rows(documents, 17)
-    assert rows.lengths.max() <= 17
-    ids, _ = rows.take(np.arange(len(rows)))
-    expected = [tiny_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in texts(100)]
-    assert ids.tolist() == list(itertools.chain.from_iterable(expected))
-    # Rows of one document are of about equal length.
-    of = rows.document_of(np.arange(len(rows)))
-    assert all(np.ptp(rows.lengths[of == document]) <= 1 for document in range(100))
-
-
-@pytest.mark.parametrize("warmup", [0.0, 0.5])
-def test_every_row_is_seen_once_in_each_pass(corpus: Path, pretraining_for: Jobs, warmup: float) -> None:
-    rows = source(corpus, pretraining_for(batch_warmup=warmup, steps=40))
-    seen = np.concatenate([rows.select(step) for step in range(40)])
-    passes = len(seen) // len(rows)
-    assert passes >= 2
-    assert len(set(seen.tolist())) == len(seen)
-    for number in range(passes):
-        one = seen[(seen >= number * len(rows)) & (seen < (number + 1) * len(rows))]
-        assert sorted(one % len(rows)) == list(range(len(rows)))
-
-
-def test_a_step_takes_its_tokens_and_batch_warmup_begins_with_an_eighth(corpus: Path, pretraining_for: Jobs) -> None:
-    rows = source(corpus, pretraining_for(batch_warmup=0.5, steps=40))
-    tokens = [int(rows.lengths_of(rows.select(step)).sum()) for step in range(40)]
-    assert tokens[0] < 512 / 8 + 40
-    assert np.mean(tokens[20:]) == pytest.approx(512, rel=0.02)
-    assert np.mean(tokens[5:15]) < np.mean(tokens[10:20])
-
-
-def test_the_end_of_a_run_needs_nothing_of_its_beginning(corpus: Path, pretraining_for: Jobs) -> None:
-    job = pretraining_for(steps=400)
-    one, other = source(corpus, job), source(corpus, job)
-    for step in range(399):
-        one.select(step)
-    assert (one.select(399) == other.select(399)).all()
-
-
-@pytest.fixture(scope="module")
-def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second corpus, of 40 documents, all of one word."""
-    return make_corpus(tmp_path_factory.mktemp("general") / "corpus", tiny_tokenizer(), ["money " * 30] * 40)
-
-
-def test_general_text_is_replayed_as_a_share_of_every_step(
-    corpus: Path, general: Path, pretraining_for: Jobs, tiny_encoder: Path
-) -> None:
-    data = DataOptions(train=str(corpus), replay=str(general), replay_share=0.25)
-    job = pretraining_for(data=data, steps=None, epochs=2)
-    base = load_bundle(str(tiny_encoder))
-    card, opened, _ = prepare(job, base)
-    card.max_length = job.max_length
-    rows, judged = opened.sources(job, base, card, torch.device("cpu"))
-    alone = source(corpus, job)
-    assert rows.steps == pytest.approx(alone.steps / 0.75, abs=1)
-    assert len(judged) == len(Rows(Documents(corpus, "validation"), job.max_length - 2))
-    seen = [rows.select(step) for step in range(rows.steps)]
-    own = [samples[samples % len(rows) < len(alone)] for samples in seen]
-    # Every document's rows twice, for two passes, as without replay.
-    counts = np.bincount(np.concatenate(own) % len(rows), minlength=len(alone))
-    assert set(counts.tolist()) <= {2, 3}
-    assert np.mean(counts) == pytest.approx(2, rel=0.03)
-    for samples, kept in zip(seen[:-1], own[:-1], strict=True):
-        share = 1 - rows.lengths_of(kept).sum() / rows.lengths_of(samples).sum()
-        assert share == pytest.approx(0.25, abs=0.1)
-    again = np.concatenate([np.setdiff1d(samples, kept) for samples, kept in zip(seen, own, strict=True)])
-    assert len(set(again.tolist())) == len(again)
-    batch, targets = rows.batch(np.sort(again[:3]), 0)
-    word = tiny_tokenizer().convert_tokens_to_ids("money")
-    asked = targets[: len(batch.input_ids)]
-    assert set(asked[asked != NOT_ASKED].tolist()) == {word}
-    assert str(general) in rows.where(again[:3])
-
-
-def test_a_part_from_elsewhere_is_of_the_same_corpus(
-    corpus: Path, general: Path, pretraining_for: Jobs, tiny_encoder: Path
-) -> None:
-    data = DataOptions(train=str(corpus), replay=str(general))
-    job = pretraining_for(data=data, pretraining=PretrainingOptions(sentences="next", mask_rate=0.01))
-    base = load_bundle(str(tiny_encoder))
-    card, opened, _ = prepare(job, base)
-    rows, _ = opened.sources(job, base, card, torch.device("cpu"))
-    own = len(Rows(Documents(corpus, "train"), card.max_length - 3))
-    batch, targets = rows.batch(np.arange(len(rows)), 0)
-    tokens, parts, _ = targets.split((len(batch.input_ids), len(rows), len(rows)))
-    ids = torch.where(tokens >= 0, tokens, batch.input_ids)  # Unmasked.
-    money = ids == tiny_tokenizer().convert_tokens_to_ids("money")
-    begins = int(batch.cu_seqlens[own])
-    assert (parts[:own] == 1).any()
-    assert not money[:begins].any()
-    assert money[begins:].sum() == (len(ids) - begins) - 3 * (len(rows) - own)
 
 
 def test_a_corpus_does_not_replay_itself(corpus: Path, pretraining_for: Jobs) -> None:
@@ -207,46 +70,6 @@ def test_a_run_that_replays_is_cut_off_and_goes_on_to_the_same_bits(
     assert figures(quiet(job)) == figures(whole)
 
 
-def test_a_steps_batch_has_special_tokens_at_its_ends_and_masks_between(corpus: Path, pretraining_for: Jobs) -> None:
-    rows = source(corpus, pretraining_for())
-    samples = rows.select(0)
-    batch, targets = rows.batch(samples, 0)
-    marks = tiny_tokenizer()
-    ends = batch.cu_seqlens.long()
-    assert (batch.input_ids[ends[:-1]] == marks.cls_token_id).all()
-    assert (batch.input_ids[ends[1:] - 1] == marks.sep_token_id).all()
-    asked = targets[: len(batch.input_ids)]
-    assert (asked[ends[:-1]] == NOT_ASKED).all()
-    assert (asked != NOT_ASKED).sum() == rows.weigh(samples)
-    assert (batch.position_ids[ends[:-1]] == 0).all()
-    assert int(batch.position_ids.max()) == max(batch.lengths) - 1
-
-
-@pytest.mark.parametrize("sentences", ["order", "next"])
-def test_two_parts(corpus: Path, pretraining_for: Jobs, sentences: str) -> None:
-    plain = source(corpus, pretraining_for(max_length=39))
-    rows = source(corpus, pretraining_for(pretraining=PretrainingOptions(sentences=sentences, mask_rate=0.01)))
-    samples = np.arange(len(rows))
-    batch, targets = rows.batch(samples, 0)
-    tokens, parts, _ = targets.split((len(batch.input_ids), len(samples), len(samples)))
-    ids = torch.where(tokens >= 0, tokens, batch.input_ids)  # Unmasked.
-    originals = plain._rows
-    assert 0.3 < (parts == 1).float().mean() < 0.7
-    sep, kinds = tiny_tokenizer().sep_token_id, batch.token_type_ids
-    for sample in range(len(samples)):
-        here = slice(int(batch.cu_seqlens[sample]), int(batch.cu_seqlens[sample + 1]))
-        row, kind = ids[here], kinds[here]
-        first, second = row[1:][kind[1:] == 0][:-1], row[kind == 1][:-1]
-        assert row[int((kind == 0).sum()) - 1] == sep
-        document, _ = originals.take(np.array([sample]))
-        if parts[sample] == 0:
-            assert torch.cat((first, second)).tolist() == document.tolist()
-        elif parts[sample] == 1 and sentences == "order":
-            assert torch.cat((second, first)).tolist() == document.tolist()
-        elif parts[sample] == 1:
-            assert first.tolist() == document[: len(first)].tolist()
-
-
 # The loss.
 
 
@@ -260,7 +83,7 @@ def test_the_loss_is_transformers_own(corpus: Path, pretraining_for: Jobs) -> No
     base = load_bundle(job.model)
     module = new_module(job, base, new_task(job, base).card, torch.device("cpu"), None)
     module.train()
-    rows = source(corpus, job)
+    rows = corpus_source(corpus, job)
     samples = rows.select(0)
     batch, targets = rows.batch(samples, 0)
     loss, _, _ = module(batch, targets, 1.0 / rows.weigh(samples))
@@ -404,7 +227,7 @@ def test_a_spike_is_named_with_its_shards() -> None:
 
 @pytest.mark.parametrize("how", ["cut short", "altered"])
 def test_a_bad_shard_stops_the_run_or_is_skipped(pretraining_for: Jobs, tmp_path: Path, how: str) -> None:
-    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts(60), texts(10, 1))
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), documents(60), documents(10, 1))
     bad = corpus / "train" / "00001.arrow"
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 255
@@ -505,7 +328,7 @@ def test_another_job_does_not_go_on_with_a_run(pretraining_for: Jobs, change: di
 
 
 def test_another_corpus_does_not_go_on_with_a_run(pretraining_for: Jobs, tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts(30))
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), documents(30))
     job = pretraining_for(data=DataOptions(train=str(corpus)))
 
     def cut(event: StepEvent) -> None:
@@ -514,13 +337,14 @@ def test_another_corpus_does_not_go_on_with_a_run(pretraining_for: Jobs, tmp_pat
     with pytest.raises(Cut):
         quiet(job, callbacks=[cut])
     shutil.rmtree(corpus)
-    make_corpus(corpus, tiny_tokenizer(), texts(31))
+    make_corpus(corpus, tiny_tokenizer(), documents(31))
     with pytest.raises(JobError, match=r"other settings .*rows"):
         quiet(job)
 
 
 def test_the_manifest_tells_corpora_apart(tmp_path: Path) -> None:
     one, other = (
-        make_corpus(tmp_path / name, tiny_tokenizer(), texts(10, seed)) for seed, name in enumerate(("one", "other"))
+        make_corpus(tmp_path / name, tiny_tokenizer(), documents(10, seed))
+        for seed, name in enumerate(("one", "other"))
     )
     assert read_manifest(one).fingerprint != read_manifest(other).fingerprint
