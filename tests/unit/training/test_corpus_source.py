@@ -17,14 +17,13 @@ from bert_ray.training.launch import prepare
 from bert_ray.training.masking import NOT_ASKED
 from bert_ray.training.shards import Documents
 from tests.conftest import tiny_tokenizer
-from tests.corpora import corpus_source
+from tests.corpora import corpus_source, documents
 
 Jobs = Callable[..., TrainJob]
 
 
 def test_documents_come_back_from_their_rows(corpus: Path) -> None:
-    documents = Documents(corpus, "train")
-    rows = Rows(documents, 17)
+    rows = Rows(Documents(corpus, "train"), 17)
     assert rows.lengths.max() <= 17
     ids, _ = rows.take(np.arange(len(rows)))
     expected = [tiny_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in documents(100)]
