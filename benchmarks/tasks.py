@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 BATCH = 16
 TASKS = ("classification", "entities", "answer", "translation", "translation, 4 beams")
 MAX_LENGTH = 512
-TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def texts(rows: int) -> list[str]:
@@ -111,7 +110,7 @@ def translation(rows: int, scratch: Path, beams: int, dtype: str) -> tuple[dict[
     table = pa.table({"text": english(rows)})
     options = {"beams": beams, "max_target_tokens": longest, "split": "none"}
     annotator = AnnotatorSpec(model=model, options=options, dtype=dtype).build()
-    peer = transformers.AutoModelForSeq2SeqLM.from_pretrained(model, dtype=TYPES[dtype]).eval()
+    peer = transformers.AutoModelForSeq2SeqLM.from_pretrained(model, dtype=common.TYPES[dtype]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     target = annotator.task.target_tokenizer  # type: ignore[attr-defined]
     search = {"num_beams": beams, "do_sample": False, "max_new_tokens": longest}
@@ -175,7 +174,7 @@ def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[dict[s
     if not name:
         from peers_answer import answers
 
-        peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model, dtype=TYPES[dtype]).eval()
+        peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model, dtype=common.TYPES[dtype]).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
         def searched(batch: int) -> Callable[[], Any]:
@@ -187,7 +186,7 @@ def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[dict[s
             f"run_qa.py's recipe, batches of {BATCH}": searched(BATCH),
         }, len(data)
     more = {"aggregation_strategy": "first", "stride": 64} if task == "entities" else {}
-    pipe = transformers.pipeline(name, model=model, device="cpu", dtype=TYPES[dtype], **more)
+    pipe = transformers.pipeline(name, model=model, device="cpu", dtype=common.TYPES[dtype], **more)
 
     def piped(batch: int) -> Callable[[], Any]:
         return lambda: list(pipe(list(data), batch_size=batch, **call))
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=TYPES, default="fp32", help="of all contestants")
+    parser.add_argument("--dtype", choices=common.TYPES, default="fp32", help="of all contestants")
     parser.add_argument("--task", choices=TASKS, help="default: all")
     options = parser.parse_args()
     common.set_threads(options.threads)
@@ -239,7 +238,7 @@ def main() -> None:
                 for name, found in speeds.items()
             ]
             # Kept as they come: one that cannot be compared ends the run, and loses nothing.
-            common.keep("tasks" if options.dtype == "fp32" else f"tasks_{options.dtype}", kept | {"tasks": figures})
+            common.keep(common.result_name("tasks", options.dtype), kept | {"tasks": figures})
     common.table(
         f"Tasks beside the Hugging Face pipeline, MiniLM, {options.threads} threads, {options.dtype}",
         ("task", "contestant", "rows/s", "beside its best"),
