@@ -24,7 +24,7 @@ def gathered(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def matrix_gradient(weight: torch.Tensor, d_y: torch.Tensor, x: torch.Tensor, *, wide: bool) -> torch.Tensor | None:
-    """DW = dyᵀ x of a layer y = x Wᵀ, for autograd; None where it has been added to what was there.
+    """The gradient dyᵀ x of a layer y = x Wᵀ, for autograd; None where it has been added to what was there.
 
     Args:
         weight: W, (N, K).

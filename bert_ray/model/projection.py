@@ -26,7 +26,7 @@ def project(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """X Wᵀ + b: x (T, K), W (N, K), b (N,) -> (T, N)."""
+    """The same from the weight W (N, K) and the bias b (N,)."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         return _Projection.apply(x, weight, bias)
     return F.linear(x, weight, bias)
