@@ -114,6 +114,8 @@ def decode_targets(
     return hidden
 
 
-def _qkv(attention: Attention, hidden: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _qkv(
+    attention: Attention, hidden: torch.Tensor, source: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries of (S, D) for keys and values of (T, D)."""
     return project(hidden, attention.query), project(source, attention.key), project(source, attention.value)
