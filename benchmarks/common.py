@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +122,16 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def isolated(task: Callable[..., Any], *arguments: Any) -> Any:
+    """In a process of its own: what one contestant sets or leaves there (the allocator's, memory) is not the next one's.
+
+    Raises:
+        BrokenProcessPool: the process was killed; by the kernel, say, for want of memory.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(task, *arguments).result()
 
 
 def result_name(name: str, dtype: str) -> str:

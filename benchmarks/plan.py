@@ -14,7 +14,6 @@ prediction. Results: benchmarks/results/plan.json and plan.md. ZeRO's stages: be
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -286,12 +285,6 @@ def _bandwidth() -> float:
     return 2 * 4 * source.numel() / best
 
 
-def isolated(task: Any, *arguments: Any) -> Any:
-    """In a process of its own: what one case leaves in memory is not the next one's."""
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(task, arguments)
-
-
 def main() -> None:
     """Measure, compare, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -308,7 +301,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     timed: dict[Case, dict[str, Any]] = {}
     for case in everything:
-        timed[case] = isolated(measure, case, options.threads, options.rounds)
+        timed[case] = common.isolated(measure, case, options.threads, options.rounds)
         figures[f"{case.model}: {case.name}"] = {"memory": timed[case]["memory"]}
         print(f"  {case.model}: {case.name}", flush=True)
     works, mfus = {}, {}

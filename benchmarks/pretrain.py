@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import shutil
 import tempfile
 import time
@@ -153,10 +152,8 @@ def speed(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     for turn in range(options.rounds):
         for name, runs in measured.items():
             before = common.peak_flops()
-            # A process of its own: settings that one makes for its process (the allocator's) are not the other's.
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                run, own_argument = contestants[name]
-                rate, flops = process.apply(run, (*arguments, own_argument))
+            run, own_argument = contestants[name]
+            rate, flops = common.isolated(run, *arguments, own_argument)
             runs.append((rate, rate * flops / ((before + common.peak_flops()) / 2)))
         print(f"  round {turn + 1} of {options.rounds}", flush=True)
     own = measured["bert_ray"]
@@ -191,8 +188,7 @@ def workers(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[float]] = {"one worker": [], "two workers": []}
     for turn in range(options.rounds):
         for count, runs in zip((1, 2), found.values(), strict=True):
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                rate, _ = process.apply(ours, (scratch, options.tokens, options.steps, 1, 0.0, count))
+            rate, _ = common.isolated(ours, scratch, options.tokens, options.steps, 1, 0.0, count)
             runs.append(rate)
         print(f"  round {turn + 1} of {options.rounds}", flush=True)
     shares = [two / (2 * one) for one, two in zip(*found.values(), strict=True)]

@@ -206,7 +206,7 @@ def _alike(runs: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _mean(runs: dict[str, Any]) -> str:
     values = [run["value"] for run in runs.values()]
-    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if min(values) < max(values) else ""
     return f"{sum(values) / len(values):.4f}{spread}"
 
 

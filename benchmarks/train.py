@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import multiprocessing
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -139,9 +138,7 @@ def main() -> None:
         for turn in range(options.rounds):
             for name, run in (("bert_ray", ours), ("Hugging Face Trainer", trainer)):
                 before = common.peak_flops()
-                # A process of its own: settings that one makes for its process (the allocator's) are not the other's.
-                with multiprocessing.get_context("spawn").Pool(1) as process:
-                    speed = process.apply(run, (texts, labels, case, scratch))
+                speed = common.isolated(run, texts, labels, case, scratch)
                 seconds = float(lengths.sum()) / speed
                 measured[name].append((speed, flops / seconds / ((before + common.peak_flops()) / 2)))
             print(f"  {case.name}: round {turn + 1} of {options.rounds}", flush=True)
