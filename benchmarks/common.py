@@ -125,7 +125,7 @@ def machine() -> dict[str, Any]:
 
 
 def isolated(task: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own: what one contestant sets or leaves there (the allocator's, memory) is not the next one's.
+    """In a process of its own: what one contestant sets or leaves there (allocator, memory) is not the next one's.
 
     Raises:
         BrokenProcessPool: the process was killed; by the kernel, say, for want of memory.
