@@ -43,6 +43,15 @@ def set_threads(threads: int) -> None:
     }
 
 
+def fast_precision() -> str:
+    """bf16 where this CPU multiplies it, else fp32."""
+    import torch
+
+    from bert_ray.model.linear import multiplies
+
+    return "bf16" if multiplies(torch.bfloat16) else "fp32"
+
+
 def peak_flops(dtype: torch.dtype | None = None) -> float:
     """Matrix-multiply rate of this CPU right now, in fp32 or another type, FLOP/s."""
     import torch

@@ -30,11 +30,7 @@ import pyarrow.parquet as pq
 
 common.set_threads(1)
 
-import torch  # noqa: E402  # The number of threads is set before it is loaded.
-
-from bert_ray.model.linear import multiplies  # noqa: E402
-
-PRECISION = "bf16" if multiplies(torch.bfloat16) else "fp32"
+PRECISION = common.fast_precision()
 # Of pretraining: what fits the 90 minutes.
 STEPS = {"english": 1600, "chinese": 8000} if PRECISION == "bf16" else {"english": 1200, "chinese": 1200}
 
@@ -147,7 +143,7 @@ def label_accuracy(model: Path, test: pa.Table) -> float:
     from bert_ray.model.annotator import AnnotatorSpec
     from bert_ray.training.data import read_labelled
 
-    path = model.parent / f"{model.name}-test.parquet"
+    path = RUNS / "test.parquet"
     pq.write_table(test, path)
     annotator = AnnotatorSpec(model=str(model), threads=1).build()
     table = read_labelled(str(path), annotator.task)
@@ -314,7 +310,7 @@ def domain(found: dict[str, Any]) -> None:
     found["retrieval"] = {}
     train, test = case.split()
     for name, model in (("before", common.MODEL), ("after", str(place / "bert"))):
-        figures = quality.ours(f"domain-{name}", case, train, test, 0, 1, base=model)
+        figures = quality.ours(f"domain-{name}", case, train, test, quality.Run(0, "fp32", 1), base=model)
         found["retrieval"][name] = {key: figures["metrics"][key] for key in ("recall@1", "mrr")}
 
 

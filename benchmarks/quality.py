@@ -229,11 +229,7 @@ def main() -> None:
             [(name, case.title, case.measure, f"{case.minutes:g}") for name, case in CASES.items()],
         )
         return
-    import torch
-
-    from bert_ray.model.linear import multiplies
-
-    precision = options.precision or ("bf16" if multiplies(torch.bfloat16) else "fp32")
+    precision = options.precision or common.fast_precision()
     results = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
     for name, case in CASES.items():
         if (options.case and name not in options.case) or (options.minutes and case.minutes > options.minutes):

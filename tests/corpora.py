@@ -42,6 +42,11 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
     return [" ".join(draw.choice(WORDS, size)) for size in draw.integers(1, 60, count)]
 
 
+def documents(count: int, seed: int = 0) -> list[str]:
+    """The same, each a sentence with its end."""
+    return [f"{text} ." for text in random_texts(count, seed)]
+
+
 def make_corpus(
     directory: Path,
     tokenizer: PreTrainedTokenizerFast,
@@ -76,11 +81,6 @@ def make_corpus(
     tokenizer_sha256 = file_sha256(directory / TOKENIZER_FOLDER / "tokenizer.json")
     Manifest(splits=splits, vocabulary=size, tokenizer_sha256=tokenizer_sha256).write(directory)
     return directory
-
-
-def documents(count: int, seed: int = 0) -> list[str]:
-    """The same, each a sentence with its end."""
-    return [f"{text} ." for text in random_texts(count, seed)]
 
 
 def corpus_source(corpus: Path, job: TrainJob) -> CorpusSource:

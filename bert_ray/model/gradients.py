@@ -11,16 +11,19 @@ from __future__ import annotations
 import torch
 
 
-def gathered(weight: torch.Tensor) -> torch.Tensor | None:
-    """A weight's gradient from earlier passes of this step, where a backward pass may add to it; else None.
+def owned(weight: torch.Tensor) -> bool:
+    """Whether a backward pass may lay a weight's gradient where it likes, and add to it there.
 
-    On a CPU, in a process of its own: with several workers the others' part comes into the gradient too, by hooks that
-    want to see what is added. On a GPU torch adds in a fixed order.
+    On a CPU, in a process of its own: with several workers the others' part comes into the gradient too, in place, by
+    hooks that want to see what is added. On a GPU torch adds repeated rows in a fixed order.
     """
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if weight.is_cuda or not alone or not weight.is_leaf or not weight.requires_grad:
-        return None
-    return weight.grad
+    return alone and not weight.is_cuda and weight.is_leaf and weight.requires_grad
+
+
+def gathered(weight: torch.Tensor) -> torch.Tensor | None:
+    """A weight's gradient from earlier passes of this step, where a backward pass may add to it; else None."""
+    return weight.grad if owned(weight) else None
 
 
 def matrix_gradient(weight: torch.Tensor, d_y: torch.Tensor, x: torch.Tensor, *, wide: bool) -> torch.Tensor | None:

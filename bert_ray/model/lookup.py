@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bert_ray.model.gradients import gathered
+from bert_ray.model.gradients import gathered, owned
 
 # Weight -> its gradient's storage (V, D), zero but for the rows of the ids (T,) beside it.
 _buffers: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -22,12 +22,8 @@ _buffers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def lookup(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Rows of a table: weight (V, D), ids int64 (T,) -> (T, D)."""
-    # On a GPU torch's own adds repeated rows in a fixed order. With several workers the others' rows come into the
-    # gradient too, in place, and no one here knows which.
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    if weight.is_cuda or not alone or not weight.requires_grad or not torch.is_grad_enabled():
-        return F.embedding(ids, weight)
-    return _Lookup.apply(weight, ids)
+    # With several workers the others' rows come into the gradient too, and no one here knows which to clear.
+    return _Lookup.apply(weight, ids) if owned(weight) and torch.is_grad_enabled() else F.embedding(ids, weight)
 
 
 class _Lookup(torch.autograd.Function):
