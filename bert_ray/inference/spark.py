@@ -116,9 +116,11 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
         # In a session of our own the master holds the workers to their number; in another the tasks must.
         tasks = min(len(plan.todo), _MOST_TASKS, (job.workers if not ours else None) or _MOST_TASKS)
         # From Arrow: rows of Python's would each go through Python workers that do nothing else.
-        units = pa.table({"unit": [unit.to_json() for unit in plan.todo]})
-        # From one partition a round robin is even: as many units to each task as to the next.
-        frame = session.createDataFrame(units).coalesce(1).repartition(tasks)
+        turns = pa.array([place % tasks for place in range(len(plan.todo))], pa.int32())
+        units = pa.table({"unit": [unit.to_json() for unit in plan.todo], "task": turns})
+        # As many units to each task as to the next, tried in the plan's order, so that what fails early is known early;
+        # a plain repartition sorts by hash first.
+        frame = session.createDataFrame(units).coalesce(1).repartitionById(tasks, "task")
         annotated = frame.mapInArrow(_unit_annotator(work), "outcome string")
         yield from _collected(session, annotated, plan)
 
@@ -135,12 +137,13 @@ def _unit_annotator(work: Work) -> Callable[[Iterator[pa.RecordBatch]], Iterator
 
 def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[Outcome]:
     """Run the frame in a thread, and tell what ended from the journal meanwhile."""
-    tag = f"bert_ray-{uuid.uuid4().hex[:12]}"
+    # The context's tags: the session's own can be interrupted only by the thread that added them.
+    context, tag = session.sparkContext, f"bert_ray-{uuid.uuid4().hex[:12]}"
     result: dict[str, Any] = {}
 
     def collect() -> None:
         try:
-            session.addTag(tag)
+            context.addJobTag(tag)
             result["rows"] = frame.collect()
         except Exception as error:  # Told to whoever waits for the thread.
             result["error"] = error
@@ -162,7 +165,7 @@ def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[
                     yield ended
     finally:
         if thread.is_alive():
-            session.interruptTag(tag)
+            context.cancelJobsWithTag(tag)
             thread.join(30)
     if error := result.get("error"):
         raise EngineError(f"Spark gave up: {_why(error)}") from error

@@ -147,6 +147,8 @@ def test_on_error_fail_stops_an_engine_at_the_first(
     assert (summary.exit_status, summary.failed) == (1, 1)
     assert "f0.parquet cannot be read" in summary.stopped
     assert summary.left > 0, "every unit was tried after the failure"
+    # Nor do the engine's workers go on with what nobody waits for any more.
+    assert len(journal_names(out, "receipts")) < summary.units / 2
     assert "f0.parquet cannot be read" in runs.failures(out).text
 
 
