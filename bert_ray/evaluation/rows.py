@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, LakeError
-from bert_ray.model.tokenization import is_blank
-from bert_ray.training.data import as_mask, one_array
+from bert_ray.training.data import one_array, usable_rows
 
 if TYPE_CHECKING:
     from bert_ray.model.tasks.base import Task
@@ -111,32 +110,16 @@ def _check(column: str, name: str, known: list[str], path: str) -> None:
 
 def _comparable(task: Task, inputs: list[pa.Array], truth: list[pa.Array]) -> Rows:
     """Leave out rows without a truth or an input, and those that the task finds fault with."""
-    labelled = np.ones(len(inputs[0]), bool)
-    if not task.truth_may_be_null:
-        for array in truth:
-            labelled &= as_mask(array.is_valid())
-    keep = labelled.copy()
-    for array in inputs:
-        keep &= as_mask(array.is_valid())
-        if task.blank_is_null:
-            keep &= ~as_mask(pc.fill_null(is_blank(array), True))
-    rows = Rows(
-        inputs=[array.filter(pa.array(keep)) for array in inputs],
-        truth=[array.filter(pa.array(keep)) for array in truth],
+    keep, left_out = usable_rows(task, inputs, truth)
+    counts = Counter[str]()
+    for found in left_out:
+        counts[found.part] += int(found.where.sum())
+    mask = pa.array(keep)
+    return Rows(
+        inputs=[array.filter(mask) for array in inputs],
+        truth=[array.filter(mask) for array in truth],
         numbers=np.flatnonzero(keep),
-        without_label=int((~labelled).sum()),
-        without_text=int((labelled & ~keep).sum()),
+        without_label=counts["truth"],
+        without_text=counts["input"],
+        faulty={found.what: int(found.where.sum()) for found in left_out if found.part == "fault"},
     )
-    if not len(rows.numbers):
-        return rows
-    good = np.ones(len(rows.numbers), bool)
-    for what, where in task.faults(rows.inputs, rows.truth).items():
-        if count := int((where & good).sum()):
-            rows.faulty[what] = count
-            good &= ~where
-    if not good.all():
-        rows.inputs, rows.truth = (
-            [array.filter(pa.array(good)) for array in arrays] for arrays in (rows.inputs, rows.truth)
-        )
-        rows.numbers = rows.numbers[good]
-    return rows

@@ -175,40 +175,72 @@ def _leaks(table: LabelledTable, names: Mapping[str, str], task: Task) -> list[s
     return notes
 
 
-def _usable(table: LabelledTable, task: Task) -> LabelledTable:
-    """Leave out rows without inputs or truth, and those that the task finds fault with; a note says how many."""
-    rows = len(table.inputs[0])
-    keep = np.ones(rows, bool)
-    reasons: list[str] = []
+@dataclass(kw_only=True, slots=True)
+class LeftOut:
+    """Rows that nobody can learn from or compare with, and why.
 
-    def leave_out(what: str, where: np.ndarray) -> None:
+    Attributes:
+        part: "truth" or "input" where that is missing, "fault" where the task finds fault with the row.
+        what: what is wrong.
+        where: bool (N,), the rows; each counts under the first thing that is wrong with it.
+    """
+
+    part: str
+    what: str
+    where: np.ndarray
+
+    def __str__(self) -> str:
+        first = f" (first: row {int(self.where.argmax())})" if self.part == "fault" else ""
+        return f"{int(self.where.sum())} with {self.what}{first}"
+
+
+def usable_rows(task: Task, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> tuple[np.ndarray, list[LeftOut]]:
+    """Tell rows without truth or inputs, and those that the task finds fault with, from the rest.
+
+    Args:
+        task: says what a row needs.
+        inputs: as the task reads them, (N,) each.
+        truth: its truth columns, (N,) each.
+
+    Returns:
+        bool (N,), the rows to keep; and why the others are not.
+    """
+    keep = np.ones(len(inputs[0]), bool)
+    found: list[LeftOut] = []
+
+    def leave_out(part: str, what: str, where: np.ndarray) -> None:
         fresh = where & keep
         if fresh.any():
             keep[fresh] = False
-            reasons.append(f"{int(fresh.sum())} with {what}")
+            found.append(LeftOut(part=part, what=what, where=fresh))
 
-    for name, array in zip(task.inputs, table.inputs, strict=True):
-        leave_out(f"no {name} (null)", as_mask(pc.is_null(array)))
-        if task.blank_is_null:
-            leave_out(f"a blank {name}", as_mask(pc.fill_null(is_blank(array), False)))
     if not task.truth_may_be_null:
-        for name, array in zip(task.truths, table.truth, strict=True):
-            leave_out(f"no {name} (null)", as_mask(pc.is_null(array)))
-    kept = table.filter(keep)
+        for name, array in zip(task.truths, truth, strict=True):
+            leave_out("truth", f"no {name} (null)", as_mask(pc.is_null(array)))
+    for name, array in zip(task.inputs, inputs, strict=True):
+        leave_out("input", f"no {name} (null)", as_mask(pc.is_null(array)))
+        if task.blank_is_null:
+            leave_out("input", f"a blank {name}", as_mask(pc.fill_null(is_blank(array), False)))
     if keep.any():
-        places = np.flatnonzero(keep)
-        for what, where in task.faults(kept.inputs, kept.truth).items():
-            whole = np.zeros(rows, bool)
+        places, mask = np.flatnonzero(keep), pa.array(keep)
+        faults = task.faults([array.filter(mask) for array in inputs], [array.filter(mask) for array in truth])
+        for what, where in faults.items():
+            whole = np.zeros(len(keep), bool)
             whole[places[where]] = True
-            if (whole & keep).any():
-                what += f" (first: row {int(np.flatnonzero(whole & keep)[0])})"
-            leave_out(what, whole)
-        kept = table.filter(keep)
-    left_out = rows - int(keep.sum())
+            leave_out("fault", what, whole)
+    return keep, found
+
+
+def _usable(table: LabelledTable, task: Task) -> LabelledTable:
+    """Leave out what cannot be used; a note says how many rows and why."""
+    keep, left_out = usable_rows(task, table.inputs, table.truth)
+    reasons = ", ".join(map(str, left_out))
     if not keep.any():
-        raise JobError(f"{table.path}: none of its {rows} rows can be used ({', '.join(reasons)})")
+        raise JobError(f"{table.path}: none of its {len(keep)} rows can be used ({reasons})")
+    kept = table.filter(keep)
     if left_out:
-        kept.notes = [*kept.notes, f"{table.path}: {left_out} of {rows} rows left out: {', '.join(reasons)}"]
+        missing = len(keep) - int(keep.sum())
+        kept.notes = [*kept.notes, f"{table.path}: {missing} of {len(keep)} rows left out: {reasons}"]
     return kept
 
 
