@@ -38,6 +38,9 @@ ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 # One of these as the encoder, and a decoder of BERT's layers that `decoder.py` walks.
 ENCODER_DECODER = "encoder-decoder"
 
+# Modules of sentence-transformers that task embedding has.
+_MODULES = ("Transformer", "Pooling", "Normalize")
+
 # What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
 _FINGERPRINTED = (".safetensors", ".json", ".txt", ".model", ".parquet")
 
@@ -355,18 +358,26 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
     max_length = max_positions(config)
     from bert_ray.model.tasks import TASKS
 
-    architecture = (raw.get("architectures") or [""])[0]
+    # Whatever the weights were before: many of sentence-transformers' directories keep ...ForMaskedLM in their config.
+    made = (directory / "modules.json").exists()
+    architecture = "" if made else (raw.get("architectures") or [""])[0]
     for task in TASKS.values():
         if task.architecture is not None and architecture.endswith(task.architecture) and task.fits(config):
             found = Card(task=task.kind, inputs=list(task.inputs), max_length=max_length)
             found.labels = task.labels_of(config)
             return found
     pooling, normalize = "mean", False
-    if (directory / "modules.json").exists():
+    if made:
         for module in json.loads((directory / "modules.json").read_text("utf-8")):
-            normalize |= module["type"].endswith("Normalize")
+            name = module["type"].rpartition(".")[2]
+            if name not in _MODULES:
+                raise BundleError(
+                    f"{directory}: modules.json has a module {name}, without which its vectors would be others; known "
+                    f"are {', '.join(_MODULES)}"
+                )
+            normalize |= name == "Normalize"
             settings = directory / module["path"] / "config.json"
-            if module["type"].endswith("Pooling") and settings.exists():
+            if name == "Pooling" and settings.exists():
                 pooling = _pooling(json.loads(settings.read_text("utf-8")), directory)
         limits = directory / "sentence_bert_config.json"
         if limits.exists():

@@ -26,7 +26,7 @@ from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.base import Learning, Options, Outputs, one_of, set_dropout
 from bert_ray.model.tasks.numbers import correlations, numbers
-from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
 from bert_ray.model.tokenization import Pieces, to_python_strings
 
 if TYPE_CHECKING:
@@ -81,13 +81,23 @@ class Embedding(PooledTask):
         return Pieces(tokens=pieces.tokens, rows=pieces.rows // 2)
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
-        """Vectors float32 (B, D) -> fixed-size lists."""
-        return pa.FixedSizeListArray.from_arrays(pa.array(outputs.values.reshape(-1)), outputs.values.shape[1])
+        """Vectors float32 (P, D) -> fixed-size lists."""
+        vectors = self.vectors(outputs, pieces)
+        return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
     # Training.
 
     def choose_inputs(self, named: Collection[str]) -> None:
-        """Pairs of texts; with loss cosine also their scores."""
+        """Pairs of texts; with loss cosine also their scores.
+
+        Raises:
+            JobError: a text would be read in windows, which the losses do not compare.
+        """
+        if self.options.overflow == "windows":
+            raise JobError(
+                "options.overflow is 'windows', but training compares texts that are read at once: give truncate or "
+                "head_tail; what is trained can embed in windows all the same"
+            )
         self.inputs = ("text", "text_pair")  # type: ignore[misc]  # While training, over that of the class.
         self.truths = ("label",) if self.options.loss == "cosine" else ()  # type: ignore[misc]
 
@@ -178,7 +188,7 @@ class Embedding(PooledTask):
 
     def validate(self, outputs: Outputs, examples: Examples) -> dict[str, float]:
         """With scores the correlation; without, how high a text's own pair stands among all validation pairs."""
-        vectors = outputs.values / np.maximum(np.linalg.norm(outputs.values, axis=1, keepdims=True), 1e-12)
+        vectors = unit(outputs.values)
         first, second = vectors[0::2], vectors[1::2]
         if examples.truth:
             return correlations(np.einsum("bd,bd->b", first, second), examples.truth[0])

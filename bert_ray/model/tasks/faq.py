@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, one_of
-from bert_ray.model.tasks.faq_index import FaqIndex, Match, unit
+from bert_ray.model.tasks.faq_index import FaqIndex, Match
 from bert_ray.model.tasks.faq_report import faq_report
-from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
 from bert_ray.model.tasks.sections import Section
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, is_text, to_python_strings
 
@@ -179,9 +179,14 @@ class Faq(PooledTask):
             pooling=base.card.pooling,
             normalize=base.card.normalize,
         )
-        annotator = Annotator(replace(base, card=encoding), AnnotatorSpec(model=base.reference))
-        question, answer = (_matrix(annotator.annotate([pairs[name]])) for name in ("question", "answer"))
-        index = FaqIndex(question_vectors=question, answer_vectors=answer, **pairs)
+        # The prompt stands before what is asked, so before the questions of the index, and not before answers.
+        prompts = {"question": self.options.prompt, "answer": ""}
+        found = {}
+        for name, prompt in prompts.items():
+            spec = AnnotatorSpec(model=base.reference, options={"prompt": prompt})
+            annotator = Annotator(replace(base, card=encoding), spec)
+            found[f"{name}_vectors"] = _matrix(annotator.annotate([pairs[name]]))
+        index = FaqIndex(**found, **pairs)
         card = replace(
             self.card,
             inputs=list(self.inputs),
@@ -287,7 +292,13 @@ def build_index(
     if lacking := [column for column in named.values() if column not in table.column_names]:
         raise ColumnError(f"the table has no column {lacking[0]!r}; it has {', '.join(table.column_names)}")
     names = {item: named.get(item, item) for item in Faq.builds}
-    card = Card(task=Faq.kind, name=name, max_length=max_length or base.card.max_length, options=dict(options or {}))
+    inherited = {item: base.card.options[item] for item in Faq.inherits if item in base.card.options}
+    card = Card(
+        task=Faq.kind,
+        name=name,
+        max_length=max_length or base.card.max_length,
+        options=inherited | dict(options or {}),
+    )
     found = {item: table.column(column) for item, column in names.items() if column in table.column_names}
     provenance = {"base": {"reference": os.fspath(model), "fingerprint": base.fingerprint}}
     Faq(card, base.config).build(base, found, Path(output), provenance)

@@ -131,12 +131,6 @@ class FaqIndex:
         return ranks
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (B, D) scaled to length 1; zero stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
-
-
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     found = column.combine_chunks()
     return pa.concat_arrays(found.chunks) if isinstance(found, pa.ChunkedArray) else found

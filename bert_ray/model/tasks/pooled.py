@@ -1,6 +1,6 @@
 """What tasks share whose outputs are vectors of texts: prompt, pooling, and the layout of sentence-transformers.
 
-Shapes: P pieces, T tokens of a packed batch, D hidden size.
+Shapes: B rows, P pieces, T tokens of a packed batch, D hidden size.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.base import Outputs
     from bert_ray.model.tokenization import Pieces, Tokenizer
 
 
@@ -80,6 +82,14 @@ class PooledTask(Task):
             pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths)
         return F.normalize(pooled, dim=1) if self.card.normalize else pooled
 
+    def vectors(self, outputs: Outputs, pieces: Pieces) -> np.ndarray:
+        """One vector a row, float32 (B, D): the mean of its windows', of unit length where the card says so."""
+        starts = pieces.starts
+        if len(pieces) == len(starts) - 1:
+            return outputs.values
+        found = np.add.reduceat(outputs.values, starts[:-1], axis=0) / np.diff(starts)[:, None].astype(np.float32)
+        return unit(found) if self.card.normalize else found
+
     def write_files(self, directory: Path) -> None:
         """What sentence-transformers reads besides: modules, pooling, length and prompt."""
         modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -107,3 +117,8 @@ class PooledTask(Task):
             (directory / path).mkdir(exist_ok=True)
         for name, value in files.items():
             (directory / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (B, D) scaled to unit length; a zero vector stays."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)

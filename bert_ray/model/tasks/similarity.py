@@ -3,7 +3,7 @@
 Runs on any embedding bundle (`task: similarity`); nothing is trained. Output: float32. A blank text has the vector of
 its special tokens alone, as in embedding. A model trained to score pairs is another task, `regression`.
 
-Shapes: B rows, P distinct texts among both inputs, a piece each, D hidden size.
+Shapes: B rows, P pieces of the distinct texts among both inputs, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tasks.numbers import correlations, numbers, numbers_report
-from bert_ray.model.tasks.pooled import PooledTask
+from bert_ray.model.tasks.pooled import PooledTask, unit
 from bert_ray.model.tokenization import Pieces, Tokenizer
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ class Similarity(PooledTask):
         return pa.float32()
 
     def encode(self, tokenize: Tokenizer, inputs: Sequence[pa.Array]) -> Pieces:
-        """The distinct texts of both inputs, a piece each: a text that stands in many pairs is read once."""
+        """The distinct texts of both inputs: a text that stands in many pairs is read once."""
         # `decode` finds a row's texts again by the same encoding; `rows` therefore counts texts, not rows.
         return super().encode(tokenize, [pa.concat_arrays(list(inputs)).dictionary_encode().dictionary])
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
-        """Vectors float32 (P, D) of the distinct texts -> cosines (B,)."""
+        """Vectors float32 (P, D) -> cosines (B,)."""
         codes = pa.concat_arrays(list(inputs)).dictionary_encode().indices.to_numpy()
-        vectors = outputs.values / np.maximum(np.linalg.norm(outputs.values, axis=1, keepdims=True), 1e-12)
+        vectors = unit(self.vectors(outputs, pieces))
         first, second = np.split(codes, 2)
         return pa.array(np.einsum("bd,bd->b", vectors[first], vectors[second]).astype(np.float32))
 

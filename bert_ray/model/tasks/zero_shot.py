@@ -26,7 +26,7 @@ from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs
 from bert_ray.model.tasks.classification import Classification
 from bert_ray.model.tasks.label_report import SCORED_LABELS, label_sets_report, majority, one_label_report
-from bert_ray.model.tasks.pooled import PooledTask, PromptOptions
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
 from bert_ray.model.tokenization import Pieces, Ragged
 
 if TYPE_CHECKING:
@@ -69,14 +69,6 @@ class LabelsByEmbedding(PooledTask):
     def output_type(self) -> pa.DataType:
         """That of classification."""
         return self.judge.output_type()
-
-    def vectors(self, outputs: Outputs, pieces: Pieces) -> np.ndarray:
-        """One vector a row, float32 (B, D): the mean of its pieces', of unit length where the card says so."""
-        starts = pieces.starts
-        if len(pieces) == len(starts) - 1:
-            return outputs.values
-        found = np.add.reduceat(outputs.values, starts[:-1], axis=0) / np.diff(starts)[:, None].astype(np.float32)
-        return unit(found) if self.card.normalize else found
 
     def annotations(self, logits: np.ndarray, inputs: Sequence[pa.Array]) -> pa.Array:
         """Logits float32 (B, C) -> structs, as classification does it."""
@@ -362,11 +354,6 @@ def parse_labels(labels: Any) -> dict[str, str]:
 
 class _Pairs(list[Any]):
     """The items of a mapping, repeated keys of a JSON object kept."""
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (N, D) scaled to unit length; a zero vector stays."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 def figures(so: np.ndarray, said: np.ndarray, names: Sequence[str]) -> dict[str, float]:

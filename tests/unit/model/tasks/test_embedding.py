@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bert_ray.errors import BertRayError
+from bert_ray.errors import BertRayError, BundleError, JobError
 from bert_ray.inference import local
 from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.tasks.embedding import cosent_loss, in_batch_loss, retrieval
@@ -90,7 +90,7 @@ def test_a_text_in_common_is_no_negative() -> None:
 
 
 def test_losses_are_sentence_transformers_own() -> None:
-    losses = pytest.importorskip("sentence_transformers.losses", reason="of the extra `bench`")
+    losses = pytest.importorskip("sentence_transformers.losses")
     torch.manual_seed(0)
     first, second = (F.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
     theirs = losses.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings([first, second], None)
@@ -180,14 +180,55 @@ def test_sentence_transformers_reads_our_bundle_and_we_read_its(
     assert (read.pooling, read.normalize, read.max_length, read.options) == (pooling, normalize, 20, card.options)
     assert np.array_equal(vectors(str(plain), texts), found)
     assert json.loads((plain / "config_sentence_transformers.json").read_text())["default_prompt_name"] == "default"
-    library = pytest.importorskip("sentence_transformers", reason="of the extra `bench`")
+    library = pytest.importorskip("sentence_transformers")
     theirs = library.SentenceTransformer(str(tmp_path / "ours"), device="cpu").encode(texts)
     assert np.allclose(theirs, found, atol=1e-5)
+
+
+def test_what_modules_say_comes_before_what_the_weights_were(tiny_encoder: Path, tmp_path: Path) -> None:
+    base = load_bundle(str(tiny_encoder))
+    card = Card(task="embedding", max_length=20, pooling="cls")
+    directory = Path(save_bundle(tmp_path / "model", base.model(), base.tokenizer(), card).reference)
+    (directory / "bert_ray.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    assert load_bundle(str(directory)).card.task == "embedding"
+    modules = json.loads((directory / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (directory / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(BundleError, match=r"modules\.json has a module Dense"):
+        load_bundle(str(directory))
 
 
 def test_a_prompt_is_read_before_every_text(tiny_encoder: Path) -> None:
     model = str(tiny_encoder)
     assert np.allclose(vectors(model, ["food"], prompt="bad "), vectors(model, ["bad food"]), atol=1e-6)
+
+
+def test_a_long_text_in_windows_is_their_mean(tiny_encoder: Path, tmp_path: Path) -> None:
+    base = load_bundle(tiny_encoder)
+    card = Card(task="embedding", max_length=6, normalize=True, options={"overflow": "windows", "overlap": 0})
+    model = save_bundle(tmp_path / "windows", base.model(), base.tokenizer(), card).reference
+    long = ["food place film story film phone place", "phone was good", "story food was good film"]
+    windows = base.tokenizer()(long, max_length=6, stride=0, truncation=True, return_overflowing_tokens=True)
+    assert len(windows["input_ids"]) > 3  # Else there is nothing to see.
+    whole = [base.tokenizer().decode(ids, skip_special_tokens=True) for ids in windows["input_ids"]]
+    of = np.array(windows["overflow_to_sample_mapping"])
+    each = vectors(model, whole)
+    expected = np.stack([each[of == row].mean(axis=0) for row in range(3)])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors(model, long), expected, atol=1e-5)
+    pairs = pa.table({"text": [long[0], long[0], "food"], "text_pair": [long[2], long[0], long[1]]})
+    cosines = local.annotate(pairs, model, task="similarity")["similarity"].to_numpy()
+    food = vectors(model, ["food"])[0]
+    wanted = [expected[0] @ expected[2], 1.0, food @ expected[1]]
+    np.testing.assert_allclose(cosines, wanted, atol=1e-5)
+
+
+def test_training_reads_no_windows(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:
+    data = DataOptions(train=str(related), validation_fraction=0.25)
+    with pytest.raises(JobError, match=r"options\.overflow is 'windows'.*give truncate or head_tail"):
+        run(tiny_encoder, tmp_path / "model", data, options={"overflow": "windows"})
 
 
 def test_training_takes_the_prompt_over(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.inference import local
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import load_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.faq import build_index
-from bert_ray.model.tasks.faq_index import FaqIndex, unit
+from bert_ray.model.tasks.faq_index import FaqIndex
+from bert_ray.model.tasks.pooled import unit
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import train
 
@@ -86,6 +87,22 @@ def test_the_known_question_has_score_1(shop: Path) -> None:
     assert [answer["score"] for answer in found] == pytest.approx([1.0] * 5, abs=1e-5)
     found = ask(shop, PAIRS["question"] + PAIRS["answer"], match="both")
     assert ids(found) == PAIRS["id"] * 2
+
+
+def test_a_prompt_stands_before_asked_and_known_questions_alone(tmp_path: Path) -> None:
+    base = load_bundle(MINILM)
+    card = dataclasses.replace(base.card, options={"prompt": "query: "})
+    prompted = save_bundle(tmp_path / "prompted", base.model(), base.tokenizer(), card)
+    build_index(prompted.reference, pa.table(PAIRS), tmp_path / "faq")
+    assert load_bundle(tmp_path / "faq").card.options == {"prompt": "query: "}
+    for match in ("question", "answer"):
+        found = ask(tmp_path / "faq", PAIRS[match], match=match)
+        scores = [answer["score"] for answer in found]
+        assert ids(found) == PAIRS["id"]
+        if match == "question":
+            assert scores == pytest.approx([1.0] * 5, abs=1e-5)
+        else:
+            assert max(scores) < 0.9999  # What is asked has the prompt, the answer has not.
 
 
 def test_null_under_the_threshold(shop: Path) -> None:
