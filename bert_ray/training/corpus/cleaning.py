@@ -36,6 +36,8 @@ def clean(text: str, markup: str = "none") -> str:
     """
     if markup == "html":
         text = html.unescape(_TAG.sub(" ", text)) if "<" in text or "&" in text else text
+    # Before anything else: a control character may stand between a letter and its mark.
+    text = _CONTROL.sub("", text)
     if len(text) <= _SLICE_CHARACTERS:
         return _clean(text)
     parts: list[str] = []
@@ -65,7 +67,7 @@ def slices(text: str, size: int) -> Iterator[str]:
 
 
 def _clean(text: str) -> str:
-    return " ".join(_CONTROL.sub("", unicodedata.normalize("NFC", text)).split())
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _cut(text: str) -> int:

@@ -11,7 +11,7 @@ from bert_ray.training.corpus.cleaning import clean, slices
 
 def test_what_cleaning_does() -> None:
     assert clean("  a\tb\r\n\n c  ") == "a b c"
-    assert clean("cafe\u0301") == "café"
+    assert clean("cafe\u0301") == clean("cafe\xad\u0301") == "café"
     assert clean("\ufeffco\xadop\x00 \x1b[1m") == "coop [1m"
     assert clean("\u2028\x1f \x85") == ""
     assert clean("1 < 2 &amp; <br />so") == "1 < 2 &amp; <br />so"
@@ -31,10 +31,7 @@ def test_a_long_text_is_cleaned_as_a_short_one(text: str) -> None:
         sliced = clean(text)
     finally:
         cleaning._SLICE_CHARACTERS = before
-    # A cut that falls within 16 letters without a blank may part a control character from the blank beside it.
-    assert sliced.replace(" ", "") == whole.replace(" ", "")
-    if not set(text) & set("\xad\x00"):
-        assert sliced == whole
+    assert sliced == whole
 
 
 @given(TEXTS, st.integers(5, 40))
