@@ -4,7 +4,7 @@
 # make lint    ruff, the directions of imports, types
 # make bench   the measured comparison with other libraries (installs them first)
 # make quality the model's accuracy on full data sets (needs ../shared/data)
-# make pretrain-proof  whether a BERT pretrained here is better than one that was not (needs ../shared/data)
+# make pretrain-proof  what pretraining here brings; ZeRO's memory, equal losses and gradients (needs ../shared/data)
 # make clean   takes back what the others made: .venv, demo_output, caches
 
 PY := .venv/bin/python
@@ -45,6 +45,8 @@ quality: setup
 
 pretrain-proof: setup
 	@$(PY) benchmarks/pretrain_proof.py $(ARGS)
+	@$(PY) benchmarks/zero.py
+	@$(PY) -m pytest -q tests/integration/test_train_zero.py tests/unit/training/test_pretraining.py
 
 clean:
 	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

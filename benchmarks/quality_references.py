@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from quality_cases import Case, answer_stands
 
-Reference = Callable[[Case, pa.Table, pa.Table, int, str], float]
+# The measure alone, or all that it measures.
+Reference = Callable[[Case, pa.Table, pa.Table, int, str], float | dict[str, float]]
 
 
 def _source(case: Case) -> str:
@@ -123,7 +124,7 @@ def tokens(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: st
     return float(f1_score(so, said))
 
 
-def questions(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
+def questions(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> dict[str, float]:
     """Answers, as run_qa.py does: windows of 384 tokens with 128 shared, [CLS] where a window has no answer.
 
     The best span of a test row as run_qa.py finds it; F1 as in SQuAD's own script. Rows whose answer does not stand at
@@ -179,7 +180,7 @@ def questions(case: Case, train: pa.Table, test: pa.Table, seed: int, precision:
     task = get_task(Card(task="answer", inputs=["question", "context"]))
     inputs = [test[name].combine_chunks() for name in task.inputs]
     truth = [test[name].combine_chunks() for name in task.truths]
-    return task.metrics(pa.array(said, task.output_type()), inputs, truth)[case.measure]
+    return task.metrics(pa.array(said, task.output_type()), inputs, truth)
 
 
 def tfidf(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
@@ -251,16 +252,20 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precis
     return _cosines(model, test)
 
 
-def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
-    """The right answer first, by sentence-transformers' semantic_search."""
+def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> dict[str, float]:
+    """The right answer's place, by sentence-transformers' semantic_search."""
     from sentence_transformers.util import semantic_search
 
     model = _sentence_model(case)
     answers = model.encode(train["answer"].to_pylist(), convert_to_tensor=True)
     asked = model.encode(test["question"].to_pylist(), convert_to_tensor=True)
-    found = semantic_search(asked, answers, top_k=1)
-    said = [train["id"][hits[0]["corpus_id"]].as_py() for hits in found]
-    return float(np.mean([one == other for one, other in zip(said, test["id"].to_pylist(), strict=True)]))
+    found = semantic_search(asked, answers, top_k=len(train))
+    place = {name: row for row, name in enumerate(train["id"].to_pylist())}
+    ranks = [
+        1 + [hit["corpus_id"] for hit in hits].index(place[name])
+        for hits, name in zip(found, test["id"].to_pylist(), strict=True)
+    ]
+    return {"recall@1": float(np.mean(np.equal(ranks, 1))), "mrr": float(np.mean(1 / np.array(ranks)))}
 
 
 REFERENCES: dict[str, Reference] = {
