@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from bert_ray.errors import BertRayError
 from bert_ray.model.tokenization import to_python_strings
+from bert_ray.training.data import rows_known
 
 if TYPE_CHECKING:
     from bert_ray.model.tasks.base import Task
@@ -62,11 +61,5 @@ def _seen(inputs: Sequence[pa.Array], task: Task, table: pads.Dataset, columns: 
         read = [
             task.read(name, batch.column(column), column) for name, column in zip(task.inputs, columns, strict=True)
         ]
-        known = np.ones(len(batch), bool)
-        for array, wanted in zip(read, inputs, strict=True):
-            # A null is in no list here: it is no text that could be known by heart.
-            known &= pc.is_in(array, wanted, skip_nulls=True).to_numpy(zero_copy_only=False)
-        if known.any():
-            which = pa.array(known)
-            seen.update(zip(*(to_python_strings(array.filter(which)) for array in read), strict=True))
+        seen.update(rows_known(read, inputs))
     return seen

@@ -16,7 +16,10 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +28,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_ray.errors import BundleError, JobError
+from bert_ray.errors import BertRayError, BundleError, JobError
 from bert_ray.planning.tfidf import fit_tfidf
 
 if TYPE_CHECKING:
     from bert_ray.planning.job import ChooseJob
 
 BASELINE = "TF-IDF + logistic regression"
+# Different texts to learn from and to compare on, and rows to compare on; `split` holds out a quarter where it can.
+_LEAST_TEXTS, _LEAST_TESTED = 80, 10
 # Rows that speed and memory are measured on.
 _SPEED_ROWS = 512
 # Two candidates are told apart when their accuracies differ by more than this many standard errors (95 %).
@@ -51,6 +56,7 @@ class Candidate:
         right: bool (T,), which test rows it gets right.
         rows_per_second, memory_mb: of a process that annotates with it; NaN until measured.
         model: the trained bundle's directory, or the fitted pipeline.
+        error: why it cannot be used; empty: it can.
         note: why it went no further.
     """
 
@@ -63,6 +69,7 @@ class Candidate:
     rows_per_second: float = math.nan
     memory_mb: float = math.nan
     model: Any = None
+    error: str = ""
     note: str = ""
 
     @property
@@ -132,27 +139,36 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         tell: called with lines of progress.
 
     Raises:
-        JobError: the table has too few rows to learn from and to compare on.
+        JobError: the table has too few rows to learn from and to compare on, or `first_rows` fewer than it has labels.
         ColumnError: a column is missing or of the wrong type.
         BundleError: none of the models can be used.
     """
     started = time.monotonic()
     texts, labels = _read(job, tell)
-    order = np.random.default_rng(job.seed).permutation(len(texts))
-    tested = min(job.test_rows, len(texts) // 4)
-    test, rest = order[:tested], order[tested:]
-    if len(set(labels[rest])) < 2:
-        raise JobError(f"{job.table}: the {len(rest)} rows to learn from have one label only")
+    kinds = len(set(labels))
+    first = job.first_rows or max(200, 20 * kinds)
+    if first < kinds:
+        raise JobError(f"first_rows is {first}, but {job.table} has {kinds} labels: give at least a row for each")
+    test, rest = split(texts, labels, job.test_rows, job.seed)
+    if len(test) < _LEAST_TESTED:
+        raise JobError(
+            f"{job.table}: only {len(test)} of its {len(texts)} rows can be held out to compare on, as equal texts go "
+            "together and no label may lose all of its rows; give more different texts for each label, or raise "
+            "test_rows"
+        )
     output = Path(job.output)
     output.mkdir(parents=True, exist_ok=True)
     candidates = _candidates(job, texts, tell)
-    first = job.first_rows or max(200, 20 * len(set(labels)))
     deadline = started + 60.0 * job.budget_minutes
     rows = min(first, len(rest))
     live = list(candidates)
     while live:
         for item in live:
-            _learn(job, item, texts, labels, rest[:rows], test, deadline, tell)
+            try:
+                _learn(job, item, texts, labels, rest[:rows], test, deadline, tell)
+            except BertRayError as error:
+                # What it learned before is gone with its bundle, so that it is not compared either.
+                _leave_out(item, error, tell)
         live = [item for item in live if not item.note]
         if rows == len(rest):
             break
@@ -160,7 +176,16 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         rows = min(2 * rows, len(rest))
     for item in candidates:
         if item.rows:
-            item.rows_per_second, item.memory_mb = _speed(item, texts[test][:_SPEED_ROWS], job.threads)
+            try:
+                item.rows_per_second, item.memory_mb = _speed(item, texts[test][:_SPEED_ROWS], job.threads)
+            except BertRayError as error:
+                _leave_out(item, error, tell)
+    if all(item.error for item in candidates if item.reference is not None):
+        errors = [f"{item.name}: {item.error}" for item in candidates if item.error]
+        raise BundleError(f"none of the models can be used: {'; '.join(errors)}")
+    if not any(item.rows for item in candidates):
+        notes = [f"{item.name}: {item.note}" for item in candidates]
+        raise JobError(f"no candidate has learned: {'; '.join(notes)}")
     ranked = sorted((item for item in candidates if item.rows), key=lambda item: -item.accuracy)
     best, reason = recommend(ranked)
     majority = max(float((labels[test] == label).mean()) for label in set(labels[rest]))
@@ -169,12 +194,48 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         recommended=best,
         reason=reason,
         majority=majority,
-        test_rows=tested,
+        test_rows=len(test),
         drawing=output / "choose.svg",
     )
     _draw(choice)
     _write(choice, output / "choose.json", job)
     return choice
+
+
+def split(texts: np.ndarray, labels: np.ndarray, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to compare on and rows to learn from, equal texts on one side, drawn by the seed.
+
+    Args:
+        texts: strings, (N,).
+        labels: their labels, strings (N,).
+        most: rows to compare on; at most a quarter of the rows and of the different texts.
+        seed: decides which.
+
+    Returns:
+        row numbers to compare on, and those to learn from. Each label has rows among the latter, and any first part of
+        them that is as long as there are labels has all labels, in about the shares of the whole.
+    """
+    order = np.random.default_rng(seed).permutation(len(texts))
+    groups: dict[str, list[int]] = {}
+    for row in order.tolist():
+        groups.setdefault(texts[row], []).append(row)
+    left, most = Counter(labels.tolist()), min(most, len(texts) // 4)
+    test: list[int] = []
+    room = len(groups) // 4
+    for rows in groups.values():
+        here = Counter(labels[rows].tolist())
+        if room and len(test) + len(rows) <= most and all(left[label] > count for label, count in here.items()):
+            test += rows
+            left -= here
+            room -= 1
+    rest = order[~np.isin(order, test)]
+    # A label's rows at even distances, its first in front: the k-th of n stands at the share k / n of the way.
+    seen: Counter[str] = Counter()
+    place = np.zeros(len(rest))
+    for number, label in enumerate(labels[rest].tolist()):
+        place[number] = seen[label] / left[label]
+        seen[label] += 1
+    return np.array(test, np.int64), rest[np.argsort(place, kind="stable")]
 
 
 def recommend(ranked: list[Candidate]) -> tuple[Candidate, str]:
@@ -230,12 +291,18 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
     for note in table.notes:
         tell(f"note: {note}")
     task.labels_in(table.truth)
-    rows = len(table.inputs[0])
-    if rows < 80:
-        raise JobError(
-            f"{job.table} has {rows} rows that can be used; give at least 80 to learn from and to compare on"
-        )
     texts = np.array(to_python_strings(table.inputs[0]), object)
+    rows, different = len(texts), len(set(texts))
+    if different < rows:
+        tell(
+            f"note: {job.table}: {rows - different} of {rows} rows repeat the text of another; equal texts are either "
+            "learned from or compared on"
+        )
+    if different < _LEAST_TEXTS:
+        raise JobError(
+            f"{job.table} has {different} different texts that can be used; give at least {_LEAST_TEXTS} to learn from "
+            "and to compare on"
+        )
     return texts, np.array(label_texts(table.truth[0]).to_pylist(), object)
 
 
@@ -337,9 +404,21 @@ def _annotate(model: str, texts: np.ndarray, threads: int | None) -> list[str]:
 
 
 def _speed(item: Candidate, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
-    """Rows per second, and the peak memory (MB) of a process of its own that does nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(_measure, (item.model, texts, threads))
+    """Rows per second, and the peak memory (MB) of a process of its own that does nothing else.
+
+    Raises:
+        JobError: that process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(_measure, item.model, texts, threads).result()
+        except BrokenProcessPool as error:
+            raise JobError("the process that measures speed was killed, perhaps for lack of memory") from error
+
+
+def _leave_out(item: Candidate, error: BertRayError, tell: Callable[[str], None]) -> None:
+    item.rows, item.error, item.note = 0, str(error), f"left out: {error}"
+    tell(f"note: {item.name}: {item.note}")
 
 
 def _measure(model: Any, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
@@ -408,5 +487,6 @@ def _write(choice: Choice, path: Path, job: ChooseJob) -> None:
         "recommended": choice.recommended.name,
         "reason": choice.reason,
         "candidates": found,
+        "left_out": {item.name: item.error for item in choice.candidates if item.error},
     }
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

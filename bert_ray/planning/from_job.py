@@ -15,6 +15,7 @@ import numpy as np
 from bert_ray.errors import JobError
 from bert_ray.model.flops import Dims, dims_of, parameters
 from bert_ray.planning.workload import Workload
+from bert_ray.training.order import mean_batch
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle
@@ -81,9 +82,9 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
         step_tokens = float(job.batch_tokens)
         # Of every step a share is replayed, beside which the corpus itself is passed over (training/pretraining.py).
         own = 1.0 - job.data.replay_share if job.data.replay is not None else 1.0
-        steps = job.steps or max(1, math.ceil(job.epochs * rows.count * rows.tokens / own / step_tokens))
-        # Batch-size warm-up rises on a line from an eighth (training/pretraining.py).
-        tokens = steps * step_tokens * (1 - job.batch_warmup * (1 - 1 / 8) / 2)
+        mean_tokens = step_tokens * mean_batch(job.batch_warmup)
+        steps = job.steps or max(1, math.ceil(job.epochs * rows.count * rows.tokens / own / mean_tokens))
+        tokens = steps * mean_tokens
     else:
         size = min(job.batch_size, rows.count)
         step_tokens = size * rows.windows * rows.tokens

@@ -19,8 +19,8 @@ class ChooseJob:
         columns: table columns by `text` and `label`, where their names differ.
         budget_minutes: time for all trainings together. Every candidate learns from few rows first; the better half
             goes on with twice as many (successive halving, Jamieson and Talwalkar, arXiv 1502.07943).
-        first_rows: rows of the first turn; default: 20 for each label, at least 200.
-        test_rows: most rows that are held out to compare the candidates on.
+        first_rows: rows of the first turn, at least one for each label; default: 20 for each, at least 200.
+        test_rows: most rows that are held out to compare the candidates on; never more than a quarter.
         epochs: of each fine-tuning.
         learning_rate: of each fine-tuning, the peak.
         max_length: tokens to which texts are cut.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bert_ray.errors import JobError
+
 # Share of CJK characters from which on a text is taken to have no blanks between words.
 _UNSPACED = 0.2
 
@@ -19,6 +21,9 @@ def fit_tfidf(texts: Sequence[str], labels: Sequence[Any], seed: int = 0) -> Any
 
     Returns:
         A fitted pipeline: `predict(texts)`, `predict_proba(texts)`.
+
+    Raises:
+        JobError: the texts have no words, or the labels are all the same.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -31,7 +36,11 @@ def fit_tfidf(texts: Sequence[str], labels: Sequence[Any], seed: int = 0) -> Any
     else:
         words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2 if len(texts) > 999 else 1)
     # C=10: weaker regularisation than scikit-learn's default of 1, as sparse texts want it.
-    return make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000, random_state=seed)).fit(texts, labels)
+    pipeline = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000, random_state=seed))
+    try:
+        return pipeline.fit(texts, labels)
+    except ValueError as error:  # scikit-learn says what is wrong: no word of two letters, one class only.
+        raise JobError(f"{len(texts)} texts cannot be learned from by words: {error}") from error
 
 
 def unspaced(texts: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
 from bert_ray.training.order import held_out
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import torch
 
@@ -281,13 +281,11 @@ def training_data(
     if options.validation is not None:
         train, validation = table, read_labelled(options.validation, task, options.columns)
         notes += validation.notes
-        same = np.ones(len(validation.inputs[0]), bool)
-        for one, other in zip(validation.inputs, train.inputs, strict=True):
-            same &= as_mask(pc.is_in(one, other))
-        if shared := int(same.sum()):
+        seen = set(rows_known(train.inputs, validation.inputs))
+        if shared := sum(row in seen for row in rows_known(validation.inputs, train.inputs)):
             notes.append(
-                f"{shared} of the {len(same)} rows in {validation.path} also stand in {table.path}: the validation "
-                "metrics will flatter the model"
+                f"{shared} of the {len(validation.inputs[0])} rows in {validation.path} also stand in {table.path}: "
+                "the validation metrics will flatter the model"
             )
     elif options.validation_fraction > 0:
         out = held_out(to_python_strings(table.inputs[key]), options.validation_fraction)
@@ -318,6 +316,21 @@ def training_data(
     # Only validation's own columns are compared with annotations; the others need not travel to the workers.
     data.train.inputs, data.train.truth = (), ()
     return data, notes
+
+
+def rows_known(inputs: Sequence[pa.Array], others: Sequence[pa.Array]) -> Iterator[tuple[str, ...]]:
+    """The rows of a table that have each of their inputs somewhere in another's, not needfully in one row of it.
+
+    Args:
+        inputs: as the task reads them, (N,) each.
+        others: of the other table, (M,) each.
+    """
+    known = np.ones(len(inputs[0]), bool)
+    for one, other in zip(inputs, others, strict=True):
+        # A null is in no list here: it is no text that could be known by heart.
+        known &= as_mask(pc.is_in(one, other, skip_nulls=True))
+    which = pa.array(known)
+    return zip(*(to_python_strings(array.filter(which)) for array in inputs), strict=True)
 
 
 def _untaught(task: Task, taught: Sequence[str], path: str) -> list[str]:

@@ -1,8 +1,10 @@
-"""The task that docs/adding-a-task.md adds works as the page says: its code is run word for word."""
+"""The task that docs/adding-a-task.md adds works as the page says: its code and its commands are run word for word."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bert_ray import cli
 from bert_ray.inference import local
+from bert_ray.model.bundle import load_bundle
 from bert_ray.model.tasks import TASKS
-from bert_ray.training.job import DataOptions, TrainJob
-from bert_ray.training.launch import train
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "adding-a-task.md"
+WORDS = {1: "terrible", 2: "bad", 3: "nice", 4: "great", 5: "excellent"}
 
 
 @pytest.fixture
@@ -26,32 +30,50 @@ def stars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "stars", names["Stars"])
 
 
-def test_the_page_s_task_trains_and_annotates(stars: None, tiny_encoder: Path, tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    words = {1: "terrible", 2: "bad", 3: "nice", 4: "great", 5: "excellent"}
-    labels = [int(draw.integers(1, 6)) for _ in range(150)]
-    texts = [f"the film was {words[label]} {row}" for row, label in enumerate(labels)]
-    path = tmp_path / "reviews.parquet"
-    pq.write_table(pa.table({"text": texts, "stars": labels}), path)
-    data = DataOptions(train=str(path), validation_fraction=0.2, columns={"label": "stars"})
-    job = TrainJob(
-        model=str(tiny_encoder),
-        output=str(tmp_path / "model"),
-        data=data,
-        task="stars",
-        engine="local",
-        epochs=12,
-        batch_size=16,
-        learning_rate=3e-3,
-        threads=1,
-    )
-    result = train(job, tell=lambda _: None)
-    assert set(result.metrics) == {"within_one", "mean_error"}
-    assert result.metrics["within_one"] > 0.6
+def commands() -> dict[str, list[str]]:
+    """The page's commands: name -> its words."""
+    text = PAGE.read_text("utf-8").replace("\\\n", " ")
+    lines = (shlex.split(line) for line in re.findall(r"^bert-ray (.*)$", text, re.MULTILINE))
+    return {name: words for name, *words in lines}
+
+
+def reviews(rows: int, seed: int) -> pa.Table:
+    labels = np.random.default_rng(seed).integers(1, 6, rows).tolist()
+    texts = [f"the film was {WORDS[label]} {seed} {row}" for row, label in enumerate(labels)]
+    return pa.table({"text": texts, "stars": labels})
+
+
+def test_the_page_s_commands_work(
+    stars: None, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is added but what makes the runs small: a tiny encoder and one process instead of an engine's."""
+    monkeypatch.chdir(tmp_path)
+    Path("jobs").mkdir()
+    shutil.copy(ROOT / "jobs" / "finetune.yaml", "jobs")
+    pq.write_table(reviews(150, 0), "reviews.parquet")
+    pq.write_table(reviews(40, 1), "test.parquet")
     table = pa.table({"text": ["the film was terrible 1", None, " ", "the film was excellent 2"]})
-    found = local.annotate(table, job.output)["stars"]
+    Path("lake").mkdir()
+    pq.write_table(table, "lake/part.parquet")
+    page = commands()
+    assert list(page) == ["train", "annotate", "evaluate"]
+
+    small = [f"model={tiny_encoder}", "engine=local", "threads=1", "epochs=12", "batch_size=16", "learning_rate=3e-3"]
+    assert cli.main(["train", *page["train"], *small]) == cli.DONE
+    card = load_bundle("models/stars").card
+    assert (card.task, card.name, card.labels) == ("stars", "stars", ["1", "2", "3", "4", "5"])
+    assert set(card.metrics) == {"within_one", "mean_error"}
+    assert card.metrics["within_one"] > 0.6
+
+    assert cli.main(["annotate", *page["annotate"], "engine=local", "threads=1"]) == cli.DONE
+    found = pq.read_table("out")["stars"]
     assert found.type == pa.float32()
     low, missing, blank, high = found.to_pylist()
     assert missing is None
     assert blank is None
     assert 1 <= low < high <= 5
+    assert local.annotate(table, "models/stars")["stars"].to_pylist() == pytest.approx(found.to_pylist())
+
+    capsys.readouterr()
+    assert cli.main(["evaluate", *page["evaluate"], "--threads", "1"]) == cli.DONE
+    assert re.search(r"^within_one (0\.[6-9]|1\.0)", capsys.readouterr().out, re.MULTILINE)

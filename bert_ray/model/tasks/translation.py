@@ -192,6 +192,12 @@ class Translation(Task):
             )
         return begin, end
 
+    @property
+    def _longest(self) -> int:
+        """Tokens that a translation may have: those asked for, as far as the decoder has positions."""
+        config: Any = self.config
+        return min(self.options.max_target_tokens, int(config.decoder.max_position_embeddings))
+
     # A row's way.
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -212,7 +218,7 @@ class Translation(Task):
         generator, beams = self._generator, self.options.beams
         if generator is None:
             generator, beams = Generator(model, *self._ends), 1
-        longest = min(self.options.max_target_tokens, model.config.decoder.max_position_embeddings)
+        longest = self._longest
         found = generator(
             hidden, batch.lengths, beams=beams, longest=longest, length_penalty=self.options.length_penalty
         )
@@ -288,7 +294,7 @@ class Translation(Task):
     def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
         """Tokens of each translation, the one that begins it and the one that ends it around them, int64 (M,)."""
         begin, end = self._ends
-        room = self.options.max_target_tokens - 1
+        room = self._longest - 1
         texts = to_python_strings(truth[0])
         found = [
             encoding.ids[:room] for encoding in self.target_tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -20,6 +20,7 @@ from bert_ray.model.tasks import TASKS, Task
 from bert_ray.model.tasks.sections import text_cases
 from tests.tiny_tasks import MAKERS, Tiny
 
+DOCS = Path(__file__).parents[3] / "docs"
 EVIL = "<script>alert(1)</script><img src=http://x/y.png>"
 TEXTS = [
     *[
@@ -74,7 +75,7 @@ TABLES: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "regression": ({"text": TEXTS, "text_pair": TEXTS[::-1], "label": NUMBERS}, {"scatter", "scale", "mistakes"}),
     "similarity": ({"text": TEXTS, "text_pair": TEXTS[::-1], "label": NUMBERS}, {"scatter", "scale", "mistakes"}),
-    "translation": ({"text": TEXTS, "translation": TEXTS[::-1]}, set()),
+    "translation": ({"text": TEXTS, "translation": TEXTS[::-1]}, {"mistakes"}),
     "zero-shot": (
         {"text": TEXTS, "label": ["film", "food", "phone", "food", "film", "phone"]},
         {"confusion", "labels", "precision-recall", "mistakes"},
@@ -116,6 +117,14 @@ def test_every_task_is_measured_or_says_how() -> None:
     known = {kind for kind, task in TASKS.items() if task.truths and task.metrics is not Task.metrics}
     assert sorted(known) == MEASURED
     assert set(TASKS) - known == set(UNMEASURED)
+
+
+@pytest.mark.parametrize(("page", "kinds"), [("annotate", sorted(TASKS)), ("evaluate", MEASURED)])
+def test_the_page_s_table_has_every_task(page: str, kinds: list[str]) -> None:
+    text = (DOCS / f"{page}.md").read_text("utf-8")
+    table = text.split("\n| task |")[1].partition("\n\n")[0]
+    first = " ".join(line.split("|")[1] for line in table.splitlines()[1:] if line.startswith("|"))
+    assert set(kinds) <= set(re.findall(r"[a-z]+(?:-[a-z]+)*", first))
 
 
 @pytest.mark.parametrize("kind", MEASURED)
@@ -207,7 +216,7 @@ def test_mistakes_are_limited_and_bear_the_table_s_row_numbers(tiny: Callable[[s
 
 
 def test_texts_beside_references_worst_first() -> None:
-    """What a task that writes texts shows: no task here does yet."""
+    """What a task that writes texts shows: translation."""
     texts = pa.array(["a", "b", "c"])
     sections = text_cases(["text"], [texts], ["x", "y", "z" * 2000], ["x", "Y", "Z"], [1.0, 0.2, 0.5], 20, "chrF")
     assert [section.key for section in sections] == ["mistakes", "right"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import BundleError, ColumnError, JobError
-from bert_ray.planning.choose import BASELINE, Candidate, Choice, _candidates, choose, recommend
+from bert_ray.planning.choose import BASELINE, Candidate, Choice, _candidates, _read, _speed, choose, recommend, split
 from bert_ray.planning.job import ChooseJob
 from bert_ray.planning.tfidf import fit_tfidf, unspaced
+from tests.conftest import tiny_config, tiny_tokenizer
 
 
 def run(table: dict[str, object], tmp_path: Path, **settings: object) -> tuple[Choice, list[str]]:
@@ -97,7 +100,7 @@ def test_of_two_as_good_the_faster_is_recommended() -> None:
 @pytest.mark.parametrize(
     ("table", "error", "message"),
     [
-        ({"text": ["a", "b"] * 10, "label": [0, 1] * 10}, JobError, "at least 80"),
+        ({"text": ["a", "b"] * 100, "label": [0, 1] * 100}, JobError, "has 2 different texts .* at least 80"),
         ({"txt": ["a", "b"] * 100, "label": [0, 1] * 100}, ColumnError, "did you mean 'txt'"),
         ({"text": ["a", "b"] * 100, "label": [1, 1] * 100}, ColumnError, "one label only"),
     ],
@@ -119,6 +122,112 @@ def test_a_model_that_cannot_spell_the_language_is_told(tiny_encoder: Path) -> N
     assert told[0].startswith(f"note: {tiny_encoder}: 100% of the tokens are unknown")
     _candidates(job, np.array(["the food was good"], object), told.append)
     assert len(told) == 1
+
+
+def short_encoder(place: Path) -> Path:
+    """An encoder with fewer positions than `max_length` has tokens: it loads, and no training takes it."""
+    from transformers import BertModel
+
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(len(tokenizer))
+    config.max_position_embeddings = 64
+    BertModel(config).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def test_a_model_that_cannot_be_trained_is_listed_and_the_others_go_on(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    short = short_encoder(tmp_path / "short")
+    choice, told = run(word_decides(120), tmp_path, models=[str(short), str(tiny_encoder)], epochs=1)
+    failed = {item.name: item for item in choice.candidates if item.error}
+    assert set(failed) == {f"{short}, head on frozen embeddings", f"{short}, fine-tuned"}
+    assert {item.rows for item in failed.values()} == {0}
+    assert sum("left out: max_length is 256" in line for line in told) == 2
+    assert f"{short}, fine-tuned: left out: max_length is 256" in choice.text()
+    assert any(item.rows for item in choice.candidates if item.reference == str(tiny_encoder))
+    assert set(json.loads((tmp_path / "choose" / "choose.json").read_text())["left_out"]) == set(failed)
+    with pytest.raises(BundleError, match=r"none of the models can be used: .*frozen.*max_length is 256.*fine-tuned"):
+        run(word_decides(120), tmp_path, models=[str(short)])
+
+
+class Killed:
+    """A model whose process is killed, as for lack of memory."""
+
+    def predict(self, texts: list[str]) -> list[str]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return texts
+
+
+def test_a_killed_measurement_ends_and_is_told() -> None:
+    measured = Candidate(name="m", reference=None, rows=1, right=np.ones(1, bool), model=Killed())
+    with pytest.raises(JobError, match="measures speed was killed"):
+        _speed(measured, np.array(["a"] * 20, object), 1)
+
+
+def test_a_baseline_that_finds_no_words_is_listed(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    marks = [" ".join(format(row, "07b")) for row in range(100)]
+    table = {"text": marks, "label": [row % 2 for row in range(100)]}
+    choice, _ = run(table, tmp_path, models=[str(tiny_encoder)], epochs=1)
+    (left_out,) = [item for item in choice.candidates if item.error]
+    assert left_out.name == BASELINE
+    assert "empty vocabulary" in left_out.note
+    assert choice.recommended.reference == str(tiny_encoder)
+    with pytest.raises(JobError, match=r"no candidate has learned: .*raise budget_minutes"):
+        run(table, tmp_path, models=[str(tiny_encoder)], budget_minutes=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_part_to_learn_from_has_every_label(seed: int) -> None:
+    labels = np.array(["often"] * 900 + ["seldom"] * 97 + ["twice"] * 2 + ["once"], object)
+    texts = np.array([f"text {row}" for row in range(1000)], object)
+    test, rest = split(texts, labels, 200, seed)
+    assert (len(test), len(rest)) == (200, 800)
+    assert sorted([*test, *rest]) == list(range(1000))
+    for rows in (4, 100, 400, 800):
+        assert set(labels[rest[:rows]]) == set(labels)
+    assert (labels[rest[:400]] == "seldom").mean() == pytest.approx((labels[rest] == "seldom").mean(), abs=0.01)
+    for one, again in zip((test, rest), split(texts, labels, 200, seed), strict=True):
+        assert (one == again).all()
+
+
+def test_unbalanced_labels_are_learned_from_few_rows(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten rows drawn by chance would be of one label, which logistic regression refuses."""
+    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    table = {
+        "text": [f"the film was good {row}" for row in range(400)],
+        "label": ["yes" if row % 200 == 0 else "no" for row in range(400)],
+    }
+    settings = {"models": [str(tiny_encoder)], "first_rows": 10, "budget_minutes": 1e-6}
+    choice, _ = run(table, tmp_path, **settings)
+    assert choice.recommended.rows == 300
+    with pytest.raises(JobError, match=r"first_rows is 1, but .* has 2 labels"):
+        run(table, tmp_path, **(settings | {"first_rows": 1}))
+
+
+def test_equal_texts_are_on_one_side_and_told(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    texts = np.array([f"text {draw.integers(150)}" for _ in range(600)], object)
+    labels = np.array(["a", "b"] * 300, object)
+    test, rest = split(texts, labels, 100, 0)
+    assert 90 < len(test) <= 100
+    assert not set(texts[test]) & set(texts[rest])
+    told: list[str] = []
+    path = tmp_path / "table.parquet"
+    pq.write_table(
+        pa.table({"text": [*word_decides(100)["text"], "twice", "twice", "twice"], "label": [0] + [1] * 102}), path
+    )
+    _read(ChooseJob(table=str(path)), told.append)
+    assert told == [
+        f"note: {path}: 2 of 103 rows repeat the text of another; equal texts are either learned from or compared on"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,15 @@ def test_texts_in_both_training_and_validation_are_told(job_for: Jobs, tmp_path:
     assert prepared_data.baseline == pytest.approx(2 / 3)
 
 
+def test_a_pair_counts_as_known_where_both_texts_stand_in_one_row(job_for: Jobs, tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", text=["a", "b", "c"], text_pair=["x", "y", "z"], label=[0.0, 1.0, 2.0])
+    write(tmp_path / "validation.parquet", text=["a", "b", "c", "d"], text_pair=["y", "y", "x", "z"], label=[0.0] * 4)
+    data = DataOptions(train=str(tmp_path / "train.parquet"), validation=str(tmp_path / "validation.parquet"))
+    job = job_for(data=data, task="regression")
+    notes = prepare(job, load_bundle(job.model))[2]
+    assert [note.partition(" rows")[0] for note in notes if "also stand" in note] == ["1 of the 4"]
+
+
 def test_a_validation_label_unknown_to_training_names_the_file(job_for: Jobs, tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", text=texts(6), label=["a", "b"] * 3)
     write(tmp_path / "validation.parquet", text=["x", "y"], label=["a", "c"])

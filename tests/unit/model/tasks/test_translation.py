@@ -371,6 +371,25 @@ def test_wrong_settings(tmp_path: Path, tiny_encoder: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+def test_targets_are_cut_at_the_decoders_positions(start: Bundle, tmp_path: Path) -> None:
+    """More tokens than the decoder has positions for are neither learned nor said."""
+    positions = start.config.decoder.max_position_embeddings
+    long = {"text": ["the film was good."] * 8, "translation": ["好" * (2 * positions)] * 8}
+    pq.write_table(pa.table(long), tmp_path / "long.parquet")
+    data = DataOptions(train=str(tmp_path / "long.parquet"), validation_fraction=0.0)
+    options = {"max_target_tokens": 3 * positions}
+    task = get_task(start.card, start.config, options=options)
+    task.attach(start)
+    columns = [pa.array(long[name], pa.large_string()) for name in ("text", "translation")]
+    examples = task.examples(task.tokenizer(start.tokenizer()), columns[:1], columns[1:])
+    # The token that begins a translation and the last but one go in; the one that ends it only comes out.
+    assert set(np.diff(examples.targets.offsets)) == {positions + 1}
+    result = train(
+        job(tmp_path, start.directory, epochs=1, batch_size=8, data=data, options=options), tell=lambda _: None
+    )
+    assert result.trained
+
+
 def test_other_tasks_want_a_plain_encoder(start: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"embedding.*wants a plain encoder"):
         AnnotatorSpec(model=str(start.directory), task="embedding").build()
