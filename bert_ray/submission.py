@@ -31,7 +31,7 @@ from bert_ray.config import dump_job, load_job, peek
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.training.corpus.job import CorpusJob
-from bert_ray.training.job import TrainJob
+from bert_ray.training.job import TrainJob, absolute
 
 _ENTRY = "bert_ray_job.py"
 _EXAMPLES = """\
@@ -271,21 +271,17 @@ def _program(engine: Literal["ray", "spark"]) -> list[str]:
 
 def _absolute(job: Any) -> Any:
     """The job with local paths made absolute, as its driver starts in another directory."""
-    changed: dict[str, Any] = {"output": _path(job.output)}
+    if isinstance(job, TrainJob):
+        return job.absolute()
+    changed: dict[str, Any] = {"output": absolute(job.output)}
     if isinstance(job, AnnotateJob):
-        changed["input"] = _path(job.input)
-    elif isinstance(job, CorpusJob):
-        changed["input"] = [_path(place) for place in job.inputs]
+        changed["input"] = absolute(job.input)
     else:
-        changed["data"] = job.data.located(_path)
+        changed["input"] = [absolute(place) for place in job.inputs]
     model = "tokenizer" if isinstance(job, CorpusJob) else "model"
     if Path(getattr(job, model)).is_dir():
-        changed[model] = _path(getattr(job, model))  # Anything else is a hub id, a package or a URI.
+        changed[model] = absolute(getattr(job, model))  # Anything else is a hub id, a package or a URI.
     return replace(job, **changed)
-
-
-def _path(path: str) -> str:
-    return path if re.match(r"[a-z][a-z0-9+.-]*://", path) else str(Path(path).absolute())
 
 
 def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:

@@ -4,6 +4,8 @@
       state.safetensors   weights and optimiser moments by parameter name, fp32; RNG states
       position.json       where the run is, its history, and size and checksum of the file above; written last
 
+A directory of the user's choice (`checkpoint.directory`) has beside them run.json: whose they are.
+
 They do not depend on the engine, the ZeRO stage or the number of workers: a run may be resumed with others. They may
 lie on an object store, which knows no renaming: there a checkpoint is one when its position.json is.
 """
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyarrow import fs
@@ -29,8 +31,15 @@ from safetensors.torch import load_file, save_file
 from bert_ray.errors import JobError
 from bert_ray.lake.files import sync
 
+if TYPE_CHECKING:
+    from bert_ray.training.job import TrainJob
+
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "position.json"
+RUN_FILE = "run.json"
+
+# What a full disk raises, under Python's files and under safetensors'.
+WRITE_ERRORS = (OSError, SafetensorError)
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -87,6 +96,17 @@ class _Store:
     def remove(self, name: str) -> None:
         self.system.delete_dir(f"{self.root}/{name}")
 
+    def read(self, name: str) -> str:
+        with self.system.open_input_stream(f"{self.root}/{name}") as stream:
+            return bytes(stream.read()).decode()
+
+    def write(self, name: str, text: str) -> None:
+        with self.system.open_output_stream(f"{self.root}/{name}") as stream:
+            stream.write(text.encode())
+
+    def unlink(self, name: str) -> None:
+        self.system.delete_file(f"{self.root}/{name}")
+
 
 class Checkpoints:
     """The checkpoints of one run. One process writes; all may read."""
@@ -98,6 +118,8 @@ class Checkpoints:
             JobError: it is on a store that cannot be reached.
         """
         self.where, self.keep = str(directory), keep
+        # Name -> what `latest` found wrong with it.
+        self.damaged: dict[str, str] = {}
         self._store = None
         if "://" in self.where:
             try:
@@ -110,8 +132,42 @@ class Checkpoints:
                 self._store = _Store(system=system, root=root.rstrip("/"))
         self.directory = Path(directory)
 
+    def begun(self) -> dict[str, Any] | None:
+        """Whose checkpoints these are, as `begin` was told; {} where nothing says so, None where nothing lies here.
+
+        Raises:
+            JobError: the store that they lie on does not answer.
+        """
+        try:
+            if RUN_FILE in self._names():
+                text = (self.directory / RUN_FILE).read_text("utf-8") if not self._store else self._store.read(RUN_FILE)
+                return dict(json.loads(text))
+            return {} if self.names() else None
+        except OSError as error:
+            raise JobError(f"the checkpoints in {self.where} cannot be listed: {error}") from error
+        except ValueError:
+            return {}
+
+    def begin(self, run: dict[str, Any]) -> None:
+        """Say whose checkpoints will lie here, before there are any.
+
+        Raises:
+            JobError: it cannot be written.
+        """
+        text = json.dumps(run, indent=2)
+        try:
+            if self._store is not None:
+                self._store.write(RUN_FILE, text)
+                return
+            self.directory.mkdir(parents=True, exist_ok=True)
+            fresh = self.directory / f"{RUN_FILE}.new"
+            fresh.write_text(text, "utf-8")
+            os.replace(fresh, self.directory / RUN_FILE)
+        except OSError as error:
+            raise JobError(f"checkpoint.directory {self.where} cannot be written: {error}") from error
+
     def save(self, step: int, state: dict[str, torch.Tensor], position: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all, also through a kill or a power cut; then drop the oldest.
+        """Write a checkpoint, whole or not at all, also through a kill or a power cut; then drop damaged and oldest.
 
         Raises:
             JobError: it cannot be written (the disk is full, say); those before it are as they were.
@@ -125,25 +181,27 @@ class Checkpoints:
                     _write(Path(here), state, position)
                     for file in (STATE_FILE, POSITION_FILE):  # In this order: the second makes it a checkpoint.
                         self._store.put(Path(here, file), f"{name}/{file}")
+            self.damaged.pop(name, None)
             self._prune()
-        except (OSError, SafetensorError) as error:
-            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            before = [other for other in self._all() if other != name]
-            last = f"the last whole one is {before[-1]}" if before else "there is none before it"
-            raise JobError(
-                f"cannot write checkpoint {name} to {self.where}: {why}; {last}. When that is mended, the same command "
-                "goes on from there"
-            ) from error
+        except WRITE_ERRORS as error:
+            raise self.failed(f"checkpoint {name} to {self.where}", error, name) from error
+
+    def failed(self, what: str, error: Exception, name: str | None = None) -> JobError:
+        """The error that `what` could not be written, which says where the run goes on from; `name` is not whole."""
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        before = [other for other in self.whole() if other != name]
+        last = f"the last whole checkpoint is {before[-1]}" if before else "there is no checkpoint before it"
+        return JobError(f"cannot write {what}: {why}; {last}. When that is mended, the same command goes on from there")
 
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; None where there is none.
+        """The newest undamaged checkpoint; None where there is none. `damaged` then says what was passed over.
 
         Raises:
             JobError: the store that they lie on does not answer.
         """
-        skipped: list[str] = []
+        self.damaged = {}
         try:
-            names = self._all()
+            names = self.names()
         except OSError as error:
             raise JobError(f"the checkpoints in {self.where} cannot be listed: {error}") from error
         for name in reversed(names):
@@ -158,19 +216,20 @@ class Checkpoints:
                         self._store.get(f"{name}/{file}", directory / file)
                 position = _read(directory)
             except (OSError, ValueError, KeyError) as error:
-                skipped.append(f"checkpoint {self.where}/{name} is damaged and skipped: {error}")
+                self.damaged[name] = f"checkpoint {self.where}/{name} is damaged and skipped: {error}"
                 continue
-            return Checkpoint(directory=directory, position=position, skipped=skipped, copy=copy)
+            return Checkpoint(directory=directory, position=position, skipped=list(self.damaged.values()), copy=copy)
         return None
 
     def remove(self) -> None:
-        """Drop all checkpoints: the run has ended."""
-        if self._store is not None:
-            for name in self._all():
-                self._store.remove(name)
-        elif self.directory.exists():
-            for name in self._all():
-                shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Drop all checkpoints: the run has ended. Whose they are goes last: a kill in between can be made good."""
+        for name in self.names():
+            self._drop(name)
+        if RUN_FILE in self._names():
+            if self._store is not None:
+                self._store.unlink(RUN_FILE)
+            else:
+                (self.directory / RUN_FILE).unlink()
 
     def _save(self, name: str, state: dict[str, torch.Tensor], position: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -187,16 +246,34 @@ class Checkpoints:
         sync(self.directory)
 
     def _prune(self) -> None:
-        for old in self._all()[: -self.keep]:
-            if self._store is None:
-                shutil.rmtree(self.directory / old, ignore_errors=True)
-            else:
-                self._store.remove(old)
+        # Damaged ones have later steps than what is written after them: they would outlive it.
+        for old in [*self.damaged, *self.whole()[: -self.keep]]:
+            self._drop(old)
+        self.damaged = {}
 
-    def _all(self) -> list[str]:
+    def _drop(self, name: str) -> None:
+        if self._store is None:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        else:
+            self._store.remove(name)
+
+    def names(self) -> list[str]:
+        """The checkpoints that lie here, the oldest first, damaged or not."""
+        return [name for name in self._names() if name.startswith("step-")]
+
+    def whole(self) -> list[str]:
+        """Those of `names` that `latest` has not found damaged."""
+        return [name for name in self.names() if name not in self.damaged]
+
+    def _names(self) -> list[str]:
         if self._store is not None:
-            return [name for name in self._store.names() if name.startswith("step-")]
-        return sorted(path.name for path in self.directory.glob("step-*"))
+            return self._store.names()
+        return sorted(path.name for path in self.directory.glob("*"))
+
+
+def checkpoints_of(job: TrainJob, directory: Path) -> Checkpoints:
+    """Those of the run in `directory`."""
+    return Checkpoints(job.checkpoint.directory or directory / "checkpoints", job.checkpoint.keep)
 
 
 def _write(directory: Path, state: dict[str, torch.Tensor], position: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from bert_ray.errors import JobError
 from bert_ray.model.examples import ranges
 from bert_ray.model.packing import PackedBatch
 from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, uniform
-from bert_ray.training.order import epoch_order
+from bert_ray.training.order import SMALLEST_BATCH, epoch_order, mean_batch
 from bert_ray.training.shards import Documents
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from bert_ray.model.examples import Examples
     from bert_ray.training.job import TrainJob
 
-# Batch-size warm-up starts from this share of the full step (as GPT-3 and MosaicBERT have it, a small share).
-_SMALLEST_BATCH = 8
 # Rows that are judged by get their masks from a seed of their own, the same after each round.
 _JUDGED = 0x7E57
 # A row of two parts has this many tokens at least: one each.
@@ -206,9 +204,12 @@ class CorpusSource:
             raise JobError(f"{job.data.train if not streams[0].pass_tokens else job.data.replay} has no rows to learn")
         self._batch_tokens, self._warmup = job.batch_tokens, job.batch_warmup
         tokens = job.epochs * streams[0].pass_tokens / self._shares[0]
-        self.steps = job.steps or max(1, math.ceil(tokens / job.batch_tokens))
-        self.round_steps = min(job.evaluate_every, self.steps)
+        self.steps = job.steps or max(1, math.ceil(tokens / (job.batch_tokens * mean_batch(self._warmup))))
         self._rising = math.ceil(self._warmup * self.steps)
+        while not job.steps and self._tokens_before(self.steps) < tokens:  # The line has corners.
+            self.steps += 1
+            self._rising = math.ceil(self._warmup * self.steps)
+        self.round_steps = min(job.evaluate_every, self.steps)
 
     def __len__(self) -> int:
         return self._all if self._judged is None else len(self._judged)
@@ -285,8 +286,8 @@ class CorpusSource:
         full = self._batch_tokens
         if not self._rising:
             return step * full
-        # Rises on a line from full / 8; the sum over a line's steps.
-        low, rising = full / _SMALLEST_BATCH, min(step, self._rising)
+        # The sum over the steps of a line.
+        low, rising = full / SMALLEST_BATCH, min(step, self._rising)
         risen = rising * low + (full - low) * rising * (rising - 1) / 2 / self._rising
         return round(risen) + (step - rising) * full
 

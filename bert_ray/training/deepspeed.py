@@ -16,6 +16,7 @@ import torch
 
 from bert_ray.training.optim import (
     MOMENTS,
+    STEPS,
     TaskModel,
     adam_state,
     clip,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # Elements that a ZeRO communication bucket holds at most: 64 Mi fp32 elements are 256 MiB. A model like MiniLM
 # goes in one; DeepSpeed's own default, 500 M elements, would reserve 2 GB for it.
 _BUCKET_ELEMENTS = 64 * 2**20
+# What fp16's losses are multiplied by at first: torch's own default.
+_FIRST_SCALE = 2.0**16
 
 
 def _import(device: torch.device) -> Any:
@@ -83,13 +86,8 @@ class DeepSpeedStepper:
             config["zero_force_ds_cpu_optimizer"] = False
         if job.offload == "parameters":
             config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
-        if module.autocast is not None:
-            # No module's weights are communicated in half precision: sums stay as exact as in fp32.
-            config["torch_autocast"] = {
-                "enabled": True,
-                "dtype": str(module.autocast).removeprefix("torch."),
-                "lower_precision_safe_modules": [],
-            }
+        # Nothing is said of half precision: the module enters it by itself (`TaskModel.forward`); weights, gradients
+        # and what is communicated of them stay fp32.
         optimizer = make_optimizer(module.model, job.weight_decay, job.layer_decay, job.optimizer)
         self.engine, self._wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -104,6 +102,28 @@ class DeepSpeedStepper:
         self._named = dict(module.model.named_parameters())
         self._trained = {name: weight for name, weight in self._named.items() if weight.requires_grad}
         self._make_moments(0)
+        if module.autocast is torch.float16:
+            self._scale_losses(device)
+
+    def _scale_losses(self, device: torch.device) -> None:
+        """Scale fp16's losses, as PlainStepper does: by torch's scaler, or by that of ZeRO, which unscales its shares.
+
+        DeepSpeed's own way with torch's autocast clips before it unscales, and with ZeRO never lowers the scale.
+        """
+        if not self._stage:
+            self.engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE)
+            return
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+        self._wrapped.loss_scaler = DynamicLossScaler(
+            init_scale=_FIRST_SCALE,
+            scale_window=2000,
+            min_scale=1.0,
+            delayed_shift=1,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+        )
+        self._wrapped.dynamic_loss_scale = True
 
     def forward(self, *arguments: Any) -> Any:
         """See Stepper."""
@@ -122,6 +142,8 @@ class DeepSpeedStepper:
         set_rate(self._wrapped, rate)
         norm = None
         if not self._stage and self._clip:
+            if scaler := self._scaler():
+                scaler.unscale_(self._optimizer)
             norm = clip(list(self._trained.values()), self._clip)
         self.engine.step()
         if self._stage and self._clip:
@@ -150,6 +172,9 @@ class DeepSpeedStepper:
                 value = self._deepspeed.utils.safe_get_full_optimizer_state(weight, moment)
                 if first and value is not None:
                     state[f"{moment}/{name}"] = value.view(weight_shape(weight)).to("cpu", copy=True)
+        if first:
+            taken = self._wrapped.optimizer.state[self._shares()[0]]["step"]
+            state[STEPS] = torch.tensor(float(taken), dtype=torch.float64)
         return state
 
     def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
@@ -172,27 +197,40 @@ class DeepSpeedStepper:
         """
         if not self._stage:
             return
-        flat = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
-        for share in getattr(self._wrapped, flat):
+        for share in self._shares():
             zeros = torch.zeros_like(share), torch.zeros_like(share)
             self._wrapped.optimizer.state[share] = adam_state(share, steps, *zeros)
         if self._stage < 3:
             self._wrapped._hp_optimizer_states_linked = False
             self._wrapped._lazy_init_hp_params_optimizer_state()
 
+    def _shares(self) -> list[torch.Tensor]:
+        """This worker's flat shares of the weights, one a parameter group."""
+        flat = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self._wrapped, flat))
+
     def scaling(self) -> dict[str, float]:
         """See Stepper."""
-        scaler = self._loss_scaler()
-        return {} if scaler is None else {key: value for key, value in vars(scaler).items() if _is_number(value)}
+        if (scaler := self._scaler()) is None:
+            return {}
+        if not self._stage:
+            return dict(scaler.state_dict())
+        return {key: value for key, value in vars(scaler).items() if _is_number(value)}
 
     def restore_scaling(self, state: dict[str, float]) -> None:
         """See Stepper."""
-        scaler = self._loss_scaler()
-        if scaler is not None:
+        if (scaler := self._scaler()) is None or not state:
+            return
+        if not self._stage:
+            scaler.load_state_dict(state)
+        else:
             vars(scaler).update(state)
 
-    def _loss_scaler(self) -> Any:
-        return getattr(self._wrapped, "loss_scaler", None) if self.module.autocast is torch.float16 else None
+    def _scaler(self) -> Any:
+        """That of fp16's losses; None in other precisions."""
+        if self.module.autocast is not torch.float16:
+            return None
+        return self._wrapped.loss_scaler if self._stage else self.engine.torch_autocast_z0_gradscaler
 
 
 def weight_shape(weight: torch.Tensor) -> torch.Size:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -410,8 +412,23 @@ class TrainJob:
             "early_stopping needs validation rows: give data.validation, or data.validation_fraction above 0",
         )
         if self.labels is not None:
-            _check(len(self.labels) >= 2, f"labels are {self.labels}; a classification needs at least two")
+            _check(len(self.labels) >= 1, "labels is an empty list: name them, or leave it out")
+            # An entity's one type, or one label that a text has or not, is something to learn.
+            least = 2 if self.task == "classification" else 1
+            _check(len(self.labels) >= least, f"labels are {self.labels}; a classification needs at least two")
             _check(len(set(self.labels)) == len(self.labels), f"labels repeat: {self.labels}")
+
+    def absolute(self) -> TrainJob:
+        """The same with local paths that mean the same in every process; URIs, hub ids and packages stay."""
+        model, place = self.augmentation.model, self.checkpoint.directory
+        return replace(
+            self,
+            model=_absolute_model(self.model),
+            output=absolute(self.output),
+            data=self.data.located(absolute),
+            augmentation=replace(self.augmentation, model=_absolute_model(model) if model else model),
+            checkpoint=replace(self.checkpoint, directory=absolute(place) if place else place),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights: two runs of equal identity, data and base give the same model."""
@@ -419,6 +436,20 @@ class TrainJob:
         if self.data.replay is None:
             del found["data"]["replay"], found["data"]["replay_share"]
         return found
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path is one on a store (`s3://bucket/run`)."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+
+
+def absolute(path: str) -> str:
+    """A path that does not depend on the working directory; a URI as it is."""
+    return path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_model(reference: str) -> str:
+    return os.path.abspath(reference) if os.path.isdir(reference) else reference
 
 
 def digest(value: Any) -> str:

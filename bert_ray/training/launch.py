@@ -15,14 +15,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError, JobError, Stopped
 from bert_ray.lake.lock import exclusive
-from bert_ray.training.job import TrainJob
+from bert_ray.training.job import TrainJob, is_uri
 from bert_ray.training.progress import duration, show
 from bert_ray.training.trackers import tracked
 
@@ -107,7 +107,9 @@ def train(
         Stopped: the run was asked to stop, and has written a checkpoint.
     """
     started = time.perf_counter()
-    job = _absolute(job)
+    if is_uri(job.output):
+        raise JobError(f"output {job.output} is no directory: give one, and copy the bundle there when it is finished")
+    job = job.absolute()
     output, directory = Path(job.output), Path(f"{job.output}.run")
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}.lock")
@@ -144,8 +146,8 @@ def _train(
         card, data, notes = prepare(job, base, table)
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if output.exists() and any(output.iterdir()):
-            return _finished(output, identity, data, time.perf_counter() - started)
-        _enter(directory, identity)
+            return _finished(job, output, directory, identity, data, time.perf_counter() - started)
+        _enter(job, directory, identity)
         if fresh.exists():
             base = _keep_start(job, data, fresh, directory / START, tell)
     finally:
@@ -167,9 +169,9 @@ def _train(
     if position.stopped:
         raise Stopped(f"stopped as asked, at step {position.curve[-1][0]:.0f}; a checkpoint is in {directory}")
     if position.diverged is not None:
-        raise JobError(_divergence(job, position, output, directory))
+        raise JobError(_divergence(job, position, output, directory, identity))
     seconds = time.perf_counter() - started
-    _publish(job, directory, output, position, seconds)
+    _publish(job, directory, output, identity, position, seconds)
     return TrainResult(
         bundle=output,
         metrics=load_bundle(output).card.metrics,
@@ -360,38 +362,65 @@ def _run_ray(*arguments: Any) -> Position:
     return run(*arguments)
 
 
-def _absolute(job: TrainJob) -> TrainJob:
-    """Paths that mean the same in every process."""
-    model = os.path.abspath(job.model) if os.path.isdir(job.model) else job.model
-    data = job.data.located(os.path.abspath)
-    return replace(job, data=data, model=model, output=os.path.abspath(job.output))
-
-
-def _enter(directory: Path, identity: dict[str, Any]) -> None:
-    """Begin a run, or go on with one of equal settings."""
-    path = directory / RUN_FILE
-    if path.exists():
-        try:
-            begun = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            begun = {}
-        if begun != identity:
-            raise JobError(
-                f"{directory} holds an unfinished run with other settings ({_difference(begun, identity)}): restore "
-                "them to go on with it, delete that directory to start anew, or choose another output"
-            )
-        return
-    if directory.exists() and any(directory.iterdir()):
+def _enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Begin a run, or go on with one of equal settings; its checkpoints are not another run's."""
+    path, begun = directory / RUN_FILE, _begun(directory)
+    if begun is not None and begun != identity:
+        where = "that directory" + (f" and {job.checkpoint.directory}" if job.checkpoint.directory else "")
+        raise JobError(
+            f"{directory} holds an unfinished run with other settings ({_difference(begun, identity)}): restore "
+            f"them to go on with it, delete {where} to start anew, or choose another output"
+        )
+    if begun is None and directory.exists() and any(directory.iterdir()):
         raise JobError(f"{directory} is not empty and holds no run: choose another output")
+    if job.checkpoint.directory:
+        _enter_checkpoints(job, directory, identity)
+    if begun is not None:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(identity, indent=2), "utf-8")
     os.replace(fresh, path)
 
 
-def _finished(output: Path, identity: dict[str, Any], data: Data, seconds: float) -> TrainResult:
+def _begun(directory: Path) -> dict[str, Any] | None:
+    """What the run in `directory` was asked; {} where that cannot be read, None where there is no run."""
+    try:
+        return dict(json.loads((directory / RUN_FILE).read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _enter_checkpoints(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Take `checkpoint.directory` for this run, where it is not another's: its weights would be gone on with."""
+    from bert_ray.training.checkpoints import checkpoints_of
+
+    checkpoints, run = checkpoints_of(job, directory), _owner(job, identity)
+    begun = checkpoints.begun()
+    if begun is None:
+        checkpoints.begin(run)
+    elif begun != run:
+        what = _difference(begun, run) if begun else "it is not said of which"
+        raise JobError(
+            f"checkpoint.directory {checkpoints.where} holds the checkpoints of another run ({what}): choose another "
+            f"one, restore these settings to go on with that run, or delete it and {directory} to start anew"
+        )
+
+
+def _owner(job: TrainJob, identity: dict[str, Any]) -> dict[str, Any]:
+    """Whose checkpoints a directory holds: two runs of equal settings have each their own best bundle."""
+    return identity | {"output": job.output}
+
+
+def _finished(
+    job: TrainJob, output: Path, directory: Path, identity: dict[str, Any], data: Data, seconds: float
+) -> TrainResult:
     """The result of a run that ended before."""
     card = ended(output, identity)
+    if _begun(directory) == identity:  # It was killed between its bundle's appearance and its end.
+        _clear(job, directory, identity)
     return TrainResult(
         bundle=output,
         metrics=card.metrics,
@@ -442,10 +471,11 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _publish(job: TrainJob, directory: Path, output: Path, position: Position, seconds: float) -> None:
+def _publish(
+    job: TrainJob, directory: Path, output: Path, identity: dict[str, Any], position: Position, seconds: float
+) -> None:
     """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
     from bert_ray.model.bundle import load_bundle, save_card
-    from bert_ray.training.checkpoints import Checkpoints
 
     best = directory / "best"
     card = load_bundle(best).card
@@ -458,21 +488,45 @@ def _publish(job: TrainJob, directory: Path, output: Path, position: Position, s
     }
     save_card(best, card)
     os.replace(best, output)
-    if job.checkpoint.directory:
-        Checkpoints(job.checkpoint.directory, job.checkpoint.keep).remove()
+    _clear(job, directory, identity)
+
+
+def _clear(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Drop all that a run goes on from. What says whose it is goes last: a kill in between can be made good."""
+    from bert_ray.training.checkpoints import checkpoints_of
+
+    checkpoints = checkpoints_of(job, directory)
+    # Long after a kill its place may have become another run's.
+    if job.checkpoint.directory and checkpoints.begun() == _owner(job, identity):
+        checkpoints.remove()
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RUN_FILE:
+            path.unlink()
     shutil.rmtree(directory)
 
 
-def _divergence(job: TrainJob, position: Position, output: Path, directory: Path) -> str:
-    """Say what happened; where an epoch was kept, its bundle becomes the output."""
+def _divergence(job: TrainJob, position: Position, output: Path, directory: Path, identity: dict[str, Any]) -> str:
+    """Say what happened; where an epoch was kept, its bundle becomes the output, else the checkpoints stay."""
+    from bert_ray.training.checkpoints import checkpoints_of
+
     what = f"the loss stopped being finite at step {position.diverged} (epoch {position.epoch + 1})"
     remedy = f"train again with a smaller learning_rate (now {job.learning_rate:g})"
     if not job.clip:
         remedy += " or with clip: 1.0"
     if not position.best_epoch:
-        shutil.rmtree(directory)
-        return f"{what}, before an epoch had ended; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
-    _publish(job, directory, output, position, position.seconds)
+        checkpoints = checkpoints_of(job, directory)
+        checkpoints.latest()
+        if not (whole := checkpoints.whole()):
+            _clear(job, directory, identity)
+            return f"{what}, before an epoch or a checkpoint; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
+        where = f"{directory} and {checkpoints.where}" if job.checkpoint.directory else directory
+        return (
+            f"{what}, before an epoch had ended; the last good checkpoint is {checkpoints.where}/{whole[-1]}, from "
+            f"which the same command comes to that step again. To start anew, delete {where} and {remedy}"
+        )
+    _publish(job, directory, output, identity, position, position.seconds)
     return (
         f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, "
         f"{remedy} and another output"

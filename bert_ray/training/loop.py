@@ -25,9 +25,9 @@ from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import plan
 from bert_ray.model.peak import matmul_rate
 from bert_ray.model.tasks.base import Outputs
-from bert_ray.training.checkpoints import Checkpoints
+from bert_ray.training.checkpoints import WRITE_ERRORS, checkpoints_of
 from bert_ray.training.notice import stop_asked
-from bert_ray.training.optim import PRECISIONS, TaskModel, encoder_weights, freeze, load_weights
+from bert_ray.training.optim import PRECISIONS, STEPS, TaskModel, encoder_weights, freeze, load_weights
 from bert_ray.training.order import noise_seed, pieces_of_step, shares
 from bert_ray.training.schedule import learning_rate
 from bert_ray.training.watch import Watch
@@ -181,7 +181,7 @@ class Loop:
         self.job, self.base, self.card = job, base, card
         self.directory, self.peers, self.device = directory, peers, device
         self.tell, self.callbacks, self.beat = tell, callbacks, beat
-        self.checkpoints = Checkpoints(job.checkpoint.directory or directory / "checkpoints", job.checkpoint.keep)
+        self.checkpoints = checkpoints_of(job, directory)
         self.train, self.validation = data.sources(job, base, card, device)
         self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
         self.watch = Watch(job.loss_spike)
@@ -190,6 +190,7 @@ class Loop:
         self._flops, self._peak = 0.0, 0.0
         found = self.checkpoints.latest()
         self.position = Position(**found.position) if found else Position()
+        self.position.stopped = False  # Asked of the session that wrote the checkpoint, not of this one.
         state = found.state() if found else None
         module = new_module(job, base, card, device, state, data.learning)
         # The encoder's weights as the base has them, where some of them are to be kept.
@@ -200,10 +201,14 @@ class Loop:
         self.stepper = make_stepper(module)
         self.module = self.stepper.module
         if state is not None and found is not None:
-            self.stepper.restore(state, self.done)
+            # Steps that fp16 overflowed in are done, but the optimiser took none.
+            self.stepper.restore(state, int(state[STEPS]) if STEPS in state else self.done)
             self.stepper.restore_scaling(self.position.scaling)
             _restore_rng(state, peers)
             self._tell("resumed", skipped=found.skipped, workers=self.peers.world)
+        elif damaged := self.checkpoints.damaged:
+            what = "no checkpoint is whole: training starts anew, at step 0"
+            self._tell("note", text="\n".join([*damaged.values(), what]))
         # Of each step that was not looked at yet: its number, its weight, this worker's loss, the gradient's norm.
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor | None]] = []
         self._look_every = 1
@@ -223,7 +228,8 @@ class Loop:
     def run(self) -> Position:
         """Train to the end, or until the metric no longer rises, the loss is not finite, or a stop is asked for."""
         position, job = self.position, self.job
-        while self.done < self.steps and not self._satisfied():
+        # A round whose steps are all done may still have to be evaluated: it was stopped just then.
+        while position.index or (self.done < self.steps and not self._satisfied()):
             last = min(self.train.round_steps, self.steps - position.epoch * self.train.round_steps)
             self.module.train()
             while position.index < last:
@@ -254,6 +260,7 @@ class Loop:
                 return position
             self._end_epoch()
             self._save()
+        position.stopped = False  # Who asks for it now comes too late: all is done.
         return position
 
     def _step(self) -> None:
@@ -421,7 +428,11 @@ class Loop:
                 self.card.metrics = metrics
                 self.card.provenance |= {"history": self.position.history, "best_epoch": self.position.best_epoch}
                 tokenizer, task = self.base.tokenizer(), self.module.task
-                save_bundle(self.directory / "best", self.module.model, tokenizer, self.card, task=task)
+                best = self.directory / "best"
+                try:
+                    save_bundle(best, self.module.model, tokenizer, self.card, task=task)
+                except WRITE_ERRORS as error:
+                    raise self.checkpoints.failed(f"the best model to {best}", error) from error
         self.peers.wait()
 
     def _save(self) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Adam's two moments: what the optimiser remembers of each parameter, besides the number of steps.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# That number's name in a checkpoint; it is less than the run's steps where fp16 overflowed.
+STEPS = "optimizer/steps"
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,7 +113,10 @@ class Stepper(Protocol):
         """While open, the module's weights are whole on rank 0. All workers enter together."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` on rank 0, on the CPU; empty elsewhere. Collective."""
+        """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` on rank 0, on the CPU; empty elsewhere. Collective.
+
+        Where the stepper knows it, also `STEPS`: how many steps the optimiser took.
+        """
 
     def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
         """Take over the moments of a `state()` after `steps` steps; the weights were loaded before (`load_weights`)."""
@@ -209,6 +214,10 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
             value = optimizer.state.get(weight, {}).get(moment)
             if value is not None:
                 state[f"{moment}/{name}"] = value.detach().to("cpu", copy=True)
+    # LAMB counts for all parameters at once.
+    counts = [*(kept.get("step") for kept in optimizer.state.values()), optimizer.param_groups[0].get("step")]
+    if taken := [float(count) for count in counts if count is not None]:
+        state[STEPS] = torch.tensor(max(taken), dtype=torch.float64)
     return state
 
 

@@ -17,6 +17,9 @@ import numpy as np
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
 
+# Batch-size warm-up begins with a batch's eighth (as GPT-3 and MosaicBERT have it, a small part).
+SMALLEST_BATCH = 8
+
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `rows` rows in an epoch: a permutation, int64 (rows,)."""
@@ -59,6 +62,14 @@ def pieces_of_step(job: TrainJob, world: int) -> tuple[int, int]:
     if job.micro_batches is None:
         return world * job.gradient_accumulation, job.gradient_accumulation
     return job.micro_batches, -(-job.micro_batches // world)
+
+
+def mean_batch(warmup: float) -> float:
+    """The mean of a run's steps' tokens as a share of `batch_tokens`: they rise on a line in the first `warmup` of it.
+
+    They begin with 1 / SMALLEST_BATCH.
+    """
+    return 1 - warmup * (1 - 1 / SMALLEST_BATCH) / 2
 
 
 def noise_seed(seed: int, step: int, piece: int) -> int:

@@ -53,13 +53,7 @@ def run(
     with session(job.ray, max(os.cpu_count() or 1, job.workers)):
         resources = ray.cluster_resources()
         least = job.min_workers or job.workers
-        gpu = resources.get("GPU", 0) >= least
-        cpus = resources.get("CPU", 0)
-        if not gpu and cpus < least:
-            raise JobError(
-                f"{'workers' if least == job.workers else 'min_workers'} is {least}, but Ray has {cpus:g} CPUs and "
-                f"{resources.get('GPU', 0):g} GPUs: give fewer workers, or add nodes"
-            )
+        gpu = _on_gpus(job, resources)
         trainer = _Trainer(
             _worker,
             # Tokens travel once through the object store, and are not pickled again for each group of workers.
@@ -102,6 +96,26 @@ class _Trainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
+
+
+def _on_gpus(job: TrainJob, resources: dict[str, float]) -> bool:
+    """Whether workers have a GPU each, as Ray's resources are; a cluster without any trains on its CPUs.
+
+    Raises:
+        JobError: there are too few of them, or of CPUs.
+    """
+    least = job.min_workers or job.workers
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    if gpus >= least:
+        return True
+    if gpus or cpus < least:
+        # Some GPUs: on CPUs the run would be many times slower than what was meant.
+        hide = "; to train on CPUs, start Ray without GPUs (CUDA_VISIBLE_DEVICES=)" if gpus and cpus >= least else ""
+        raise JobError(
+            f"{'min_workers' if job.min_workers else 'workers'} is {least}, but Ray has {cpus:g} CPUs and {gpus:g} "
+            f"GPUs: give fewer workers, or add nodes{hide}"
+        )
+    return False
 
 
 def _resources(gpu: bool) -> dict[str, float]:

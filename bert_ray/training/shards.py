@@ -266,7 +266,8 @@ class Documents:
                 if on_bad_shard == "stop":
                     raise LakeError(
                         f"{corpus / shard.path} {reason}: restore it, or make the corpus anew; "
-                        f"data.on_bad_shard=skip trains without its {shard.documents} documents"
+                        f"a new run with data.on_bad_shard=skip trains without its {shard.documents} documents (one "
+                        "under way keeps to the rows that it began with)"
                     )
                 found[shard.path] = reason
         return found

@@ -109,6 +109,35 @@ def test_a_worker_is_killed_and_another_hangs(
     assert losses(result) == pytest.approx(losses(undisturbed), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "resources", "found"),
+    [
+        ({}, {"CPU": 8.0}, False),
+        ({}, {"CPU": 8.0, "GPU": 2.0}, True),
+        (
+            {},
+            {"CPU": 8.0, "GPU": 1.0},
+            "workers is 2, but Ray has 8 CPUs and 1 GPUs: give fewer .*CUDA_VISIBLE_DEVICES",
+        ),
+        ({"min_workers": 1}, {"CPU": 8.0, "GPU": 1.0}, True),
+        ({"workers": 4, "min_workers": 3}, {"CPU": 8.0, "GPU": 1.0}, "min_workers is 3, but Ray has 8 CPUs and 1 GPUs"),
+        ({}, {"CPU": 1.0}, "workers is 2, but Ray has 1 CPUs and 0 GPUs: give fewer workers, or add nodes$"),
+    ],
+)
+def test_some_gpus_but_too_few_are_not_passed_over_for_cpus(
+    job: TrainJob, settings: dict[str, int], resources: dict[str, float], found: bool | str
+) -> None:
+    pytest.importorskip("ray")
+    from bert_ray.training.ray_train import _on_gpus
+
+    job = replace(job, **settings)
+    if isinstance(found, bool):
+        assert _on_gpus(job, resources) is found
+    else:
+        with pytest.raises(JobError, match=found):
+            _on_gpus(job, resources)
+
+
 # A notice to the process that the user started.
 
 
@@ -167,7 +196,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - size // 2))
     with pytest.raises(JobError, match=r"cannot write checkpoint step-00000006 .*No space left.*step-00000004"):
         train(job, tell=lambda _: None)
-    assert sorted(path.name for path in where.iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in where.glob("step-*")) == ["step-00000002", "step-00000004"]
     (small_disk / "other").unlink()
     told: list[dict[str, object]] = []
     result = train(job, tell=told.append)
@@ -194,6 +223,8 @@ def test_checkpoints_on_a_store_and_one_that_is_torn(job: TrainJob, undisturbed:
         return sorted(info.base_name for info in infos if info.base_name.startswith("step-"))
 
     assert steps() == ["step-00000004", "step-00000006"]
+    with pytest.raises(JobError, match=r"s3://runs/pretraining.* another run \(.*seed 0, now 1"):
+        train(replace(job, seed=1, output=f"{job.output}-other"), tell=lambda _: None)
     # Torn in the midst of its writing: the state is there, what makes it a checkpoint is not.
     system.delete_file(f"{root}/step-00000006/position.json")
     told: list[dict[str, object]] = []
@@ -201,7 +232,7 @@ def test_checkpoints_on_a_store_and_one_that_is_torn(job: TrainJob, undisturbed:
     assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
     assert "step-00000006 is damaged" in str(told[0]["skipped"])
     assert losses(result) == losses(undisturbed)
-    assert steps() == []
+    assert not system.get_file_info(fs.FileSelector(root, allow_not_found=True))
 
 
 def test_a_store_that_does_not_answer(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:

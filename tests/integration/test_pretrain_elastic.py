@@ -31,7 +31,8 @@ def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
 
 
 def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:
-    return {"whole": run_loop(job, root / "three"), "resumed": run_loop(job, root / "cut3")}
+    # A run that began anew, instead of at step 4, would be cut off there.
+    return {"whole": run_loop(job, root / "three"), "resumed": run_loop(job, root / "cut3", stop=4)}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def test_three_workers_reach_what_two_do(runs: dict[str, Any]) -> None:
 
 def test_a_run_of_two_goes_on_with_three(runs: dict[str, Any]) -> None:
     expected = losses(runs["two"]["stage 0"])
+    assert runs["three"]["resumed"], "the run began anew"
     assert losses(runs["three"]["resumed"]) == pytest.approx(expected, abs=1e-4)
 
 

@@ -36,7 +36,8 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
         if world == 2 and torch.distributed.get_rank() == 0:
             shutil.copytree(cut, root / f"world{world}-moved{stage}")
         torch.distributed.barrier()
-        found[f"cut {stage}"] = run_loop(run, cut)
+        # A run that began anew, instead of at step 4, would be cut off there.
+        found[f"cut {stage}"] = run_loop(run, cut, stop=4)
     for stage in STAGES:
         levers = replace(job, zero_stage=stage, freeze_layers=1, layer_decay=0.5)
         found[f"levers {stage}"] = run_loop(levers, root / f"world{world}-levers{stage}")
@@ -132,6 +133,7 @@ def test_accumulation(runs: dict[Any, Any], world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_cut_off_goes_on_to_the_same_bits(runs: dict[Any, Any], world: int, stage: int) -> None:
+    assert runs[world][f"cut {stage}"], "the run began anew"
     assert losses(runs[world][f"cut {stage}"]) == losses(runs[world][f"stage {stage}"])
 
 

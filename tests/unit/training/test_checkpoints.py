@@ -63,6 +63,33 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: 
     assert why in found.skipped[0]
 
 
+def test_damaged_ones_go_before_what_is_written_after_them(tmp_path: Path) -> None:
+    saved(tmp_path, 7, 8, 9)
+    for path in tmp_path.glob(f"*/{STATE_FILE}"):
+        truncate(path)
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.latest() is None
+    assert list(checkpoints.damaged) == ["step-00000009", "step-00000008", "step-00000007"]
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"weight/a": torch.zeros(1)}, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    found = Checkpoints(tmp_path, 2).latest()
+    assert found is not None
+    assert found.position == {"step": 3}
+
+
+def test_whose_they_are(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "new", 2)
+    assert checkpoints.begun() is None
+    checkpoints.begin({"seed": 1})
+    checkpoints.save(1, {"weight/a": torch.zeros(1)}, {"step": 1})
+    assert Checkpoints(tmp_path / "new", 2).begun() == {"seed": 1}
+    checkpoints.remove()
+    assert checkpoints.begun() is None
+    assert not list((tmp_path / "new").iterdir())
+    assert saved(tmp_path / "old", 1).begun() == {}
+
+
 def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     (tmp_path / ".new-00000002").mkdir()

@@ -53,6 +53,15 @@ def test_a_step_takes_its_tokens_and_batch_warmup_begins_with_an_eighth(corpus: 
     assert np.mean(tokens[5:15]) < np.mean(tokens[10:20])
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 0.9])
+def test_epochs_are_whole_passes_whatever_the_batch_warmup(corpus: Path, pretraining_for: Jobs, warmup: float) -> None:
+    rows = corpus_source(corpus, pretraining_for(batch_warmup=warmup, steps=None, epochs=2))
+    seen = np.concatenate([rows.select(step) for step in range(rows.steps)])
+    # To the row: the last step may take a few of a third pass.
+    assert set(range(2 * len(rows))) <= set(seen.tolist())
+    assert len(seen) < 2 * len(rows) + len(rows.select(rows.steps - 1))
+
+
 def test_the_end_of_a_run_needs_nothing_of_its_beginning(corpus: Path, pretraining_for: Jobs) -> None:
     job = pretraining_for(steps=400)
     one, other = corpus_source(corpus, job), corpus_source(corpus, job)

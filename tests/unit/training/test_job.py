@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bert_ray import submission
 from bert_ray.errors import JobError
 from bert_ray.options import RayOptions
-from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.job import AugmentationOptions, CheckpointOptions, DataOptions, TrainJob
 
 
 def job(**settings: object) -> TrainJob:
@@ -45,6 +47,7 @@ def job(**settings: object) -> TrainJob:
         ({"max_length": 2}, "at least 3 tokens"),
         ({"threads": 0}, "threads is 0"),
         ({"labels": ["one"]}, "at least two"),
+        ({"labels": [], "task": "entities"}, "labels is an empty list"),
         ({"labels": ["a", "a"]}, "repeat"),
         ({"early_stopping": 1, "data": DataOptions(train="t", validation_fraction=0.0)}, "validation rows"),
     ],
@@ -52,6 +55,39 @@ def job(**settings: object) -> TrainJob:
 def test_a_wrong_setting_is_an_error_that_names_it(settings: dict[str, object], message: str) -> None:
     with pytest.raises(JobError, match=message):
         job(**settings)
+
+
+@pytest.mark.parametrize("task", ["entities", "multi-label"])
+def test_one_label_is_enough_where_it_may_be_missing(task: str) -> None:
+    assert job(labels=["PERSON"], task=task).labels == ["PERSON"]
+
+
+def test_local_paths_become_absolute_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train's workers have other working directories, and so has the driver of a submitted job."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "filler").mkdir()
+    data = DataOptions(train="t", validation="v", replay="r")
+    local = job(
+        model="filler",
+        data=data,
+        augmentation=AugmentationOptions(model="filler"),
+        checkpoint=CheckpointOptions(directory="../checkpoints"),
+    )
+    stored = job(
+        model="s3://bucket/model",
+        output="s3://bucket/output",
+        data=DataOptions(train="s3://bucket/t", validation="gs://bucket/v", replay="s3://bucket/r"),
+        augmentation=AugmentationOptions(model="pkg:some/model"),
+        checkpoint=CheckpointOptions(directory="s3://bucket/run?endpoint_override=host:1&scheme=http"),
+    )
+    for absolute in (TrainJob.absolute, submission._absolute):
+        found = absolute(local)
+        assert found.data == DataOptions(train=f"{tmp_path}/t", validation=f"{tmp_path}/v", replay=f"{tmp_path}/r")
+        assert (found.model, found.augmentation.model) == (f"{tmp_path}/filler", f"{tmp_path}/filler")
+        assert found.output == f"{tmp_path}/o"
+        assert found.checkpoint.directory == f"{tmp_path.parent}/checkpoints"
+        assert absolute(stored) == stored
+        assert absolute(job()).checkpoint.directory is None
 
 
 def test_a_wrong_nested_setting_is_an_error() -> None:

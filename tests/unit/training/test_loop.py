@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, Stopped
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
+from bert_ray.training import launch, loop
+from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train
 from bert_ray.training.loop import StepEvent
-from bert_ray.training.optim import TaskModel
+from bert_ray.training.optim import STEPS, TaskModel
 from bert_ray.training.order import held_out
 
 Jobs = Callable[..., TrainJob]
@@ -116,6 +124,125 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(job_for: Jobs, tmp_pa
     assert without_speed(resumed.history) == without_speed(whole.history)
 
 
+def test_where_no_checkpoint_is_whole_it_is_said_and_new_ones_are_kept(job_for: Jobs, tmp_path: Path) -> None:
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(11)])
+    place = Path(f"{job.output}.run/checkpoints")
+    for path in place.glob(f"*/{STATE_FILE}"):
+        path.write_bytes(b"torn")
+    damaged = sorted(path.name for path in place.iterdir())
+    assert damaged == ["step-00000008", "step-00000010"]
+    told: list[dict[str, object]] = []
+    with pytest.raises(Cut):
+        train(job, callbacks=[cut_at(3)], tell=told.append)
+    notes = "\n".join(str(event.get("text")) for event in told if event["what"] == "note")
+    assert "training starts anew" in notes
+    assert all(name in notes for name in damaged)
+    assert [path.name for path in place.iterdir()] == ["step-00000002"]
+    told.clear()
+    resumed = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 2)
+    assert without_speed(resumed.history) == without_speed(whole.history)
+
+
+@pytest.mark.parametrize("noticed", ["before the last evaluation", "after it"])
+def test_sigterm_in_the_last_steps_leaves_a_run_that_ends(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed: str
+) -> None:
+    job = job_for()
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    steps = int(whole.history[-1]["step"])
+    # Losses are looked at after each step, or of many together: then after the last step of a round.
+    before = noticed.startswith("before")
+    monkeypatch.setattr(loop, "_LOOK_EVERY", 1 if before else 10)
+    monkeypatch.setattr(loop, "_LOOK_EVERY_SEC", 1e9)
+    sent: list[int] = []
+
+    def send(event: StepEvent) -> None:
+        if event.step == steps - before:
+            sent.append(event.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if before:
+        with pytest.raises(Stopped, match=f"at step {steps}"):
+            quiet(job, callbacks=[send])
+        assert not Path(job.output).exists()
+        told: list[dict[str, object]] = []
+        result = train(job, tell=told.append)
+        assert (told[0]["what"], told[0]["step"]) == ("resumed", steps)
+    else:
+        result = quiet(job, callbacks=[send])
+    assert sent == [steps - before]
+    assert without_speed(result.history) == without_speed(whole.history)
+
+
+def test_fp16_goes_on_with_the_steps_that_its_optimizer_took(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps whose gradients overflow are skipped, and Adam's bias correction does not count them."""
+    scaler = torch.amp.GradScaler
+
+    def overflowing(*arguments: object, **more: object) -> torch.amp.GradScaler:
+        return scaler(*arguments, init_scale=2.0**40, **more)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", overflowing)
+    job = job_for(precision="fp16", epochs=8, checkpoint=CheckpointOptions(every_steps=0))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(37)])
+    newest = sorted(Path(f"{job.output}.run/checkpoints").glob("step-*"))[-1]
+    taken = int(load_file(newest / STATE_FILE)[STEPS])
+    assert 0 < taken < int(newest.name.removeprefix("step-")), "no step overflowed, or all"
+    told: list[dict[str, object]] = []
+    resumed = train(job, tell=told.append)
+    assert told[0]["what"] == "resumed"
+    assert without_speed(resumed.history) == without_speed(whole.history)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SafetensorError("No space left on device")])
+def test_a_disk_that_is_full_when_the_best_model_is_kept(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+
+    def full(*arguments: object, **more: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_bundle", full)
+        with pytest.raises(JobError, match=r"cannot write the best model to .*best: No space left.*step-00000006"):
+            quiet(job)
+    told: list[dict[str, object]] = []
+    resumed = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 6)
+    assert without_speed(resumed.history) == without_speed(whole.history)
+
+
+def test_a_kill_when_the_bundle_has_just_appeared_leaves_nothing_for_long(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "checkpoints"
+    job = job_for(epochs=1, checkpoint=CheckpointOptions(directory=str(place)))
+
+    def die(*arguments: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_clear", die)
+        with pytest.raises(Cut):
+            quiet(job)
+    assert Path(job.output).exists()
+    assert Path(f"{job.output}.run").exists()
+    assert list(place.glob("step-*"))
+    assert not quiet(job).trained
+    assert not Path(f"{job.output}.run").exists()
+    assert not list(place.iterdir())
+
+
 def test_an_ended_run_is_not_repeated_and_not_overwritten(job_for: Jobs) -> None:
     job = job_for(epochs=1)
     first = quiet(job)
@@ -134,6 +261,50 @@ def test_an_unfinished_run_refuses_other_settings(job_for: Jobs) -> None:
     with pytest.raises(JobError, match=r"unfinished run with other settings.*seed 0, now 1"):
         quiet(replace(job, seed=1))
     quiet(replace(job, threads=2))
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_with(job_for: Jobs, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2, directory=str(place)))
+    whole = quiet(replace(job, output=str(tmp_path / "whole"), checkpoint=CheckpointOptions()))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(3)])
+    for change, named in (
+        ({"learning_rate": 0.1}, r"learning_rate 0\.003, now 0\.1.*output '.*model', now '.*other'"),
+        ({}, r"output '.*model', now '.*other'"),
+    ):
+        with pytest.raises(JobError, match=rf"{place} holds the checkpoints of another run \(.*{named}"):
+            quiet(replace(job, output=str(tmp_path / "other"), **change))
+        assert not (tmp_path / "other.run").exists()
+    with pytest.raises(JobError, match=rf"delete that directory and {place} to start anew"):
+        quiet(replace(job, learning_rate=0.1))
+    # The run's own directory lost, its checkpoints left: they are still nobody else's.
+    shutil.move(f"{job.output}.run", tmp_path / "kept")
+    with pytest.raises(JobError, match=rf"{place} holds the checkpoints of another run .*delete it and .*model\.run"):
+        quiet(replace(job, learning_rate=0.1))
+    shutil.move(tmp_path / "kept", f"{job.output}.run")
+    told: list[dict[str, object]] = []
+    resumed = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 2)
+    assert without_speed(resumed.history) == without_speed(whole.history)
+    assert not list(place.iterdir())
+    # Now it is free for another run.
+    assert quiet(replace(job, output=str(tmp_path / "other"), learning_rate=1e-3)).trained
+
+
+def test_checkpoints_that_name_no_run_are_not_gone_on_with(job_for: Jobs, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2, directory=str(place)))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(3)])
+    (place / "run.json").unlink()
+    with pytest.raises(JobError, match=r"another run \(it is not said of which\)"):
+        quiet(job)
+
+
+def test_an_output_on_a_store_is_refused(job_for: Jobs) -> None:
+    with pytest.raises(JobError, match=r"output s3://bucket/model is no directory"):
+        quiet(job_for(output="s3://bucket/model"))
 
 
 def test_an_output_that_is_not_ours_is_refused(job_for: Jobs) -> None:
@@ -207,12 +378,31 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_best(job_for: Jobs
     assert all(value.isfinite().all() for value in load_bundle(job.output).model().state_dict().values())
 
 
-def test_a_loss_that_is_no_number_in_the_first_epoch_keeps_nothing(job_for: Jobs) -> None:
+def test_a_loss_that_is_no_number_before_any_checkpoint_keeps_nothing(job_for: Jobs) -> None:
     job = job_for()
-    with pytest.raises(JobError, match=r"step 2 \(epoch 1\), before an epoch had ended"):
+    with pytest.raises(JobError, match=r"step 2 \(epoch 1\), before an epoch or a checkpoint"):
         quiet(job, callbacks=[poison_at(1)])
     assert not Path(job.output).exists()
     assert not Path(f"{job.output}.run").exists()
+
+
+def test_a_loss_that_is_no_number_in_the_first_epoch_keeps_the_last_good_checkpoint(
+    job_for: Jobs, tmp_path: Path
+) -> None:
+    """Hours may lie before the first evaluation, and what spoilt the loss may have been the machine."""
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    run = f"{job.output}.run"
+    said = rf"step 6 \(epoch 1\).*last good checkpoint is {run}/checkpoints/step-00000004.*delete {run} and train"
+    for _ in range(2):  # The same command goes on from it, and says the same when it comes to the same.
+        with pytest.raises(JobError, match=said):
+            quiet(job, callbacks=[poison_at(5)])
+    with pytest.raises(JobError, match=r"learning_rate 0\.003, now 0\.001.*delete that directory to start anew"):
+        quiet(replace(job, learning_rate=1e-3))
+    told: list[dict[str, object]] = []
+    resumed = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
+    assert without_speed(resumed.history) == without_speed(whole.history)
 
 
 def test_validation_rows_given_apart(job_for: Jobs, reviews: Path, tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def test_a_run_that_replays_is_cut_off_and_goes_on_to_the_same_bits(
     without = replace(job, data=DataOptions(train=str(corpus)))
     with pytest.raises(JobError, match=r"data\.replay"):
         quiet(without)
-    assert figures(quiet(job)) == figures(whole)
+    told: list[dict[str, object]] = []
+    assert figures(train(job, tell=told.append)) == figures(whole)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 6)
 
 
 # The loss.
@@ -169,7 +171,9 @@ def test_a_run_cut_off_goes_on_to_the_same_bits(pretraining_for: Jobs, tmp_path:
 
     with pytest.raises(Cut):
         quiet(job, callbacks=[cut])
-    resumed = quiet(job)
+    told: list[dict[str, object]] = []
+    resumed = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", (step - 1) // 2 * 2)
     assert figures(resumed) == figures(whole)
     one, other = (load_bundle(result.bundle).model().state_dict() for result in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -192,8 +196,11 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(pretraining_for: Jobs, 
     assert sent == [4]
     # At the next look, which is some steps later; the checkpoint of a round's end may lie before it.
     newest = sorted(Path(f"{job.output}.run/checkpoints").glob("step-*"))[-1]
-    assert 4 <= int(newest.name.removeprefix("step-")) < 12
-    assert figures(quiet(job)) == figures(whole)
+    step = int(newest.name.removeprefix("step-"))
+    assert 4 <= step < 12
+    told: list[dict[str, object]] = []
+    assert figures(train(job, tell=told.append)) == figures(whole)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", step)
 
 
 def test_a_loss_that_is_no_number_names_step_and_shards(pretraining_for: Jobs) -> None:
@@ -325,6 +332,51 @@ def test_another_job_does_not_go_on_with_a_run(pretraining_for: Jobs, change: di
         quiet(job, callbacks=[cut])
     with pytest.raises(JobError, match=named):
         quiet(replace(job, **change))
+
+
+def other_model(job: TrainJob, place: Path) -> TrainJob:
+    from transformers import BertConfig, BertModel
+
+    shape = BertConfig(vocab_size=len(tiny_tokenizer()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(shape).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return replace(job, model=str(place))
+
+
+def other_shape(job: TrainJob, place: Path) -> TrainJob:
+    return replace(job, architecture=replace(job.architecture, layers=2))
+
+
+def other_vocabulary(job: TrainJob, place: Path) -> TrainJob:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["perlocution"])
+    return replace(job, data=DataOptions(train=str(make_corpus(place, tokenizer, documents(100), documents(20, 1)))))
+
+
+@pytest.mark.parametrize(
+    ("begun", "change", "named"),
+    [
+        ("tiny", other_model, r"base '\w+', now '\w+'.*model '.*', now '.*other'"),
+        ("new", other_shape, "architecture.layers 1, now 2"),
+        ("new", other_vocabulary, r"data\.train '.*', now '.*other'; rows '\w+', now '\w+'"),
+    ],
+    ids=["model", "size", "vocabulary"],
+)
+def test_another_model_or_vocabulary_does_not_go_on_with_a_run(
+    pretraining_for: Jobs, tmp_path: Path, begun: str, change: Callable[[TrainJob, Path], TrainJob], named: str
+) -> None:
+    from bert_ray.training.job import ArchitectureOptions
+
+    shape = ArchitectureOptions(layers=1, hidden_size=16, heads=2, max_positions=64)
+    job = pretraining_for(**({"model": "new", "architecture": shape} if begun == "new" else {}))
+
+    def cut(event: StepEvent) -> None:
+        raise Cut
+
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut])
+    with pytest.raises(JobError, match=rf"holds an unfinished run with other settings \(.*{named}"):
+        quiet(change(job, tmp_path / "other"))
 
 
 def test_another_corpus_does_not_go_on_with_a_run(pretraining_for: Jobs, tmp_path: Path) -> None:

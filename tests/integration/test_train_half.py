@@ -1,0 +1,106 @@
+"""DeepSpeed's stepper in half precision: every ZeRO stage learns as one plain process does; fp16's scale falls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from tests.conftest import needs
+from tests.groups import in_group, losses, run_loop
+
+needs("deepspeed", "train")
+
+STAGES = (0, 1, 2, 3)
+# Far above what fp16 can hold of a gradient.
+TOO_LARGE = 2.0**28
+
+
+def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, float]]]:
+    """All stages in one group, in both precisions; and with a scale at which the first steps overflow."""
+    from bert_ray.training import deepspeed
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for stage in STAGES:
+        for precision in ("bf16", "fp16"):
+            run = replace(job, zero_stage=stage, precision=precision)
+            found[f"{precision} {stage}"] = run_loop(run, root / f"{precision}-{stage}")
+    usual, deepspeed._FIRST_SCALE = deepspeed._FIRST_SCALE, TOO_LARGE
+    try:
+        for stage in STAGES:
+            run = replace(job, zero_stage=stage, precision="fp16")
+            found[f"overflow {stage}"] = run_loop(run, root / f"overflow-{stage}")
+            run_loop(run, root / f"cut-{stage}", stop=17)
+            deepspeed._FIRST_SCALE = usual  # What a resumed run scales by stands in its checkpoint.
+            found[f"cut {stage}"] = run_loop(run, root / f"cut-{stage}")
+            deepspeed._FIRST_SCALE = TOO_LARGE
+    finally:
+        deepspeed._FIRST_SCALE = usual
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Histories by name, and the directory of all."""
+    root = tmp_path_factory.mktemp("half")
+    words = ["great", "terrible"]
+    rows = [(f"the film {'was very ' * (row % 9)}{words[row % 2]} {row}", row % 2) for row in range(121)]
+    table = pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
+    pq.write_table(table.slice(0, 81), root / "train.parquet")
+    pq.write_table(table.slice(81), root / "validation.parquet")
+    job = TrainJob(
+        model=str(tiny_encoder),
+        output=str(root / "unused"),
+        data=DataOptions(train=str(root / "train.parquet"), validation=str(root / "validation.parquet")),
+        epochs=4,
+        batch_size=16,
+        learning_rate=1e-3,
+        dropout=0.0,
+        checkpoint=CheckpointOptions(every_steps=4),
+    )
+    return {"root": root, "job": job} | in_group(2, worker, job, root, 2)
+
+
+def scaling(directory: Path) -> dict[str, float]:
+    """fp16's scaling in the last checkpoint of a run."""
+    from bert_ray.training.checkpoints import Checkpoints
+
+    found = Checkpoints(directory / "checkpoints", 2).latest()
+    assert found is not None
+    return dict(found.position["scaling"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_stage_learns_as_one_process_does(runs: dict[str, Any], precision: str) -> None:
+    from bert_ray.training.launch import train
+
+    plain = replace(runs["job"], engine="local", threads=1, precision=precision, output=str(runs["root"] / precision))
+    expected = losses(train(plain, tell=lambda _: None).history)
+    assert expected[-2] < 0.7 * expected[0]  # It does learn.
+    for stage in STAGES:
+        found = losses(runs[f"{precision} {stage}"])
+        assert found == pytest.approx(expected, abs=0.05), stage
+        assert found[0] == pytest.approx(expected[0], abs=5e-3), stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_lowers_the_scale_and_training_goes_on(runs: dict[str, Any], stage: int) -> None:
+    found = losses(runs[f"overflow {stage}"])
+    assert np.isfinite(found).all()
+    scale = scaling(runs["root"] / f"overflow-{stage}")["scale" if stage == 0 else "cur_scale"]
+    assert scale < TOO_LARGE, "nothing overflowed"
+    assert found[-2] < 0.95 * found[0]
+    assert found == pytest.approx(losses(runs["overflow 0"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_overflowed_and_was_cut_off_goes_on_to_the_same_bits(runs: dict[str, Any], stage: int) -> None:
+    assert losses(runs[f"cut {stage}"]) == losses(runs[f"overflow {stage}"])
+    root = runs["root"]
+    assert scaling(root / f"cut-{stage}") == scaling(root / f"overflow-{stage}")
