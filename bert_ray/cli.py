@@ -8,6 +8,7 @@ Exit status:
     2    the command, the job file, the model or the table is at fault; nothing was started
     70   a bug in bert_ray: a traceback is shown (EX_SOFTWARE of sysexits.h; Python's own 1 would mean failed rows)
     130  stopped by Ctrl-C; what is done stays done, and the same command goes on
+    141  the reader of the output went away before all of it was written (as SIGPIPE ends other programs)
     143  a training that was asked to stop (SIGTERM) and left a checkpoint; the same command goes on
 
 Every command imports what it needs when it runs: `bert-ray --help` loads neither torch nor an engine.
@@ -27,12 +28,13 @@ from bert_ray import __version__
 from bert_ray.config import load_job
 from bert_ray.errors import BertRayError, JobError, Stopped
 
-DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, ASKED_TO_STOP = 0, 1, 2, 70, 130, 143
+DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, CUT_OFF, ASKED_TO_STOP = 0, 1, 2, 70, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; see the module's first lines."""
     words = list(sys.argv[1:] if argv is None else argv)
+    status = CUT_OFF  # Unless the command had come to its end.
     try:
         status = _dispatch(words)
         sys.stdout.flush()
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # `bert-ray runs failures OUT | head`: the reader has seen enough. Python would complain at its own exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return status
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
             print(f"error: {error.name} is not installed: pip install 'bert-ray[{extra}]'", file=sys.stderr)

@@ -12,6 +12,8 @@ Shapes: B rows that can be compared, C labels.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +116,7 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     Raises:
         BundleError: the model cannot be loaded, or its task has nothing to measure it by.
         ColumnError: a column is missing or of the wrong type, or a label is none of the model's.
+        JobError: the output cannot be written.
         LakeError: the table cannot be read, or no row of it can be compared.
     """
     from bert_ray.evaluation.report import write_report
@@ -124,13 +127,12 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     annotator.check(table.schema)
     rows = read_rows(table, job.table, task, _columns(job, task))
     warnings = _warnings(annotator, rows, job)
+    output = _place(job)
     started = time.perf_counter()
     annotations = _annotate(annotator, rows.inputs)
     seconds = time.perf_counter() - started
     figures = task.metrics(annotations, rows.inputs, rows.truth)
     sections = task.report(annotations, rows.inputs, rows.truth, job.mistakes)
-    output = Path(job.output)
-    output.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation(
         figures=figures,
         constant=task.constant(rows.truth),
@@ -149,6 +151,18 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     evaluation.metrics.write_text(value + "\n", "utf-8")
     write_report(evaluation, annotator, job.table)
     return evaluation
+
+
+def _place(job: EvaluateJob) -> Path:
+    """The output directory, made and found to be writable before an hour of annotating."""
+    output = Path(job.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            return output
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else error
+        raise JobError(f"output {output} cannot be written: {why}; name another directory with --output") from error
 
 
 def _annotator(job: EvaluateJob) -> Annotator:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import json
 import sys
 import time
 import uuid
@@ -27,7 +28,9 @@ import pyarrow as pa
 from bert_ray import __version__
 from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
 from bert_ray.inference.job import AnnotateJob
-from bert_ray.lake.journal import Journal, refuse_another_job
+from bert_ray.lake.files import printable
+from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
+from bert_ray.lake.lock import NoLocksError, exclusive
 from bert_ray.lake.progress import Progress
 
 # Sessions that run.json remembers.
@@ -102,21 +105,22 @@ class Summary:
         return int(bool(self.failed or self.left or self.stopped))
 
     def __str__(self) -> str:
+        output = printable(self.output)
         lines = [
             f"annotated {self.rows:,} rows in {self.done:,} units on {self.engine}: "
             f"{self.rows_per_second:,.1f} rows/s, {self.seconds:.1f} s of which {self.startup_seconds:.1f} s start-up",
-            f"  table    {self.output} ({self.annotation})",
+            f"  table    {output} ({self.annotation})",
         ]
         lines += [f"  warning  {text}" for text in self.warnings]
         if self.skipped:
             lines.append(f"  skipped  {self.skipped:,} units that earlier runs have done")
         if self.failed:
-            lines.append(f"  failed   {self.failed:,} units; all of them: bert-ray runs failures {self.output}")
+            lines.append(f"  failed   {self.failed:,} units; all of them: bert-ray runs failures {output}")
             lines += [f"           {note['error']}" for note in self.failures[:_FAILURES_SHOWN]]
         if self.stopped:
             lines.append(f"  stopped  {self.stopped}")
         if self.left:
-            lines.append(f"  left     {self.left:,} units; to go on: bert-ray runs resume {self.output}")
+            lines.append(f"  left     {self.left:,} units; to go on: bert-ray runs resume {output}")
         return "\n".join(lines)
 
 
@@ -124,12 +128,39 @@ def run(job: AnnotateJob) -> Summary:
     """Annotate a table, or go on with annotating it; prints progress to standard error and a summary at the end.
 
     Raises:
-        BertRayError: job, model or table is at fault; nothing was started.
+        BertRayError: job, model or table is at fault, or another process works on the same output; nothing was started.
         KeyboardInterrupt: after the run was stopped cleanly and it was said how to go on.
     """
-    began = time.monotonic()
-    began_wall = time.time()
+    began = time.monotonic(), time.time()
     engine = load_engine(job.engine)
+    with _alone(job):
+        return _run(job, engine, *began)
+
+
+@contextlib.contextmanager
+def _alone(job: AnnotateJob) -> Iterator[None]:
+    """Hold the output's lock; of what is made for it nothing stays where the run does not begin."""
+    from bert_ray.lake.outputs import check_place
+
+    output = check_place(job.output, job.input)
+    folder = output / FOLDER
+    made = [place for place in (folder, output, *output.parents) if not place.exists()]
+    try:
+        with contextlib.ExitStack() as held:
+            with output_errors(output):
+                folder.mkdir(parents=True, exist_ok=True)
+                # Without locks two runs at once would do units twice, of which one file and one receipt stay.
+                with contextlib.suppress(NoLocksError):
+                    held.enter_context(exclusive(folder / "lock", f"the table {printable(output)}"))
+            yield
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # It is not empty: the run has begun.
+                place.rmdir()
+
+
+def _run(job: AnnotateJob, engine: ModuleType, began: float, began_wall: float) -> Summary:
+    """`run`, while no other works on the same output."""
     plan = prepare(job)
     summary = Summary(
         engine=job.engine,
@@ -142,33 +173,32 @@ def run(job: AnnotateJob) -> Summary:
     for text in plan.warnings:  # At once, too: a long run may not be worth its time.
         print(f"warning: {text}", file=sys.stderr, flush=True)
     rows = [unit.rows for unit in plan.todo if unit.rows is not None]
-    first = None
+    first, told = None, set()
     try:
         with Progress(what=f"annotate on {job.engine}", units=len(plan.todo), rows=sum(rows)) as progress:
             try:
                 for outcome in _outcomes(engine, plan, progress.watch):
                     if outcome.state == "left":
                         continue
-                    failed = outcome.state == "failed"
-                    progress.ended(outcome.rows, outcome.seconds, failed)
-                    summary.rows += outcome.rows
-                    summary.done += not failed
-                    summary.failed += failed
-                    if not failed:
+                    _count(outcome, plan, summary, progress)
+                    told.add(outcome.unit)
+                    if outcome.state == "done":
                         first = min(first or outcome.began, outcome.began)
                         continue
-                    summary.failures.append(_failure(plan, outcome))
                     if outcome.lasting or job.on_error == "fail":
                         summary.stopped = outcome.error
                         break
             except EngineError as error:
                 summary.stopped = str(error)
+            if summary.stopped:
+                for outcome in _untold(plan, told):
+                    _count(outcome, plan, summary, progress)
     except KeyboardInterrupt:
         # Units may have ended that the engine had no time to tell of.
         finished = len(Journal(plan.work.output).receipts())
         print(
             f"\nstopped by Ctrl-C: {finished:,} of {summary.units:,} units are done and stay done; "
-            f"to go on: bert-ray runs resume {summary.output}",
+            f"to go on: bert-ray runs resume {printable(summary.output)}",
             file=sys.stderr,
             flush=True,
         )
@@ -177,6 +207,28 @@ def run(job: AnnotateJob) -> Summary:
     summary.startup_seconds = min(summary.seconds, max(0.0, first - began_wall)) if first else 0.0
     print(summary, flush=True)
     return summary
+
+
+def _count(outcome: Any, plan: Plan, summary: Summary, progress: Progress) -> None:
+    """Take a unit that ended into summary and progress."""
+    failed = outcome.state == "failed"
+    progress.ended(outcome.rows, outcome.seconds, failed)
+    summary.rows += outcome.rows
+    summary.done += not failed
+    summary.failed += failed
+    if failed:
+        summary.failures.append(_failure(plan, outcome))
+
+
+def _untold(plan: Plan, told: set[str]) -> Iterator[Any]:
+    """Outcomes of units that ended while the engine was stopped, when nobody listened any more."""
+    from bert_ray.inference.work import Outcome
+
+    journal = Journal(plan.work.output)
+    for unit_id in sorted({unit.id for unit in plan.todo} & (journal.receipts() | journal.failed()) - told):
+        note = journal.receipt(unit_id) or journal.failure(unit_id)
+        if note.get("session") == plan.work.session and (ended := Outcome.from_journal(journal, unit_id)):
+            yield ended
 
 
 def _outcomes(engine: ModuleType, plan: Plan, watch: Callable[[int], None]) -> Iterator[Any]:
@@ -262,9 +314,15 @@ def prepare(job: AnnotateJob) -> Plan:
         "dtype": job.dtype,
         "partitions": list(table.partitions),
         "output columns": {field.name: str(field.type) for field in work.schema},
+        "task": annotator.task.kind,
+        # As they come back from run.json.
+        "options": json.loads(json.dumps(dataclasses.asdict(annotator.task.options))),
     }
     if earlier:
-        refuse_another_job(output, earlier["settings"], settings)
+        # Earlier versions did not note the task and its options, nor those options that they did not have.
+        known = {"task": settings["task"]} | earlier["settings"]
+        known["options"] = settings["options"] | known.get("options", {})
+        refuse_another_job(output, known, settings)
     units = table.units(job.unit_rows)
     if earlier:
         _reconcile(journal, units)
@@ -334,6 +392,9 @@ def _reconcile(journal: Journal, units: list[Any]) -> None:
     from bert_ray.lake.outputs import parts
 
     journal.sweep()
+    # Killed between receipt and clearing away what was noted before it.
+    for unit_id in (journal.failed() | journal.started()) & journal.receipts():
+        journal.clear(unit_id)
     planned = {unit.id for unit in units}
     present = {unit.path for unit in units}
     failures = journal.failures()
@@ -350,7 +411,8 @@ def _reconcile(journal: Journal, units: list[Any]) -> None:
         journal.discard(unit_id)
     for unit_id in (journal.failed() | journal.started()) - planned:
         journal.clear(unit_id)
-    standing, done = parts(journal.output), journal.receipts()
+    # In this order: a worker that outlived an earlier driver may commit a unit in between, which then stands.
+    done, standing = journal.receipts(), parts(journal.output)
     for unit_id, path in standing.items():
         # Cut off between rename and receipt, and the file was changed since: no unit would ever replace it.
         if unit_id not in planned and unit_id not in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,6 +89,8 @@ class AnnotateJob:
         ):
             if (value := getattr(self, key)) not in allowed:
                 raise JobError(f"{key} is {value!r}: it is one of {', '.join(allowed)}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise JobError(f"device is {self.device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like")
         for key in ("unit_rows", "batch_tokens", "threads", "workers"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise JobError(f"{key} is {value}: it is at least 1")

@@ -234,16 +234,18 @@ def _session(options: RayOptions) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Ray Data's own progress, which counts blocks, beside ours, which counts rows."""
+    """Without Ray Data's limit of time, and its progress, which counts blocks, beside ours, which counts rows."""
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, logger.level
+    before = context.enable_progress_bars, getattr(context, "execution_no_progress_timeout_s", -1), logger.level
     context.enable_progress_bars = False
+    # Ray 2.60 gives up where nothing ends for half an hour, which a unit may take, and would at every try anew.
+    context.execution_no_progress_timeout_s = -1
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars = before[0]
-        logger.setLevel(before[1])
+        context.enable_progress_bars, context.execution_no_progress_timeout_s = before[:2]
+        logger.setLevel(before[2])
 
 
 def _pool(*, workers: int | None, threads: int | None, device: str, tasks: int | None) -> Pool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from bert_ray.errors import JobError
 from bert_ray.inference.bulk import run
 from bert_ray.inference.job import AnnotateJob, SparkOptions
+from bert_ray.lake.files import printable
 from bert_ray.lake.journal import Journal
 from bert_ray.lake.tables import local_target
 from bert_ray.options import RayOptions
@@ -28,24 +29,25 @@ def status(output: str | os.PathLike[str]) -> Report:
         JobError: there is no run.
     """
     journal, plan = _open(output)
-    done, failed = journal.receipts(), journal.failed()
+    done = journal.receipts()
+    failed = journal.failed() - done  # A kill right after the receipt leaves the note of an earlier failure.
     rows = sum(journal.receipt(unit_id).get("rows", 0) for unit_id in done)
     left = max(0, plan["units"] - len(done) - len(failed))
-    sessions = plan["sessions"]
+    sessions, where = plan["sessions"], printable(journal.output)
     lines = [
-        f"{journal.output}",
-        f"  input    {plan['settings']['input']}",
+        where,
+        f"  input    {printable(plan['settings']['input'])}",
         f"  model    {plan['job']['model']} ({plan['task']}, fingerprint {_fingerprint(plan)[:12]})",
         f"  units    {plan['units']:,}: {len(done):,} done, {len(failed):,} failed, {left:,} to do",
         f"  rows     {rows:,} of {plan['rows']:,} written",
         f"  sessions {len(sessions)}, the last on {sessions[-1]['engine']} at {sessions[-1]['began']}",
     ]
-    if begun := journal.started():
+    if begun := journal.started() - done:
         lines.append(f"  begun    {len(begun):,} units are under way, or were cut off")
     if failed:
-        lines.append(f"  why      bert-ray runs failures {journal.output}")
+        lines.append(f"  why      bert-ray runs failures {where}")
     if failed or left:
-        lines.append(f"  go on    bert-ray runs resume {journal.output}")
+        lines.append(f"  go on    bert-ray runs resume {where}")
     return Report("\n".join(lines), int(bool(failed or left)))
 
 
@@ -56,15 +58,16 @@ def failures(output: str | os.PathLike[str]) -> Report:
         JobError: there is no run.
     """
     journal, _ = _open(output)
-    notes = journal.failures()
+    done, where = journal.receipts(), printable(journal.output)
+    notes = [note for note in journal.failures() if note["unit"] not in done]
     if not notes:
-        return Report(f"{journal.output}: no unit has failed", 0)
-    lines = [f"{journal.output}: {len(notes):,} units failed"]
+        return Report(f"{where}: no unit has failed", 0)
+    lines = [f"{where}: {len(notes):,} units failed"]
     for note in notes:
         groups = note.get("row_groups")
-        where = f", row groups {groups[0]} to {groups[1] - 1}" if groups else ""
-        lines += [f"  {note.get('file')}{where}", f"    {note.get('error')}"]
-    lines.append(f"mend the files and go on: bert-ray runs resume {journal.output}")
+        which = f", row groups {groups[0]} to {groups[1] - 1}" if groups else ""
+        lines += [f"  {printable(note.get('file', ''))}{which}", f"    {note.get('error')}"]
+    lines.append(f"mend the files and go on: bert-ray runs resume {where}")
     return Report("\n".join(lines), 1)
 
 

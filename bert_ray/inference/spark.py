@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ import pyarrow as pa
 # PySpark warns of pandas 3 at every turn; nothing here goes through pandas.
 warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas", category=FutureWarning)
 
+from pyspark import SparkContext  # noqa: E402
 from pyspark.sql import DataFrame, SparkSession  # noqa: E402
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
 from pyspark.sql.types import StructField, StructType  # noqa: E402
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 _MOST_TASKS = 10_000
 # How often the journal is read for what has ended: Spark itself tells only when all has.
 _LOOK_SEC = 1.0
+# How long a run that ends waits for its tasks to do so.
+_CANCEL_SEC = 30.0
 # A task is tried this often in a session of our own; Spark's default there is once.
 _TRIES = 4
 
@@ -164,14 +168,21 @@ def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[
                     waiting.discard(unit_id)
                     yield ended
     finally:
-        if thread.is_alive():
-            context.cancelJobsWithTag(tag)
-            thread.join(30)
+        _cancel(context, tag, thread)
     if error := result.get("error"):
         raise EngineError(f"Spark gave up: {_why(error)}") from error
     # What could not be written to the journal (a full disk) is in the rows alone.
     outcomes = (Outcome.from_json(row.outcome) for row in result["rows"])
     yield from (outcome for outcome in outcomes if outcome.unit in waiting)
+
+
+def _cancel(context: SparkContext, tag: str, thread: threading.Thread) -> None:
+    """End the job that the thread waits for. Before it is submitted there is none to end, so this is said again."""
+    until = time.monotonic() + _CANCEL_SEC
+    while thread.is_alive() and time.monotonic() < until:
+        with contextlib.suppress(Exception):  # Java may be gone: why the run ends is what counts.
+            context.cancelJobsWithTag(tag)
+        thread.join(_LOOK_SEC)
 
 
 def _why(error: BaseException) -> str:
@@ -185,14 +196,22 @@ def _why(error: BaseException) -> str:
 @contextlib.contextmanager
 def _session(options: SparkOptions, workers: int | None) -> Iterator[tuple[SparkSession, bool]]:
     """The session in use, or one of our own that is stopped at the end; and whether it is ours."""
-    if (active := SparkSession.getActiveSession()) is not None:
+    if (active := _active()) is not None:
         yield active, False
         return
     session = new_session(options, workers)
     try:
         yield session, True
     finally:
-        session.stop()
+        with contextlib.suppress(Exception):  # Java may be gone: why the run ends is what counts.
+            session.stop()
+
+
+def _active() -> SparkSession | None:
+    """The session in use. A thread has only those for its own that were made in it, but a process one context."""
+    if (active := SparkSession.getActiveSession()) is not None:
+        return active
+    return SparkSession.builder.getOrCreate() if SparkContext._active_spark_context is not None else None
 
 
 def new_session(options: SparkOptions, workers: int | None = None) -> SparkSession:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from bert_ray import __version__
 from bert_ray.errors import BertRayError, LakeError
+from bert_ray.lake.files import printable
 from bert_ray.lake.journal import Journal, OutputError
 from bert_ray.lake.outputs import part_path, writing
 
@@ -172,7 +173,7 @@ def _metadata(work: Work, unit: Unit) -> dict[str, str]:
         "bert_ray.task": work.task,
         "bert_ray.model": work.annotator.model,
         "bert_ray.fingerprint": work.annotator.fingerprint or "",
-        "bert_ray.source": unit.path,
+        "bert_ray.source": printable(unit.path),
         "bert_ray.unit": unit.id,
     }
 

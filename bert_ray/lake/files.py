@@ -16,6 +16,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for messages and metadata: bytes of it that are not UTF-8 stand in hex."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def file_sha256(path: Path) -> str:
     """Of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ray.errors import JobError, LakeError
+from bert_ray.lake.files import printable
 
 FOLDER = "_bert_ray"
 # The journal's layout; one that a later version cannot read is refused by name rather than misread.
@@ -243,7 +244,8 @@ def output_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise OutputError(
-            f"cannot write to {output}: {why}. When that is mended, the same command goes on where this run stopped"
+            f"cannot write to {printable(output)}: {why}. "
+            "When that is mended, the same command goes on where this run stopped"
         ) from error
 
 

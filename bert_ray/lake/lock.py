@@ -13,6 +13,13 @@ from pathlib import Path
 
 from bert_ray.errors import LakeError
 
+# What flock says where a file system has no locks: a FUSE mount, Lustre without its option, NFS 3 without its daemon.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class NoLocksError(LakeError):
+    """The file system has no locks."""
+
 
 @contextlib.contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
@@ -26,6 +33,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         what: is worked on, for the message.
 
     Raises:
+        NoLocksError: the file system has none.
         LakeError: another process holds it; the message says which.
     """
     while True:
@@ -35,6 +43,9 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         except OSError as error:
             holder = os.read(handle, 1000).decode("utf-8", "replace").strip()
             os.close(handle)
+            if error.errno in _NO_LOCKS:
+                path.unlink(missing_ok=True)
+                raise NoLocksError(f"cannot lock {path}: {os.strerror(error.errno or 0)}") from error
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise LakeError(f"cannot lock {path}: {os.strerror(error.errno or 0)}") from error
             raise LakeError(

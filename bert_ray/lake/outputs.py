@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,12 +17,14 @@ import pyarrow.parquet as pq
 
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.journal import FOLDER, Journal, output_errors
-from bert_ray.lake.tables import local_path, local_target
+from bert_ray.lake.tables import local_path, local_target, refuse_unlisted
 from bert_ray.lake.units import Unit
 
 # A row group is written once it has this much data in memory: the bound of what a worker holds beside a batch, and
 # enough for a reader to skip by.
 _ROW_GROUP_BYTES, _ROW_GROUP_ROWS = 64 * 2**20, 128 * 1024
+# A part's name: Spark and others begin theirs with "part-" too. The id is that of `Unit.of`.
+_PART = re.compile(r"part-([0-9a-f]{20})\.parquet")
 
 
 def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> Path:
@@ -59,13 +62,22 @@ def part_path(output: Path, unit: Unit) -> Path:
 
 
 def parts(output: Path) -> dict[str, Path]:
-    """The part files that stand in the output, by unit id."""
-    found = {}
-    for folder, below, names in os.walk(output):
-        below[:] = [name for name in below if name != FOLDER]
-        for name in names:
-            if name.startswith("part-") and name.endswith(".parquet"):
-                found[name.removeprefix("part-").removesuffix(".parquet")] = Path(folder, name)
+    """The part files that stand in the output, by unit id; files that others have put there are none.
+
+    Raises:
+        LakeError: a directory cannot be listed, and what stands in it would be taken for missing.
+    """
+    found: dict[str, Path] = {}
+    seen = set()
+    for folder, below, names in os.walk(output, followlinks=True, onerror=refuse_unlisted):
+        real = os.path.realpath(folder)
+        if real in seen:  # A link that leads back up.
+            below.clear()
+            continue
+        seen.add(real)
+        # Parts stand in partition directories, which may lie on another disk behind a link.
+        below[:] = [name for name in below if "=" in name]
+        found |= {match[1]: Path(folder, name) for name in names if (match := _PART.fullmatch(name))}
     return found
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.errors import LakeError
+from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import merge, plain
 from bert_ray.lake.units import ParquetReader, Unit, partition_values
 
@@ -103,7 +104,7 @@ class ParquetTable:
         if not schemas:
             raise LakeError(
                 f"none of the {len(self._files)} files of {self.name} can be read as Parquet, "
-                f"the first is {self.root / self._files[0].path}"
+                f"the first is {printable(self.root / self._files[0].path)}"
             )
         whole = plain(schemas[0])
         if len(set(whole.names)) < len(whole):
@@ -157,13 +158,18 @@ def local_target(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(os.path.expanduser(text)))
 
 
+def refuse_unlisted(error: OSError) -> None:
+    """What os.walk calls where it would pass over a directory in silence.
+
+    Raises:
+        LakeError: always.
+    """
+    raise LakeError(f"{printable(error.filename)} cannot be listed: {error.strerror}") from error
+
+
 def _data_files(directory: Path) -> Iterator[Path]:
     seen = set()
-
-    def refuse(error: OSError) -> None:
-        raise LakeError(f"{error.filename} cannot be listed: {error.strerror}") from error
-
-    for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse):
+    for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse_unlisted):
         real = os.path.realpath(folder)
         if real in seen:  # A link that leads back up.
             below.clear()
@@ -194,7 +200,8 @@ def _look_at(path: Path, root: Path) -> _File:
     except OSError:  # A dangling link, or a file removed since the listing: its unit will say so.
         return _File(relative, 0, 0, None, None)
     try:
-        footer = pq.read_metadata(path)
+        with pa.OSFile(os.fsencode(path)) as file:  # As bytes: Arrow takes no str whose name is not UTF-8.
+            footer = pq.read_metadata(file)
         schema = footer.schema.to_arrow_schema()
         groups = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
     except (pa.ArrowException, OSError):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.errors import LakeError
+from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import conform, merge_fields
 
 # What Hive, Spark and pyarrow write for a null partition value.
@@ -84,7 +85,7 @@ class Unit:
 def partition_values(path: str) -> dict[str, str | None]:
     """The values that a path's hive-style directories spell: {"source": "imdb"} for "source=imdb/part-0.parquet"."""
     values: dict[str, str | None] = {}
-    for part in path.split("/")[:-1]:
+    for part in printable(path).split("/")[:-1]:
         name, sign, value = part.partition("=")
         if sign and name:
             values[unquote(name)] = None if value == _HIVE_NULL else unquote(value)
@@ -117,15 +118,17 @@ class ParquetReader:
                 one that does not fit the table's.
         """
         path = Path(self.root, unit.path)
+        told = printable(path)
         target = pa.schema([self.schema.field(name) for name in columns])
         constants = partition_values(unit.path)
         try:
             status = path.stat()
             if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
-                raise LakeError(f"{path} changed after the run had begun: run again to take it as it is now")
-            with pq.ParquetFile(path) as file:
+                raise LakeError(f"{told} changed after the run had begun: run again to take it as it is now")
+            # As bytes: Arrow takes no str whose name is not UTF-8.
+            with pa.OSFile(os.fsencode(path)) as source, pq.ParquetFile(source) as file:
                 found = file.schema_arrow
-                self._check(path, found, target, constants, required)
+                self._check(told, found, target, constants, required)
                 wanted = [name for name in columns if name in found.names]
                 groups = range(*unit.row_groups) if unit.row_groups else range(file.num_row_groups)
                 for group in groups:
@@ -138,13 +141,13 @@ class ParquetReader:
                     for batch in batches:
                         yield conform(batch, target, constants)
         except FileNotFoundError:
-            raise LakeError(f"{path} is gone, or this machine does not see it") from None
+            raise LakeError(f"{told} is gone, or this machine does not see it") from None
         except (pa.ArrowException, OSError) as error:
-            raise LakeError(f"{path} cannot be read: {_one_line(error)}. Replace the file and run again") from error
+            raise LakeError(f"{told} cannot be read: {_one_line(error)}. Replace the file and run again") from error
 
     @staticmethod
     def _check(
-        path: Path,
+        path: str,
         found: pa.Schema,
         target: pa.Schema,
         constants: dict[str, str | None],

@@ -5,6 +5,7 @@ call of `main` does; each process imports what it needs anew.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_help_and_version() -> None:
     assert all(f"bert-ray {name}" in shown.stdout for name in cli.COMMANDS)
     assert bert_ray("--version").stdout.strip() == f"bert-ray {__version__}"
     assert bert_ray().returncode == cli.AT_FAULT
+
+
+def test_the_page_lists_every_command_and_exit_status() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    assert re.findall(r"^bert-ray (\w+)", page.split("```")[1], re.MULTILINE) == list(cli.COMMANDS)
+    statuses = re.findall(r"^ {4}(\d+) ", cli.__doc__ or "", re.MULTILINE)
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == statuses
 
 
 @pytest.mark.parametrize(

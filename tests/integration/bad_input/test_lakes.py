@@ -152,6 +152,25 @@ def test_on_error_fail_stops_an_engine_at_the_first(
     assert "f0.parquet cannot be read" in runs.failures(out).text
 
 
+def test_names_that_are_not_utf_8(
+    tmp_path: Path, out: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lake = tmp_path / "lake"
+    folder = lake / os.fsdecode(b"source=caf\xe9")
+    one_file(lake / "plain", id=[0, 1], text=["good", "bad"]).rename(folder)
+    (folder / "a.parquet").rename(folder / os.fsdecode(b"\xff.parquet"))
+    (folder / os.fsdecode(b"half\xff.parquet")).write_bytes(b"PAR1")
+    summary = bulk.run(job(lake, tiny_bundle, out))
+    assert (summary.failed, summary.rows) == (1, 2)
+    part = next(part for part in (out / folder.name).iterdir())
+    with part.open("rb") as file:
+        assert pq.read_metadata(file).metadata[b"bert_ray.source"] == rb"source=caf\xe9/\xff.parquet"
+    told = capsys.readouterr().out + runs.status(out).text + runs.failures(out).text
+    assert told.count(rf"{lake}/source=caf\xe9/half\xff.parquet cannot be read") == 2
+    told.encode()
+    assert bulk.run(job(lake, tiny_bundle, out)).skipped == 1
+
+
 def test_only_damaged_files(tmp_path: Path, out: Path, tiny_bundle: Path) -> None:
     (tmp_path / "lake").mkdir()
     (tmp_path / "lake" / "a.parquet").touch()
@@ -260,6 +279,26 @@ def test_an_altered_bundle_starts_nothing(tmp_path: Path, out: Path, tiny_bundle
     (saved / "model.safetensors").unlink()
     with pytest.raises(BundleError):
         bulk.run(job(lake, saved, tmp_path / "again"))
+
+
+# The one who reads what is printed
+
+
+def test_a_reader_that_goes_away_does_not_make_a_run_that_failed_look_done(
+    tmp_path: Path, out: Path, tiny_bundle: Path
+) -> None:
+    lake = make_lake(tmp_path / "lake")
+    (lake / "source=s0" / "f0.parquet").write_bytes(b"not parquet")
+    assert bulk.run(job(lake, tiny_bundle, out)).exit_status == 1
+    command = [sys.executable, "-m", "bert_ray.cli", "runs", "failures", str(out)]
+    # The command has ended, and its status is known, where the last lines find no reader; else there is none.
+    for unbuffered, status in (("", 1), ("1", 141)):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as pipe:
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            ended = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, env=environment, check=False)
+        assert (ended.returncode, ended.stderr) == (status, b"")
 
 
 # Ctrl-C

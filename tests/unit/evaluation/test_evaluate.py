@@ -135,6 +135,16 @@ def test_a_label_that_the_model_does_not_know_is_found_before_annotating(
         run(tmp_path, tiny_bundle, {"text": TEXTS, "label": ["good", *LABELS[1:]]})
 
 
+def test_an_output_that_cannot_be_written_is_found_before_annotating(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_annotate", lambda *_: pytest.fail("it was annotated"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(JobError, match=rf"output {place} cannot be written: .*--output"):
+            run(tmp_path, tiny_bundle, {"text": ["good"], "label": ["positive"]}, output=str(place))
+
+
 def test_the_baseline_is_that_of_the_table(tmp_path: Path, tiny_bundle: Path) -> None:
     values = run(tmp_path, tiny_bundle, {"text": TEXTS, "label": ["negative", *LABELS[1:]]}).values()
     assert (values["majority_label"], values["majority_accuracy"]) == ("negative", 0.75)

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.errors import BundleError, ColumnError, JobError, LakeError
 from bert_ray.inference import bulk, runs
-from bert_ray.inference.bulk import Summary
+from bert_ray.inference.bulk import EngineError, Plan, Summary
 from bert_ray.inference.job import AnnotateJob
-from bert_ray.inference.work import annotate_unit
+from bert_ray.inference.work import Outcome, annotate_unit
+from bert_ray.lake import lock, outputs
 from bert_ray.lake.journal import Journal
+from bert_ray.lake.lock import exclusive
 from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
 
 
@@ -107,6 +112,7 @@ def test_another_column_and_a_partition_column(job: AnnotateJob, lake: Path) -> 
         ({"scores": True}, "scores"),
         ({"column": "source"}, "text was text, is source"),
         ({"dtype": "bf16"}, "dtype was auto, is bf16"),
+        ({"options": {"overflow": "head_tail"}}, "options: overflow was truncate, is head_tail"),
     ],
 )
 def test_another_job_in_the_same_output_is_refused(job: AnnotateJob, change: dict[str, Any], named: str) -> None:
@@ -120,6 +126,46 @@ def test_another_model_in_the_same_output_is_refused(job: AnnotateJob, tiny_enco
     bulk.prepare(job)
     with pytest.raises(JobError, match="model's fingerprint was"):
         bulk.prepare(changed(job, model=str(tiny_encoder)))
+
+
+def test_other_labels_in_the_same_output_are_refused(job: AnnotateJob, tiny_encoder: Path) -> None:
+    asked = changed(job, model=str(tiny_encoder), task="zero-shot", options={"labels": ["food", "film"]})
+    bulk.prepare(asked)
+    bulk.prepare(asked)
+    with pytest.raises(JobError, match=r"labels was \['food', 'film'\], is \['food', 'phone'\]"):
+        bulk.prepare(changed(asked, options={"labels": ["food", "phone"]}))
+
+
+def test_a_run_that_did_not_note_its_task_and_options_is_gone_on_with(job: AnnotateJob) -> None:
+    bulk.prepare(job)
+    path = Path(job.output) / "_bert_ray" / "run.json"
+    run = json.loads(path.read_text())
+    assert run["settings"].pop("task") == "classification"
+    assert run["settings"].pop("options")["overflow"] == "truncate"
+    path.write_text(json.dumps(run))
+    assert bulk.run(job).exit_status == 0
+    assert json.loads(path.read_text())["settings"]["options"]["overflow"] == "truncate"
+
+
+def test_a_second_run_at_the_same_time_is_refused(job: AnnotateJob) -> None:
+    held = Path(job.output) / "_bert_ray" / "lock"
+    held.parent.mkdir(parents=True)
+    held.write_text("process 1 on elsewhere")  # What a killed process left is no obstacle.
+    assert bulk.run(job).exit_status == 0
+    with exclusive(held, "the table"):
+        with pytest.raises(LakeError, match=rf"another process works on the table .*process {os.getpid()} on"):
+            bulk.run(job)
+        # How far it is may be asked all the while.
+        assert runs.status(job.output).exit_status == 0
+    assert not held.exists()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(handle: int, how: int) -> None:
+        raise OSError(lock.errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    assert bulk.run(job).exit_status == 0
 
 
 def test_new_files_are_annotated(job: AnnotateJob, lake: Path) -> None:
@@ -179,6 +225,62 @@ def test_a_part_without_a_receipt_of_a_file_that_changed_goes(job: AnnotateJob, 
     (lake / note["file"]).write_bytes((lake / note["file"]).read_bytes())
     assert bulk.run(job).done == 3
     assert read_output(out)["id"].to_pylist() == list(range(48))
+
+
+def test_what_others_put_into_the_output_stays(job: AnnotateJob) -> None:
+    bulk.run(job)
+    theirs = Path(job.output) / "source=s0" / "part-00000-5d9f2c1e-7c5a-4b52-9a70-2f6f3d1f0b11-c000.snappy.parquet"
+    theirs.write_bytes(b"theirs")
+    assert bulk.run(job).skipped == 12
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_a_partition_moved_behind_a_link_counts_as_done(job: AnnotateJob, tmp_path: Path) -> None:
+    bulk.run(job)
+    partition = Path(job.output) / "source=s1"
+    partition.rename(tmp_path / "elsewhere")
+    partition.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up=1").symlink_to(job.output)
+    assert (bulk.run(job).done, len(receipts(Path(job.output)))) == (0, 12)
+
+
+def test_a_unit_committed_while_a_run_begins_stays(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bulk.prepare(job)
+    listed = outputs.parts
+
+    def parts(output: Path) -> dict[str, Path]:
+        found = listed(output)
+        assert annotate_unit(plan.work, plan.todo[0]).state == "done"  # By a worker of a driver that was killed.
+        return found
+
+    monkeypatch.setattr(outputs, "parts", parts)
+    assert len(bulk.prepare(job).todo) == 11
+    assert len(list(Path(job.output).rglob("part-*"))) == 1
+
+
+def test_a_unit_that_is_done_has_not_failed(job: AnnotateJob) -> None:
+    bulk.run(job)
+    journal = Journal(job.output)
+    unit = min(journal.receipts())
+    # As a kill right after the receipt leaves it, where the unit had failed before.
+    journal.fail(unit, {"file": "f", "row_groups": None, "error": "was damaged"})
+    assert runs.status(job.output).exit_status == 0
+    assert runs.failures(job.output).exit_status == 0
+    assert bulk.run(job).exit_status == 0
+    assert journal.failed() == set()
+
+
+def test_what_ended_while_the_engine_was_stopped_counts(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_units(plan: Plan, watch: Any) -> Iterator[Outcome]:
+        yield annotate_unit(plan.work, plan.todo[0])
+        for unit in plan.todo[1:3]:
+            assert annotate_unit(plan.work, unit).state == "done"
+        raise EngineError("gave up")
+
+    monkeypatch.setattr(bulk, "load_engine", lambda name: SimpleNamespace(run_units=run_units))
+    summary = bulk.run(job)
+    assert (summary.exit_status, summary.done, summary.rows, summary.left) == (1, 3, 12, 9)
+    assert "12: 3 done, 0 failed, 9 to do" in runs.status(job.output).text
 
 
 def test_on_error_fail_stops_at_the_first(job: AnnotateJob, lake: Path) -> None:

@@ -18,6 +18,8 @@ GIVEN = {"input": "lake", "model": "m", "output": "out"}
         ({"engine": "dask"}, "local, ray, spark"),
         ({"on_error": "ignore"}, "continue, fail"),
         ({"dtype": "int8"}, "auto, fp32"),
+        ({"device": "gpu"}, "auto, cpu, cuda"),
+        ({"device": "cuda:"}, "auto, cpu, cuda"),
         ({"unit_rows": 0}, "unit_rows is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"threads": 0}, "threads is 0"),
@@ -30,6 +32,11 @@ GIVEN = {"input": "lake", "model": "m", "output": "out"}
 def test_what_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         AnnotateJob(**{**GIVEN, **change})
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_devices(device: str) -> None:
+    assert AnnotateJob(**GIVEN, device=device).device == device
 
 
 def test_defaults_are_a_job() -> None:

@@ -46,6 +46,11 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
     assert outputs.check_place(tmp_path / "lake2", lake) == tmp_path / "lake2"
 
 
+def test_parts_that_cannot_be_listed_are_not_taken_for_missing(tmp_path: Path) -> None:
+    with pytest.raises(LakeError, match="gone cannot be listed: No such file"):
+        outputs.parts(tmp_path / "gone")
+
+
 def test_a_part_is_zstd_and_says_where_it_is_from(tmp_path: Path) -> None:
     batch = pa.record_batch({"id": [1, 2], "text": ["a", None]})
     with outputs.writing(tmp_path, tmp_path / "p", batch.schema, {"bert_ray.task": "classification"}) as writer:
