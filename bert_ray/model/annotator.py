@@ -286,7 +286,12 @@ def _windows(distinct: list[pa.Array], most: int) -> Iterator[tuple[int, int]]:
 
 
 def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise JobError(f"device is {device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BundleError(f"device is {device!r}, but torch finds no GPU here: use device: cpu or auto")
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,17 +9,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+from pyarrow import fs
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
+from bert_ray.training.job import is_uri
 from bert_ray.training.order import held_out
 
 if TYPE_CHECKING:
@@ -354,7 +355,7 @@ def _examples(task: Task, tokenize: Tokenizer, table: LabelledTable) -> Examples
 
 
 def read_columns(path: str, names: Mapping[str, str], optional: Collection[str] = ()) -> pa.Table:
-    """Read columns of a Parquet file or directory.
+    """Read columns of a Parquet file or directory, also on a store (`s3://bucket/train`).
 
     Args:
         path: the table.
@@ -365,15 +366,19 @@ def read_columns(path: str, names: Mapping[str, str], optional: Collection[str] 
         JobError: nothing there, not Parquet.
         ColumnError: a column is missing.
     """
-    place = Path(path)
-    if not place.exists():
+    try:
+        system, place = fs.FileSystem.from_uri(path) if is_uri(path) else (fs.LocalFileSystem(), path)
+        kind = system.get_file_info(place).type
+    except (pa.ArrowException, OSError) as error:
+        raise JobError(f"{path} cannot be reached: {error}") from error
+    if kind == fs.FileType.NotFound:
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
     try:
-        dataset = pads.dataset(place, format="parquet", partitioning="hive")
+        dataset = pads.dataset(place, filesystem=system, format="parquet", partitioning="hive")
         known = dataset.schema.names
     except (pa.ArrowInvalid, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
-    if place.is_dir() and not dataset.files:
+    if not dataset.files:
         raise JobError(f"{path} holds no Parquet file")
     names = {key: column for key, column in names.items() if column in known or key not in optional}
     for key, column in names.items():

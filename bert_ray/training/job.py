@@ -227,7 +227,7 @@ class TrainJob:
         pretraining: see PretrainingOptions.
         architecture: see ArchitectureOptions.
         gradient_accumulation: pieces in which each worker computes its part of a step, for want of memory; the
-            result is the same.
+            result is the same, except where a step's rows are compared (embedding): then those of a piece are.
         micro_batches: pieces in which all workers together compute a step, instead: their number, and so the noise of
             dropout, is the same for any number of workers.
         activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less

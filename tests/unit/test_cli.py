@@ -239,14 +239,19 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "pip install 'bert-ray[train]'" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    # `bert-ray --help | true`: the pipe is closed before anything is printed.
+@pytest.mark.parametrize(("unbuffered", "status"), [("", cli.DONE), ("1", cli.CUT_OFF)])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered: str, status: int) -> None:
+    # `bert-ray --help | true`: the pipe is closed before anything is printed. With a buffer the command is at its end
+    # when that is seen.
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "bert_ray", "--help"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=environment, check=False
+    )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (status, "")
 
 
 @pytest.mark.parametrize("name", ["annotate", "train"])

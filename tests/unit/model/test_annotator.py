@@ -218,6 +218,11 @@ def test_a_bundle_in_the_place_of_another_is_loaded(tiny: Callable[[str], Tiny],
     assert said == ["multi-label", "classification"]
 
 
+def test_a_device_that_is_none_is_told(tiny_bundle: Path) -> None:
+    with pytest.raises(JobError, match="device is 'gpu': it is one of auto, cpu, cuda"):
+        AnnotatorSpec(model=str(tiny_bundle), device="gpu").build()
+
+
 def test_another_model_under_the_name_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"is not the expected 000"):
         bert_ray.load(tiny_bundle, fingerprint="0" * 64)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.bundle import Card, load_bundle
@@ -52,6 +53,18 @@ def test_null_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert "1 with no text" in table.notes[0]
     assert "2 with a blank text" in table.notes[0]
     assert "1 with no label" in table.notes[0]
+
+
+def test_a_table_on_a_store(object_store: str) -> None:
+    store = fs.S3FileSystem(endpoint_override=object_store, scheme="http", allow_bucket_creation=True)
+    store.create_dir("lake/source=a")
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), "lake/source=a/part.parquet", filesystem=store)
+    where = f"endpoint_override={object_store}&scheme=http"
+    assert read_labelled(f"s3://lake?{where}", CLASSIFICATION).inputs[0].to_pylist() == ["a", "b"]
+    with pytest.raises(JobError, match=r"s3://lake/none.*does not exist"):
+        read_labelled(f"s3://lake/none?{where}", CLASSIFICATION)
+    with pytest.raises(JobError, match=r"s3://lake.*cannot be reached"):
+        read_labelled("s3://lake?endpoint_override=127.0.0.1:9&scheme=http&connect_timeout=1", CLASSIFICATION)
 
 
 @pytest.mark.parametrize(
