@@ -229,14 +229,19 @@ def save_bundle(
             add(fresh)
         (task or get_task(card, model.config)).write_files(fresh)
         save_card(fresh, card)
-        old = target.parent / f".{target.name}.{os.getpid()}.old"
-        if target.exists():
-            os.replace(target, old)
-        os.replace(fresh, target)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_bundle(target)
+
+
+def put_in_place(fresh: Path, target: Path) -> None:
+    """Rename a directory over another; a kill in the midst of it leaves both on the disk."""
+    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_card(directory: Path, card: Card) -> None:

@@ -25,6 +25,7 @@ from bert_ray.errors import JobError
 from bert_ray.lake.journal import output_errors
 from bert_ray.lake.progress import Progress
 from bert_ray.lake.tables import local_target
+from bert_ray.model.bundle import put_in_place
 from bert_ray.model.vocabulary import add_tokens, is_wordpiece, stands_alone, whole_texts
 from bert_ray.training.corpus.cleaning import clean, slices
 from bert_ray.training.corpus.job import VocabularyJob
@@ -330,8 +331,6 @@ def _put(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
         try:
             fresh.parent.mkdir(parents=True, exist_ok=True)
             tokenizer.save_pretrained(fresh)
-            if output.exists():
-                shutil.rmtree(output)
-            os.replace(fresh, output)
+            put_in_place(fresh, output)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

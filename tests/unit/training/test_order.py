@@ -67,3 +67,8 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates("cosine")[32] == pytest.approx(1.0 + math.cos(math.pi * 22 / 90))
     assert rates("linear")[-1] == pytest.approx(2.0 / 90)
     assert set(rates("constant", warmup=0.0)) == {2.0}
+    # Warm-up in a tenth, stable, decay in the last fifth.
+    found = rates("trapezoidal")
+    assert found[:10] == rates("constant")[:10]
+    assert set(found[10:81]) == {2.0}
+    assert found[81:] == pytest.approx([2.0 * (100 - step) / 20 for step in range(81, 100)])
