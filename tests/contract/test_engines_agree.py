@@ -75,6 +75,22 @@ def test_bulk_embedding(
     np.testing.assert_allclose(one.flatten(), other.flatten(), atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["ray", "spark"])
+def test_bulk_of_another_task_with_options_and_columns(
+    engine: str, tmp_path: Path, tiny_encoder: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
+    lake = make_lake(tmp_path / "lake", files=1)
+    labels = {"film": "a film that was seen", "food": "food that was eaten"}
+    more = {"task": "zero-shot", "options": {"labels": labels, "scores": True}, "columns": {"text": "text"}}
+    here = bulk_job(lake, tiny_encoder, tmp_path / "local", workers=1, **more)
+    there = dataclasses.replace(here, engine=engine, output=str(tmp_path / engine))
+    assert [bulk.run(job).exit_status for job in (here, there)] == [0, 0]
+    one, other = read_output(tmp_path / "local"), read_output(tmp_path / engine)
+    assert_same_table(one, other, "annotation")
+    assert {row["label"] for row in one["annotation"].to_pylist() if row} <= set(labels)
+
+
 def test_pipeline_on_ray(table: pa.Table, ray_dataset: Any, tiny_bundle: Path) -> None:
     from bert_ray.inference import ray_data
 
