@@ -1,14 +1,17 @@
-"""SIGKILL in the middle of training, of a Ray worker and of a plain process: the same final loss, bit for bit."""
+"""SIGKILL in the middle of training, of a Ray worker, of Ray's driver and of a plain process: the same final loss."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -80,6 +83,51 @@ def test_a_killed_ray_worker(ray_session: None, job: TrainJob, tmp_path: Path) -
     resumed = [event for event in told if event["what"] == "resumed"]
     assert [event["step"] for event in resumed] == [9]
     assert_same(disturbed, undisturbed, tmp_path / "whole" / "best")
+
+
+def drive_and_die(job: TrainJob, marker: Path) -> None:
+    """Kill this driver once the first epoch is told; what it has started by then is noted."""
+
+    def tell(event: dict[str, object]) -> None:
+        if event["what"] == "epoch":
+            started = psutil.Process().children(recursive=True)
+            marker.write_text(json.dumps({item.pid: item.create_time() for item in started}))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(job, tell=tell)
+
+
+def lives(pid: int, begun: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return bool(process.create_time() == begun and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+def test_a_killed_driver_of_ray(job: TrainJob, tmp_path: Path) -> None:
+    """Ray's processes end with it, and the same job goes on, here with fewer workers and without Ray."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
+    job = replace(job, zero_stage=1, dropout=0.0, attention_dropout=0.0)
+    undisturbed = train(replace(job, engine="local", output=str(tmp_path / "whole")), tell=lambda _: None)
+    marker = tmp_path / "killed"
+    process = begin(drive_and_die, job, marker)
+    assert ended(process) == -signal.SIGKILL
+    assert marker.exists(), "the driver was not killed"
+    assert not Path(job.output).exists()
+    started = json.loads(marker.read_text())
+    assert len(started) > 4, "Ray was not there"
+    until = time.monotonic() + 120
+    while left := [pid for pid, begun in started.items() if lives(int(pid), begun)]:
+        assert time.monotonic() < until, f"processes {left} outlive their driver"
+        time.sleep(0.5)
+    told: list[dict[str, object]] = []
+    disturbed = train(replace(job, engine="local"), tell=told.append)
+    assert told[0]["what"] == "resumed"
+    for one, other in zip(disturbed.history, undisturbed.history, strict=True):
+        for name in ("train_loss", "validation_loss"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5), name
 
 
 def train_and_die(job: TrainJob, marker: Path) -> None:
