@@ -12,17 +12,25 @@ from tests.conftest import needs
 
 needs("pyspark", "spark")
 
-from bert_ray.inference import spark  # noqa: E402
+from pyspark.sql import SparkSession  # noqa: E402
+
+from bert_ray.inference import spark as engine  # noqa: E402
 
 
-def test_the_session_of_another_thread_is_used_and_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = SimpleNamespace()  # Without stop().
-    builder = SimpleNamespace(getOrCreate=lambda: theirs)
-    known = SimpleNamespace(getActiveSession=lambda: None, builder=builder)
-    monkeypatch.setattr(spark, "SparkSession", known)
-    monkeypatch.setattr(spark, "SparkContext", SimpleNamespace(_active_spark_context=object()))
-    with spark._session(SparkOptions(), None) as (session, ours):
-        assert (session, ours) == (theirs, False)
+def test_the_session_of_another_thread_is_used_and_not_stopped(spark: SparkSession) -> None:
+    found: list[tuple[bool, bool, bool]] = []
+
+    def work() -> None:
+        seen = SparkSession.getActiveSession() is not None
+        with engine._session(SparkOptions(), None) as (session, ours):
+            found.append((seen, session.sparkContext is spark.sparkContext, ours))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    # Spark itself shows such a thread none.
+    assert found == [(False, True, False)]
+    assert spark.range(3).count() == 3
 
 
 def test_an_end_without_java_does_not_hide_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,15 +40,15 @@ def test_an_end_without_java_does_not_hide_why(monkeypatch: pytest.MonkeyPatch) 
         asked.append(True)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(spark, "_active", lambda: None)
-    monkeypatch.setattr(spark, "new_session", lambda *_: SimpleNamespace(stop=refuse))
-    monkeypatch.setattr(spark, "_LOOK_SEC", 0.01)
-    monkeypatch.setattr(spark, "_CANCEL_SEC", 0.05)
+    monkeypatch.setattr(engine, "_active", lambda: None)
+    monkeypatch.setattr(engine, "new_session", lambda *_: SimpleNamespace(stop=refuse))
+    monkeypatch.setattr(engine, "_LOOK_SEC", 0.01)
+    monkeypatch.setattr(engine, "_CANCEL_SEC", 0.05)
     gone = threading.Event()
     thread = threading.Thread(target=gone.wait)
     thread.start()
-    with pytest.raises(EngineError, match="why"), spark._session(SparkOptions(), None):
-        spark._cancel(SimpleNamespace(cancelJobsWithTag=refuse), "tag", thread)
+    with pytest.raises(EngineError, match="why"), engine._session(SparkOptions(), None):
+        engine._cancel(SimpleNamespace(cancelJobsWithTag=refuse), "tag", thread)
         raise EngineError("why")
     assert len(asked) > 2
     gone.set()
@@ -48,7 +56,7 @@ def test_an_end_without_java_does_not_hide_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_job_that_is_submitted_late_is_cancelled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spark, "_LOOK_SEC", 0.01)
+    monkeypatch.setattr(engine, "_LOOK_SEC", 0.01)
     submitted, ended, early = threading.Event(), threading.Event(), []
 
     def cancel(tag: str) -> None:
@@ -60,6 +68,6 @@ def test_a_job_that_is_submitted_late_is_cancelled_all_the_same(monkeypatch: pyt
 
     thread = threading.Thread(target=ended.wait)
     thread.start()
-    spark._cancel(SimpleNamespace(cancelJobsWithTag=cancel), "tag", thread)
+    engine._cancel(SimpleNamespace(cancelJobsWithTag=cancel), "tag", thread)
     assert early == ["tag"]
     assert not thread.is_alive()
