@@ -132,7 +132,8 @@ def write_table(results: dict[str, Any]) -> None:
     lines += [
         "",
         f"The best, {best}, is {ahead:.1f} points ahead of none, {verdict} the point or more that was hoped for.",
-        "Seeds decide the order of rows, the head's first weights and the noise; the 500 rows are always the same.",
+        "Which measures help, and which is the best, was judged by these test rows too. Seeds decide the order of",
+        "rows, the head's first weights and the noise; the 500 rows are always the same.",
         "",
     ]
     (common.RESULTS / "overfitting.md").write_text("\n".join(lines), "utf-8")
