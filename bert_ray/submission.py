@@ -31,7 +31,7 @@ from bert_ray.config import dump_job, load_job, peek
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.training.corpus.job import CorpusJob
-from bert_ray.training.job import TrainJob, absolute
+from bert_ray.training.job import TrainJob, absolute, absolute_model
 
 _ENTRY = "bert_ray_job.py"
 _EXAMPLES = """\
@@ -279,9 +279,7 @@ def _absolute(job: Any) -> Any:
     else:
         changed["input"] = [absolute(place) for place in job.inputs]
     model = "tokenizer" if isinstance(job, CorpusJob) else "model"
-    if Path(getattr(job, model)).is_dir():
-        changed[model] = absolute(getattr(job, model))  # Anything else is a hub id, a package or a URI.
-    return replace(job, **changed)
+    return replace(job, **changed, **{model: absolute_model(getattr(job, model))})
 
 
 def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:

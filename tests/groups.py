@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bert_ray.training.job import TrainJob
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from tests.processes import begin, context
 
 
@@ -54,6 +57,26 @@ def _member(
     if rank == 0:
         answers.put((True, answer))
     torch.distributed.barrier()
+
+
+def reviews_job(encoder: Path, root: Path, **settings: Any) -> TrainJob:
+    """A classifier of 81 texts of many lengths, 40 more to judge by, whose tables it writes to `root`."""
+    words = ["great", "terrible"]
+    rows = [(f"the film {'was very ' * (row % 9)}{words[row % 2]} {row}", row % 2) for row in range(121)]
+    table = pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
+    # 16 rows a step: the last step has one row, and of two workers one has none.
+    pq.write_table(table.slice(0, 81), root / "train.parquet")
+    pq.write_table(table.slice(81), root / "validation.parquet")
+    return TrainJob(
+        model=str(encoder),
+        output=str(root / "unused"),
+        data=DataOptions(train=str(root / "train.parquet"), validation=str(root / "validation.parquet")),
+        batch_size=16,
+        learning_rate=1e-3,
+        dropout=0.0,
+        checkpoint=CheckpointOptions(every_steps=4),
+        **settings,
+    )
 
 
 def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[dict[str, float]]:

@@ -226,8 +226,7 @@ def _untold(plan: Plan, told: set[str]) -> Iterator[Any]:
 
     journal = Journal(plan.work.output)
     for unit_id in sorted({unit.id for unit in plan.todo} & (journal.receipts() | journal.failed()) - told):
-        note = journal.receipt(unit_id) or journal.failure(unit_id)
-        if note.get("session") == plan.work.session and (ended := Outcome.from_journal(journal, unit_id)):
+        if ended := Outcome.from_journal(journal, unit_id, plan.work.session):
             yield ended
 
 
@@ -393,7 +392,7 @@ def _reconcile(journal: Journal, units: list[Any]) -> None:
 
     journal.sweep()
     # Killed between receipt and clearing away what was noted before it.
-    for unit_id in (journal.failed() | journal.started()) & journal.receipts():
+    for unit_id in filter(journal.has_receipt, journal.failed() | journal.started()):
         journal.clear(unit_id)
     planned = {unit.id for unit in units}
     present = {unit.path for unit in units}

@@ -58,8 +58,8 @@ def failures(output: str | os.PathLike[str]) -> Report:
         JobError: there is no run.
     """
     journal, _ = _open(output)
-    done, where = journal.receipts(), printable(journal.output)
-    notes = [note for note in journal.failures() if note["unit"] not in done]
+    where = printable(journal.output)
+    notes = [note for note in journal.failures() if not journal.has_receipt(note["unit"])]
     if not notes:
         return Report(f"{where}: no unit has failed", 0)
     lines = [f"{where}: {len(notes):,} units failed"]

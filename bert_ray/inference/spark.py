@@ -162,9 +162,7 @@ def _collected(session: SparkSession, frame: DataFrame, plan: Plan) -> Iterator[
             # What is done comes first: a lasting failure ends the run, and the summary counts what came before it.
             done = journal.receipts()
             for unit_id in sorted(waiting & (done | journal.failed()), key=lambda unit_id: unit_id not in done):
-                note = journal.receipt(unit_id) or journal.failure(unit_id)
-                # A unit that failed in an earlier run has its note still, until this session ends it.
-                if note.get("session") == plan.work.session and (ended := Outcome.from_journal(journal, unit_id)):
+                if ended := Outcome.from_journal(journal, unit_id, plan.work.session):
                     waiting.discard(unit_id)
                     yield ended
     finally:

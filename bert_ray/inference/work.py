@@ -89,13 +89,18 @@ class Outcome:
         return cls(**json.loads(text))
 
     @classmethod
-    def from_journal(cls, journal: Journal, unit_id: str) -> Outcome | None:
-        """The outcome as the journal tells it; None where the unit is neither done nor failed."""
-        if note := journal.receipt(unit_id):
+    def from_journal(cls, journal: Journal, unit_id: str, session: str | None = None) -> Outcome | None:
+        """The outcome as the journal tells it; None where the unit is neither done nor failed, or not in that session.
+
+        A unit that failed in an earlier session has its note still, until this one ends it.
+        """
+        receipt = journal.receipt(unit_id)
+        note = receipt or journal.failure(unit_id)
+        if not note or (session is not None and note.get("session") != session):
+            return None
+        if receipt:
             return cls(unit=unit_id, state="done", rows=note["rows"], began=note["began"], seconds=note["seconds"])
-        if note := journal.failure(unit_id):
-            return cls(unit=unit_id, state="failed", error=note["error"], lasting=note["lasting"])
-        return None
+        return cls(unit=unit_id, state="failed", error=note["error"], lasting=note["lasting"])
 
 
 class _Lasting(Exception):

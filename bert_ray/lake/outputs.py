@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.journal import FOLDER, Journal, output_errors
-from bert_ray.lake.tables import local_path, local_target, refuse_unlisted
+from bert_ray.lake.tables import local_path, local_target, walk
 from bert_ray.lake.units import Unit
 
 # A row group is written once it has this much data in memory: the bound of what a worker holds beside a batch, and
@@ -67,18 +67,9 @@ def parts(output: Path) -> dict[str, Path]:
     Raises:
         LakeError: a directory cannot be listed, and what stands in it would be taken for missing.
     """
-    found: dict[str, Path] = {}
-    seen = set()
-    for folder, below, names in os.walk(output, followlinks=True, onerror=refuse_unlisted):
-        real = os.path.realpath(folder)
-        if real in seen:  # A link that leads back up.
-            below.clear()
-            continue
-        seen.add(real)
-        # Parts stand in partition directories, which may lie on another disk behind a link.
-        below[:] = [name for name in below if "=" in name]
-        found |= {match[1]: Path(folder, name) for name in names if (match := _PART.fullmatch(name))}
-    return found
+    # Parts stand in partition directories, which may lie on another disk behind a link.
+    files = walk(output, lambda name: "=" in name)
+    return {match[1]: path for path in files if (match := _PART.fullmatch(path.name))}
 
 
 class PartWriter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,28 +158,35 @@ def local_target(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(os.path.expanduser(text)))
 
 
-def refuse_unlisted(error: OSError) -> None:
-    """What os.walk calls where it would pass over a directory in silence.
+def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
+    """The files below a directory, links followed; of directories those whose name `enter` is true of.
 
     Raises:
-        LakeError: always.
+        LakeError: a directory cannot be listed, and what stands in it would be passed over in silence.
     """
-    raise LakeError(f"{printable(error.filename)} cannot be listed: {error.strerror}") from error
 
+    def refuse(error: OSError) -> None:
+        raise LakeError(f"{printable(error.filename)} cannot be listed: {error.strerror}") from error
 
-def _data_files(directory: Path) -> Iterator[Path]:
     seen = set()
-    for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse_unlisted):
+    for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:  # A link that leads back up.
             below.clear()
             continue
         seen.add(real)
-        below[:] = [name for name in below if not name.startswith(("_", "."))]
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith(("_", ".")) and (name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)):
-                yield path
+        below[:] = filter(enter, below)
+        yield from (Path(folder, name) for name in names)
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith(("_", "."))
+
+
+def _data_files(directory: Path) -> Iterator[Path]:
+    for path in walk(directory, _is_data):
+        if _is_data(path.name) and (path.name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)):
+            yield path
 
 
 def _begins_as_parquet(path: Path) -> bool:

@@ -102,17 +102,17 @@ class DeepSpeedStepper:
         self._named = dict(module.model.named_parameters())
         self._trained = {name: weight for name, weight in self._named.items() if weight.requires_grad}
         self._make_moments(0)
-        if module.autocast is torch.float16:
-            self._scale_losses(device)
+        self._scaler = self._make_scaler(device) if module.autocast is torch.float16 else None
 
-    def _scale_losses(self, device: torch.device) -> None:
+    def _make_scaler(self, device: torch.device) -> Any:
         """Scale fp16's losses, as PlainStepper does: by torch's scaler, or by that of ZeRO, which unscales its shares.
 
         DeepSpeed's own way with torch's autocast clips before it unscales, and with ZeRO never lowers the scale.
         """
         if not self._stage:
-            self.engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE)
-            return
+            scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE)
+            self.engine.torch_autocast_z0_gradscaler = scaler
+            return scaler
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
         self._wrapped.loss_scaler = DynamicLossScaler(
@@ -124,6 +124,7 @@ class DeepSpeedStepper:
             raise_error_at_min_scale=False,
         )
         self._wrapped.dynamic_loss_scale = True
+        return self._wrapped.loss_scaler
 
     def forward(self, *arguments: Any) -> Any:
         """See Stepper."""
@@ -142,8 +143,8 @@ class DeepSpeedStepper:
         set_rate(self._wrapped, rate)
         norm = None
         if not self._stage and self._clip:
-            if scaler := self._scaler():
-                scaler.unscale_(self._optimizer)
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
             norm = clip(list(self._trained.values()), self._clip)
         self.engine.step()
         if self._stage and self._clip:
@@ -211,26 +212,20 @@ class DeepSpeedStepper:
 
     def scaling(self) -> dict[str, float]:
         """See Stepper."""
-        if (scaler := self._scaler()) is None:
+        if self._scaler is None:
             return {}
         if not self._stage:
-            return dict(scaler.state_dict())
-        return {key: value for key, value in vars(scaler).items() if _is_number(value)}
+            return dict(self._scaler.state_dict())
+        return {key: value for key, value in vars(self._scaler).items() if _is_number(value)}
 
     def restore_scaling(self, state: dict[str, float]) -> None:
         """See Stepper."""
-        if (scaler := self._scaler()) is None or not state:
+        if self._scaler is None or not state:
             return
         if not self._stage:
-            scaler.load_state_dict(state)
+            self._scaler.load_state_dict(state)
         else:
-            vars(scaler).update(state)
-
-    def _scaler(self) -> Any:
-        """That of fp16's losses; None in other precisions."""
-        if self.module.autocast is not torch.float16:
-            return None
-        return self._wrapped.loss_scaler if self._stage else self.engine.torch_autocast_z0_gradscaler
+            vars(self._scaler).update(state)
 
 
 def weight_shape(weight: torch.Tensor) -> torch.Size:

@@ -423,10 +423,10 @@ class TrainJob:
         model, place = self.augmentation.model, self.checkpoint.directory
         return replace(
             self,
-            model=_absolute_model(self.model),
+            model=absolute_model(self.model),
             output=absolute(self.output),
             data=self.data.located(absolute),
-            augmentation=replace(self.augmentation, model=_absolute_model(model) if model else model),
+            augmentation=replace(self.augmentation, model=absolute_model(model) if model else model),
             checkpoint=replace(self.checkpoint, directory=absolute(place) if place else place),
         )
 
@@ -448,7 +448,8 @@ def absolute(path: str) -> str:
     return path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _absolute_model(reference: str) -> str:
+def absolute_model(reference: str) -> str:
+    """A model's directory likewise; anything else is a hub id, a package or a URI."""
     return os.path.abspath(reference) if os.path.isdir(reference) else reference
 
 

@@ -273,7 +273,7 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
         options=dict(job.options),
     )
     task = base.bind(card, kind=job.task)
-    if inherited := {name: base.card.options[name] for name in task.inherits if name in base.card.options}:
+    if inherited := task.inherited(base.card):
         card.options = inherited | card.options
         task = base.bind(card, kind=job.task)
     if job.augmentation.any and not task.distortable:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.job import TrainJob
 from tests.conftest import needs
-from tests.groups import in_group, losses, run_loop
+from tests.groups import in_group, losses, reviews_job, run_loop
 
 needs("deepspeed", "train")
 
@@ -49,21 +47,7 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
 def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Histories by name, and the directory of all."""
     root = tmp_path_factory.mktemp("half")
-    words = ["great", "terrible"]
-    rows = [(f"the film {'was very ' * (row % 9)}{words[row % 2]} {row}", row % 2) for row in range(121)]
-    table = pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
-    pq.write_table(table.slice(0, 81), root / "train.parquet")
-    pq.write_table(table.slice(81), root / "validation.parquet")
-    job = TrainJob(
-        model=str(tiny_encoder),
-        output=str(root / "unused"),
-        data=DataOptions(train=str(root / "train.parquet"), validation=str(root / "validation.parquet")),
-        epochs=4,
-        batch_size=16,
-        learning_rate=1e-3,
-        dropout=0.0,
-        checkpoint=CheckpointOptions(every_steps=4),
-    )
+    job = reviews_job(tiny_encoder, root, epochs=4)
     return {"root": root, "job": job} | in_group(2, worker, job, root, 2)
 
 

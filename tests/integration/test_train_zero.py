@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.job import TrainJob
 from tests.conftest import needs
-from tests.groups import go_on_alone, in_group, losses, run_loop
+from tests.groups import go_on_alone, in_group, losses, reviews_job, run_loop
 
 needs("deepspeed", "train")
 
@@ -50,33 +48,12 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, reviews_table: pa.Table) -> dict[str, Any]:
+def runs(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Histories by number of workers and name, and the directory of all."""
     root = tmp_path_factory.mktemp("zero")
-    # 16 rows a step: the last step has one row, and of two workers one has none.
-    pq.write_table(reviews_table.slice(0, 81), root / "train.parquet")
-    pq.write_table(reviews_table.slice(81), root / "validation.parquet")
-    job = TrainJob(
-        model=str(tiny_encoder),
-        output=str(root / "unused"),
-        data=DataOptions(train=str(root / "train.parquet"), validation=str(root / "validation.parquet")),
-        epochs=2,
-        batch_size=16,
-        learning_rate=1e-3,
-        dropout=0.0,
-        l1=1e-5,
-        checkpoint=CheckpointOptions(every_steps=4),
-    )
+    job = reviews_job(tiny_encoder, root, epochs=2, l1=1e-5)
     found: dict[Any, Any] = {"root": root, "job": job}
     return found | {world: in_group(world, worker, job, root, world) for world in (2, 1)}
-
-
-@pytest.fixture(scope="module")
-def reviews_table() -> pa.Table:
-    """Texts of many lengths with labels."""
-    words = ["great", "terrible"]
-    rows = [(f"the film {'was very ' * (row % 9)}{words[row % 2]} {row}", row % 2) for row in range(121)]
-    return pa.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
 
 
 @pytest.mark.parametrize("stage", STAGES)

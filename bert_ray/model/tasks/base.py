@@ -158,6 +158,11 @@ class Task(ABC):
         self.options = self._options({**own, **(options or {})})
         self.learning = Learning()
 
+    @classmethod
+    def inherited(cls, base: Card) -> dict[str, Any]:
+        """Those of `inherits` that the card of the bundle to start from has."""
+        return {name: base.options[name] for name in cls.inherits if name in base.options}
+
     def _options(self, chosen: Mapping[str, Any]) -> Any:
         known = [item.name for item in fields(self.options_type)]
         for name in chosen:

@@ -292,12 +292,11 @@ def build_index(
     if lacking := [column for column in named.values() if column not in table.column_names]:
         raise ColumnError(f"the table has no column {lacking[0]!r}; it has {', '.join(table.column_names)}")
     names = {item: named.get(item, item) for item in Faq.builds}
-    inherited = {item: base.card.options[item] for item in Faq.inherits if item in base.card.options}
     card = Card(
         task=Faq.kind,
         name=name,
         max_length=max_length or base.card.max_length,
-        options=inherited | dict(options or {}),
+        options=Faq.inherited(base.card) | dict(options or {}),
     )
     found = {item: table.column(column) for item, column in names.items() if column in table.column_names}
     provenance = {"base": {"reference": os.fspath(model), "fingerprint": base.fingerprint}}
