@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,12 +185,15 @@ def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture
 def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server on loopback (moto) and keys for it: yields its address, host:port."""
+    """An S3 server on loopback (moto), empty, and keys for it: yields its address, host:port."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
+    address = "{}:{}".format(*server.get_host_and_port())
+    # Buckets belong to the process, not to the server: an earlier test's would still be there.
+    urllib.request.urlopen(urllib.request.Request(f"http://{address}/moto-api/reset", method="POST")).close()
+    yield address
     server.stop()
 
 
