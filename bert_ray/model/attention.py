@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from bert_ray.model.dropout import dropout_mask
+from bert_ray.model.dropout import keep_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -214,8 +214,9 @@ class _FlashAttention(torch.autograd.Function):
 class _GroupedAttention(torch.autograd.Function):
     """The formula and its derivative, a group at a time, with as few passes over the scores as torch allows.
 
-    With S = Q Kᵀ / √d_k, P = softmax(S), M the dropout mask (0 or 1 / (1 - p)) and O = (P ∘ M) V:
-    dV = (P ∘ M)ᵀ dO, dP = (dO Vᵀ) ∘ M, dS = P ∘ (dP - rowsum(dP ∘ P)), dQ = dS K / √d_k, dK = dSᵀ Q / √d_k.
+    With S = Q Kᵀ / √d_k, P = softmax(S), M the mask (0 where a weight is dropped, with probability p, else 1) and
+    O = (P ∘ M) V / (1 - p): dV = (P ∘ M)ᵀ dO / (1 - p), dP = (dO Vᵀ) ∘ M / (1 - p), dS = P ∘ (dP - rowsum(dP ∘ P)),
+    dQ = dS K / √d_k, dK = dSᵀ Q / √d_k. Factors are left to the products' ends: there they cost no pass of their own.
     """
 
     @staticmethod
@@ -224,15 +225,15 @@ class _GroupedAttention(torch.autograd.Function):
         kept: list[torch.Tensor | None] = []
         for group in groups:
             q, k, v = _split(qkv, group, 3, heads)
-            scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
+            scores = _product(q, k.transpose(1, 2), q.shape[2] ** -0.5)
             if group.bias is not None:
                 scores.view(group.rows, heads, group.length, group.length).add_(group.bias)
             weights = torch._softmax(scores, -1, False, out=scores)
-            mask = dropout_mask(weights, dropout) if dropout else None
-            _join(torch.bmm(weights if mask is None else weights * mask, v), out, group, heads)
+            mask = keep_mask(weights, dropout) if dropout else None
+            _join(_product(weights if mask is None else weights * mask, v, 1 / (1 - dropout)), out, group, heads)
             kept += [weights, mask]
         ctx.save_for_backward(qkv, *kept)
-        ctx.groups, ctx.heads = groups, heads
+        ctx.groups, ctx.heads, ctx.dropout = groups, heads, dropout
         return out
 
     @staticmethod
@@ -245,16 +246,22 @@ class _GroupedAttention(torch.autograd.Function):
             (d_o,) = _split(d_out, group, 1, ctx.heads)
             if group.real is not None:
                 d_o.view(group.rows, ctx.heads, group.length, -1).mul_((group.bias == 0).view(group.rows, 1, -1, 1))
-            d_v = torch.bmm((weights if mask is None else weights * mask).transpose(1, 2), d_o)
+            scale = 1 / (1 - ctx.dropout)
+            d_v = _product((weights if mask is None else weights * mask).transpose(1, 2), d_o, scale)
             d_weights = torch.bmm(d_o, v.transpose(1, 2))
             if mask is not None:
                 d_weights *= mask
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_scores *= q.shape[2] ** -0.5
-            three = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v
+            scale *= q.shape[2] ** -0.5
+            three = _product(d_scores, k, scale), _product(d_scores.transpose(1, 2), q, scale), d_v
             for part, d_part in zip(three, d_qkv.chunk(3, dim=1), strict=True):
                 _join(part, d_part, group, ctx.heads)
         return d_qkv, None, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale` times the products of two batches of matrices."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _below(packed: torch.Tensor, groups: list[Group]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bert_ray.model.attention import group_rows, packed_attention
 from bert_ray.model.bundle import load_bundle
+from bert_ray.model.dropout import keep_mask
 from bert_ray.model.encoder import encode
 from bert_ray.model.half_layers import HalfLayers
 from bert_ray.model.inference_encoder import InferenceEncoder
@@ -53,6 +54,26 @@ def test_the_gradient_of_packed_attention_is_that_of_the_formula() -> None:
     weight = torch.randn(sum(lengths), 24)
     (packed_attention(ours, lengths, cumulated(lengths), heads=4) * weight).sum().backward()
     (reference(theirs, lengths, 4) * weight.double()).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=0)
+
+
+def test_the_gradient_with_dropout_is_that_of_the_formula_with_the_same_mask() -> None:
+    length, heads, rate = 8, 4, 0.3
+    torch.manual_seed(1)
+    ours = torch.randn(length, 3 * 24, requires_grad=True)
+    theirs = ours.detach().double().requires_grad_()
+    weight = torch.randn(length, 24)
+    torch.manual_seed(2)
+    found = packed_attention(ours, [length], cumulated([length]), heads, dropout=rate)
+    (found * weight).sum().backward()
+    torch.manual_seed(2)
+    mask = keep_mask(torch.empty(heads, length, length), rate).double()
+    assert 0.5 < mask.mean() < 0.9
+    q, k, v = theirs.view(length, 3, heads, 6).permute(1, 2, 0, 3)
+    kept = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(6), dim=-1) * mask / (1 - rate)
+    expected = (kept @ v).permute(1, 0, 2).reshape(length, 24)
+    (expected * weight.double()).sum().backward()
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=0)
     torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=5e-6, rtol=0)
 
 
