@@ -1,7 +1,7 @@
 """Writes the checkpoints of this folder, with TensorFlow itself; nothing else in the repository needs it.
 
-    python3.11 -m venv tfvenv && tfvenv/bin/pip install tensorflow-cpu
-    tfvenv/bin/python tests/data/tensorflow/write.py
+    pip install -c constraints.txt -e '.[tensorflow]'
+    python tests/data/tensorflow/write.py [another folder to write to]
 
 Two tiny BERTs of random weights, and what TensorFlow computes with them:
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -200,13 +201,13 @@ def write_objects(prefix: Path, w: dict[str, np.ndarray]) -> None:
     tf.train.Checkpoint(optimizer=optimizer, **items).write(str(prefix))
 
 
-def main() -> None:
-    """Write both folders."""
+def main(place: Path) -> None:
+    """Write both folders into `place`."""
     ids = np.array([[3, 9, 12, 14, 10, 4, 0, 0, 0], [3, 9, 5, 15, 11, 4, 13, 18, 4], [3, 8, 5, 13, 6, 4, 0, 0, 0]])
     mask, types = (ids != 0).astype(np.int64), np.zeros_like(ids)
     types[1, 6:] = 1
     for seed, (name, write) in enumerate((("uncased", write_named), ("garden", write_objects))):
-        folder = HERE / f"{name}_L-{LAYERS}_H-{HIDDEN}_A-{HEADS}"
+        folder = place / f"{name}_L-{LAYERS}_H-{HIDDEN}_A-{HEADS}"
         folder.mkdir(exist_ok=True)
         w = weights(seed)
         write(folder / "bert_model.ckpt", w)
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +68,25 @@ def rewritten(release: Path, edit: Edited, **options: object) -> Path:
     [(NAMED, "auto", ""), (NAMED, "tanh", "_tanh"), (GARDEN, "auto", "_tanh"), (GARDEN, "exact", "")],
 )
 def test_a_bundle_gives_what_tensorflow_gives(source: Path, gelu: str, form: str, tmp_path: Path) -> None:
-    from transformers import AutoModel, BertForPreTraining
-
     done = run(source, tmp_path / "bundle", gelu=gelu)
     assert (done.weights, done.task, done.objects) == (46, "fill-mask", source == GARDEN)
+    assert_as_tensorflow(tmp_path / "bundle", source, form)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("tensorflow") is None, reason="the extra `tensorflow` is not installed")
+@pytest.mark.parametrize("name", [NAMED.name, GARDEN.name])
+def test_checkpoints_that_the_installed_tensorflow_writes(name: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, DATA / "write.py", tmp_path], check=True, capture_output=True)
+    assert (tmp_path / name / f"{CKPT}.index").exists()
+    run(tmp_path / name, tmp_path / "bundle", gelu="exact")
+    assert_as_tensorflow(tmp_path / "bundle", tmp_path / name, "")
+
+
+def assert_as_tensorflow(bundle: Path, source: Path, form: str) -> None:
+    """Encoder and both heads compute what TensorFlow computed when it wrote the checkpoint."""
+    from transformers import AutoModel, BertForPreTraining
+
     said = np.load(source / "expected.npz")
     batch = {
         "input_ids": torch.tensor(said["ids"]),
@@ -77,8 +95,8 @@ def test_a_bundle_gives_what_tensorflow_gives(source: Path, gelu: str, form: str
     }
     real = said["mask"].astype(bool)
     with torch.inference_mode():
-        encoder = AutoModel.from_pretrained(tmp_path / "bundle").eval()(**batch)
-        heads = BertForPreTraining.from_pretrained(tmp_path / "bundle").eval()(**batch)
+        encoder = AutoModel.from_pretrained(bundle).eval()(**batch)
+        heads = BertForPreTraining.from_pretrained(bundle).eval()(**batch)
     for found, name in (
         (encoder.last_hidden_state[real], "hidden"),
         (encoder.pooler_output, "pooled"),
