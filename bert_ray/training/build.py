@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.training.data import LabelledTable, read_columns, read_labelled
-from bert_ray.training.launch import TrainResult, ended, new_task, versions
+from bert_ray.training.launch import TrainResult, new_task, versions
+from bert_ray.training.run_directory import ended
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle

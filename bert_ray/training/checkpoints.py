@@ -29,14 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bert_ray.errors import JobError
-from bert_ray.lake.files import sync
+from bert_ray.lake.files import sync, write_json
+from bert_ray.training.run_directory import RUN_FILE
 
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
 
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "position.json"
-RUN_FILE = "run.json"
 
 # What a full disk raises, under Python's files and under safetensors'.
 WRITE_ERRORS = (OSError, SafetensorError)
@@ -154,15 +154,12 @@ class Checkpoints:
         Raises:
             JobError: it cannot be written.
         """
-        text = json.dumps(run, indent=2)
         try:
             if self._store is not None:
-                self._store.write(RUN_FILE, text)
+                self._store.write(RUN_FILE, json.dumps(run, indent=1))
                 return
             self.directory.mkdir(parents=True, exist_ok=True)
-            fresh = self.directory / f"{RUN_FILE}.new"
-            fresh.write_text(text, "utf-8")
-            os.replace(fresh, self.directory / RUN_FILE)
+            write_json(self.directory / RUN_FILE, run)
         except OSError as error:
             raise JobError(f"checkpoint.directory {self.where} cannot be written: {error}") from error
 

@@ -1,15 +1,13 @@
 """Start a training run, in this process or on Ray Train, and bring its bundle home.
 
-While a run is under way, `<output>.run` holds all it needs to go on after a kill: run.json (what was asked),
-checkpoints/, best/ (the best bundle so far) and progress.jsonl. When it has ended, the bundle stands in `<output>` and
-`<output>.run` is gone.
+While a run is under way, `<output>.run` holds all it needs to go on after a kill (run_directory.py). When it has ended,
+the bundle stands in `<output>` and `<output>.run` is gone.
 With engine ray on several machines, `<output>` lies on storage that all of them see.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import shutil
@@ -20,10 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError, JobError, Stopped
+from bert_ray.errors import JobError, Stopped
 from bert_ray.lake.lock import exclusive
 from bert_ray.training.job import TrainJob, is_uri
 from bert_ray.training.progress import duration, show
+from bert_ray.training.run_directory import begun_in, clear, ended, enter, publish
 from bert_ray.training.trackers import tracked
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from bert_ray.training.data import Data, LabelledTable
     from bert_ray.training.loop import Callback, Position
 
-RUN_FILE = "run.json"
 # In a run's directory: the bundle that training starts from, where the task made one of its own.
 START = "start"
 # As a job's model: random weights.
@@ -147,7 +145,7 @@ def _train(
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if output.exists() and any(output.iterdir()):
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
-        _enter(job, directory, identity)
+        enter(job, directory, identity)
         if fresh.exists():
             base = _keep_start(job, data, fresh, directory / START, tell)
     finally:
@@ -171,7 +169,7 @@ def _train(
     if position.diverged is not None:
         raise JobError(_divergence(job, position, output, directory, identity))
     seconds = time.perf_counter() - started
-    _publish(job, directory, output, identity, position, seconds)
+    publish(job, directory, output, identity, position, seconds)
     return TrainResult(
         bundle=output,
         metrics=load_bundle(output).card.metrics,
@@ -362,65 +360,13 @@ def _run_ray(*arguments: Any) -> Position:
     return run(*arguments)
 
 
-def _enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
-    """Begin a run, or go on with one of equal settings; its checkpoints are not another run's."""
-    path, begun = directory / RUN_FILE, _begun(directory)
-    if begun is not None and begun != identity:
-        where = "that directory" + (f" and {job.checkpoint.directory}" if job.checkpoint.directory else "")
-        raise JobError(
-            f"{directory} holds an unfinished run with other settings ({_difference(begun, identity)}): restore "
-            f"them to go on with it, delete {where} to start anew, or choose another output"
-        )
-    if begun is None and directory.exists() and any(directory.iterdir()):
-        raise JobError(f"{directory} is not empty and holds no run: choose another output")
-    if job.checkpoint.directory:
-        _enter_checkpoints(job, directory, identity)
-    if begun is not None:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(identity, indent=2), "utf-8")
-    os.replace(fresh, path)
-
-
-def _begun(directory: Path) -> dict[str, Any] | None:
-    """What the run in `directory` was asked; {} where that cannot be read, None where there is no run."""
-    try:
-        return dict(json.loads((directory / RUN_FILE).read_text("utf-8")))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-
-
-def _enter_checkpoints(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
-    """Take `checkpoint.directory` for this run, where it is not another's: its weights would be gone on with."""
-    from bert_ray.training.checkpoints import checkpoints_of
-
-    checkpoints, run = checkpoints_of(job, directory), _owner(job, identity)
-    begun = checkpoints.begun()
-    if begun is None:
-        checkpoints.begin(run)
-    elif begun != run:
-        what = _difference(begun, run) if begun else "it is not said of which"
-        raise JobError(
-            f"checkpoint.directory {checkpoints.where} holds the checkpoints of another run ({what}): choose another "
-            f"one, restore these settings to go on with that run, or delete it and {directory} to start anew"
-        )
-
-
-def _owner(job: TrainJob, identity: dict[str, Any]) -> dict[str, Any]:
-    """Whose checkpoints a directory holds: two runs of equal settings have each their own best bundle."""
-    return identity | {"output": job.output}
-
-
 def _finished(
     job: TrainJob, output: Path, directory: Path, identity: dict[str, Any], data: Data, seconds: float
 ) -> TrainResult:
     """The result of a run that ended before."""
     card = ended(output, identity)
-    if _begun(directory) == identity:  # It was killed between its bundle's appearance and its end.
-        _clear(job, directory, identity)
+    if begun_in(directory) == identity:  # It was killed between its bundle's appearance and its end.
+        clear(job, directory, identity)
     return TrainResult(
         bundle=output,
         metrics=card.metrics,
@@ -435,78 +381,6 @@ def _finished(
     )
 
 
-def ended(output: Path, identity: dict[str, Any]) -> Card:
-    """The card of the bundle that an equal run has left in `output`.
-
-    Raises:
-        JobError: something else is there.
-    """
-    from bert_ray.model.bundle import load_bundle
-
-    try:
-        card = load_bundle(output).card
-    except BundleError as error:
-        raise JobError(f"output {output} exists and holds no bundle: choose another ({error})") from error
-    begun = card.provenance.get("job", {})
-    if begun != identity:
-        what = _difference(begun, identity) if begun else "it was not trained here"
-        raise JobError(f"output {output} holds another bundle ({what}): choose another output, or delete it first")
-    return card
-
-
-def _difference(begun: dict[str, Any], now: dict[str, Any]) -> str:
-    before, after = _flat(begun), _flat(now)
-    changed = [
-        f"{name} {before.get(name)!r}, now {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    return "; ".join(changed[:5])
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
-    return flat
-
-
-def _publish(
-    job: TrainJob, directory: Path, output: Path, identity: dict[str, Any], position: Position, seconds: float
-) -> None:
-    """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
-    from bert_ray.model.bundle import load_bundle, save_card
-
-    best = directory / "best"
-    card = load_bundle(best).card
-    card.provenance |= {
-        "history": position.history,
-        "best_epoch": position.best_epoch,
-        "curve": position.curve,
-        "tokens_per_second": position.tokens / max(1e-9, position.seconds),
-        "seconds": round(seconds, 1),
-    }
-    save_card(best, card)
-    os.replace(best, output)
-    _clear(job, directory, identity)
-
-
-def _clear(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
-    """Drop all that a run goes on from. What says whose it is goes last: a kill in between can be made good."""
-    from bert_ray.training.checkpoints import checkpoints_of
-
-    checkpoints = checkpoints_of(job, directory)
-    # Long after a kill its place may have become another run's.
-    if job.checkpoint.directory and checkpoints.begun() == _owner(job, identity):
-        checkpoints.remove()
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != RUN_FILE:
-            path.unlink()
-    shutil.rmtree(directory)
-
-
 def _divergence(job: TrainJob, position: Position, output: Path, directory: Path, identity: dict[str, Any]) -> str:
     """Say what happened; where an epoch was kept, its bundle becomes the output, else the checkpoints stay."""
     from bert_ray.training.checkpoints import checkpoints_of
@@ -519,14 +393,14 @@ def _divergence(job: TrainJob, position: Position, output: Path, directory: Path
         checkpoints = checkpoints_of(job, directory)
         checkpoints.latest()
         if not (whole := checkpoints.whole()):
-            _clear(job, directory, identity)
+            clear(job, directory, identity)
             return f"{what}, before an epoch or a checkpoint; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
         where = f"{directory} and {checkpoints.where}" if job.checkpoint.directory else directory
         return (
             f"{what}, before an epoch had ended; the last good checkpoint is {checkpoints.where}/{whole[-1]}, from "
             f"which the same command comes to that step again. To start anew, delete {where} and {remedy}"
         )
-    _publish(job, directory, output, identity, position, position.seconds)
+    publish(job, directory, output, identity, position, position.seconds)
     return (
         f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, "
         f"{remedy} and another output"

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import LakeError
-from bert_ray.lake.files import file_sha256, sync
+from bert_ray.lake.files import file_sha256, sync, write_json
 from bert_ray.model.examples import ranges
 
 if TYPE_CHECKING:
@@ -124,13 +124,7 @@ class Manifest:
 
     def write(self, corpus: Path) -> None:
         """Finish a corpus: whole or not at all."""
-        fresh = corpus / f".{MANIFEST_FILE}.new"
-        content = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, corpus / MANIFEST_FILE)
+        write_json(corpus / MANIFEST_FILE, {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)})
 
 
 def read_manifest(corpus: Path) -> Manifest:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from bert_ray.errors import JobError, Stopped
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training import launch, loop
+from bert_ray.training import loop, run_directory
 from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
@@ -232,7 +232,7 @@ def test_a_kill_when_the_bundle_has_just_appeared_leaves_nothing_for_long(
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "_clear", die)
+        patch.setattr(run_directory, "clear", die)
         with pytest.raises(Cut):
             quiet(job)
     assert Path(job.output).exists()
@@ -314,6 +314,19 @@ def test_an_output_that_is_not_ours_is_refused(job_for: Jobs) -> None:
     with pytest.raises(JobError, match="holds no bundle"):
         quiet(job)
     assert (Path(job.output) / "thesis.tex").exists()
+
+
+def test_a_run_directory_that_is_not_ours_is_refused_and_a_torn_first_write_is_not(job_for: Jobs) -> None:
+    job = job_for(epochs=1)
+    directory = Path(f"{job.output}.run")
+    directory.mkdir()
+    (directory / ".run.json.new").write_text('{"task": "clas')
+    (directory / "thesis.tex").write_text("x")
+    with pytest.raises(JobError, match="is not empty and holds no run"):
+        quiet(job)
+    (directory / "thesis.tex").unlink()
+    assert quiet(job).trained
+    assert not directory.exists()
 
 
 def test_accumulation_gives_the_same_steps(job_for: Jobs, tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""A run's directory, `<output>.run`: entered by one run, gone on with by an equal one, and gone when it has ended.
+
+It holds run.json (what was asked), checkpoints/, best/ (the best bundle so far) and progress.jsonl. Where
+`checkpoint.directory` says so, checkpoints lie elsewhere, with a run.json of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_ray.errors import BundleError, JobError
+from bert_ray.lake.files import write_json
+
+if TYPE_CHECKING:
+    from bert_ray.model.bundle import Card
+    from bert_ray.training.job import TrainJob
+    from bert_ray.training.loop import Position
+
+# What a run was asked: in its own directory, and beside checkpoints that lie elsewhere.
+RUN_FILE = "run.json"
+
+
+def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Begin a run, or go on with one of equal settings; its checkpoints are not another run's."""
+    begun = begun_in(directory)
+    if begun is not None and begun != identity:
+        where = "that directory" + (f" and {job.checkpoint.directory}" if job.checkpoint.directory else "")
+        raise JobError(
+            f"{directory} holds an unfinished run with other settings ({_difference(begun, identity)}): restore "
+            f"them to go on with it, delete {where} to start anew, or choose another output"
+        )
+    # What a kill has left of writing run.json is no more than that.
+    if begun is None and directory.exists() and any(path.name != f".{RUN_FILE}.new" for path in directory.iterdir()):
+        raise JobError(f"{directory} is not empty and holds no run: choose another output")
+    if job.checkpoint.directory:
+        _enter_checkpoints(job, directory, identity)
+    if begun is not None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / RUN_FILE, identity)
+
+
+def begun_in(directory: Path) -> dict[str, Any] | None:
+    """What the run in `directory` was asked; {} where that cannot be read, None where there is no run."""
+    try:
+        return dict(json.loads((directory / RUN_FILE).read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _enter_checkpoints(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Take `checkpoint.directory` for this run, where it is not another's: its weights would be gone on with."""
+    from bert_ray.training.checkpoints import checkpoints_of
+
+    checkpoints, run = checkpoints_of(job, directory), _owner(job, identity)
+    begun = checkpoints.begun()
+    if begun is None:
+        checkpoints.begin(run)
+    elif begun != run:
+        what = _difference(begun, run) if begun else "it is not said of which"
+        raise JobError(
+            f"checkpoint.directory {checkpoints.where} holds the checkpoints of another run ({what}): choose another "
+            f"one, restore these settings to go on with that run, or delete it and {directory} to start anew"
+        )
+
+
+def _owner(job: TrainJob, identity: dict[str, Any]) -> dict[str, Any]:
+    """Whose checkpoints a directory holds: two runs of equal settings have each their own best bundle."""
+    return identity | {"output": job.output}
+
+
+def ended(output: Path, identity: dict[str, Any]) -> Card:
+    """The card of the bundle that an equal run has left in `output`.
+
+    Raises:
+        JobError: something else is there.
+    """
+    from bert_ray.model.bundle import load_bundle
+
+    try:
+        card = load_bundle(output).card
+    except BundleError as error:
+        raise JobError(f"output {output} exists and holds no bundle: choose another ({error})") from error
+    begun = card.provenance.get("job", {})
+    if begun != identity:
+        what = _difference(begun, identity) if begun else "it was not trained here"
+        raise JobError(f"output {output} holds another bundle ({what}): choose another output, or delete it first")
+    return card
+
+
+def _difference(begun: dict[str, Any], now: dict[str, Any]) -> str:
+    before, after = _flat(begun), _flat(now)
+    changed = [
+        f"{name} {before.get(name)!r}, now {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    return "; ".join(changed[:5])
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat
+
+
+def publish(
+    job: TrainJob, directory: Path, output: Path, identity: dict[str, Any], position: Position, seconds: float
+) -> None:
+    """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
+    from bert_ray.model.bundle import load_bundle, save_card
+
+    best = directory / "best"
+    card = load_bundle(best).card
+    card.provenance |= {
+        "history": position.history,
+        "best_epoch": position.best_epoch,
+        "curve": position.curve,
+        "tokens_per_second": position.tokens / max(1e-9, position.seconds),
+        "seconds": round(seconds, 1),
+    }
+    save_card(best, card)
+    os.replace(best, output)
+    clear(job, directory, identity)
+
+
+def clear(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Drop all that a run goes on from. What says whose it is goes last: a kill in between can be made good."""
+    from bert_ray.training.checkpoints import checkpoints_of
+
+    checkpoints = checkpoints_of(job, directory)
+    # Long after a kill its place may have become another run's.
+    if job.checkpoint.directory and checkpoints.begun() == _owner(job, identity):
+        checkpoints.remove()
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RUN_FILE:
+            path.unlink()
+    shutil.rmtree(directory)
