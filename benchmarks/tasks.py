@@ -7,7 +7,10 @@
 The same weights on both sides: MiniLM's encoder with a fresh head; speed does not depend on what a head has learned.
 Texts of mixed lengths (sentences, news, film reviews; questions with their paragraphs), shuffled. The pipeline
 runs as it comes (one row at a time) and in batches of 16; for answers, which transformers 5 has no pipeline for, the
-recipe of its example run_qa.py does. Translation stands beside `model.generate` on batches of the same number of
+recipe of its example run_qa.py does, for embedding, zero-shot and similarity sentence-transformers. Zero-shot is by
+embedding here, where the pipeline of that name asks a model of inference once for each label. What is left of the tasks
+has no peer (mask, FAQ), or the engine's work is that of another one (multi-label and regression: classification;
+few-shot: embedding). Translation stands beside `model.generate` on batches of the same number of
 tokens, texts sorted by length, greedily and with four beams, on sentences of Tatoeba: with the model that
 `quality.py --case en_zh` has trained where it is there, else with one that has learned from 3,000 sentences and says 16
 tokens at most.
@@ -28,8 +31,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH = 16
-TASKS = ("classification", "entities", "answer", "translation", "translation, 4 beams")
+TASKS = (
+    "classification",
+    "entities",
+    "answer",
+    "embedding",
+    "similarity",
+    "zero-shot",
+    "fill-mask",
+    "translation",
+    "translation, 4 beams",
+)
 MAX_LENGTH = 512
+ENTITIES = ["O", "B-person", "I-person", "B-location", "I-location"]
+TOPICS = ["world politics", "sports", "business", "science and technology", "films"]
+
+Contestants = dict[str, Callable[[], Any]]
 
 
 def texts(rows: int) -> list[str]:
@@ -99,7 +116,7 @@ def english(rows: int) -> pa.Array:
     return pa.array([found[index] for index in np.random.default_rng(0).permutation(len(found))][:rows], pa.string())
 
 
-def translation(rows: int, scratch: Path, beams: int, dtype: str) -> tuple[dict[str, Callable[[], Any]], int]:
+def translation(rows: int, scratch: Path, beams: int, dtype: str) -> tuple[Contestants, int]:
     """Ours, and transformers' `generate` with its own key-value cache."""
     import torch
     import transformers
@@ -139,53 +156,28 @@ def translation(rows: int, scratch: Path, beams: int, dtype: str) -> tuple[dict[
     return {"bert_ray": lambda: annotator(table), "model.generate, sorted": generated}, len(table)
 
 
-def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[dict[str, Callable[[], Any]], int]:
-    """What runs for a task, and how many rows it annotates."""
-    if task.startswith("translation"):
-        return translation(5 * rows, scratch, 4 if task.endswith("beams") else 1, dtype)
+def pipelines(task: str, rows: int, scratch: Path, dtype: str) -> tuple[Contestants, int]:
+    """Ours, and the pipeline of transformers."""
     import transformers
 
     from bert_ray.model.annotator import AnnotatorSpec
 
+    data, place = texts(rows), scratch / task
+    more: dict[str, Any] = {}
+    call: dict[str, Any] = {}
     if task == "classification":
-        model = save(transformers.AutoModelForSequenceClassification, scratch / task, num_labels=4)
-        data: list[Any] = texts(rows)
-        columns = {"text": data}
-        call: dict[str, Any] = {"truncation": True, "max_length": MAX_LENGTH}
-        name = "text-classification"
+        model = save(transformers.AutoModelForSequenceClassification, place, num_labels=4)
+        name, call = "text-classification", {"truncation": True, "max_length": MAX_LENGTH}
     elif task == "entities":
-        names = ["O", "B-person", "I-person", "B-location", "I-location"]
-        model = save(
-            transformers.AutoModelForTokenClassification,
-            scratch / task,
-            id2label=dict(enumerate(names)),
-            label2id={label: index for index, label in enumerate(names)},
-        )
-        data = texts(rows)
-        columns = {"text": data}
-        call, name = {}, "token-classification"
+        names = {"id2label": dict(enumerate(ENTITIES)), "label2id": {name: at for at, name in enumerate(ENTITIES)}}
+        model = save(transformers.AutoModelForTokenClassification, place, **names)
+        name, more = "token-classification", {"aggregation_strategy": "first", "stride": 64}
     else:
-        model = save(transformers.AutoModelForQuestionAnswering, scratch / task)
-        data = questions(rows)
-        columns = {key: [row[key] for row in data] for key in ("question", "context")}
-        call, name = {}, ""
+        model = save(transformers.AutoModelForMaskedLM, place)
+        name, call = "fill-mask", {"tokenizer_kwargs": {"truncation": True, "max_length": MAX_LENGTH}}
+        data = [" ".join([*text.split()[:3], "[MASK]", *text.split()[4:]]) for text in data]
     annotator = AnnotatorSpec(model=model, dtype=dtype).build()
-    table = pa.table(columns)
-    if not name:
-        from peers_answer import answers
-
-        peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model, dtype=common.TYPES[dtype]).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-
-        def searched(batch: int) -> Callable[[], Any]:
-            return lambda: answers(peer, tokenizer, data, max_length=MAX_LENGTH, batch=batch)
-
-        return {
-            "bert_ray": lambda: annotator(table),
-            "run_qa.py's recipe, one by one": searched(1),
-            f"run_qa.py's recipe, batches of {BATCH}": searched(BATCH),
-        }, len(data)
-    more = {"aggregation_strategy": "first", "stride": 64} if task == "entities" else {}
+    table = pa.table({"text": data})
     pipe = transformers.pipeline(name, model=model, device="cpu", dtype=common.TYPES[dtype], **more)
 
     def piped(batch: int) -> Callable[[], Any]:
@@ -196,6 +188,79 @@ def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[dict[s
         "pipeline, one by one": piped(1),
         f"pipeline, batches of {BATCH}": piped(BATCH),
     }, len(data)
+
+
+def answer(rows: int, scratch: Path, dtype: str) -> tuple[Contestants, int]:
+    """Ours, and the recipe of transformers' example."""
+    import transformers
+    from peers_answer import answers
+
+    from bert_ray.model.annotator import AnnotatorSpec
+
+    model, data = save(transformers.AutoModelForQuestionAnswering, scratch / "answer"), questions(rows)
+    annotator, table = AnnotatorSpec(model=model, dtype=dtype).build(), pa.Table.from_pylist(data)
+    peer = transformers.AutoModelForQuestionAnswering.from_pretrained(model, dtype=common.TYPES[dtype]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+
+    def searched(batch: int) -> Callable[[], Any]:
+        return lambda: answers(peer, tokenizer, data, max_length=MAX_LENGTH, batch=batch)
+
+    return {
+        "bert_ray": lambda: annotator(table),
+        "run_qa.py's recipe, one by one": searched(1),
+        f"run_qa.py's recipe, batches of {BATCH}": searched(BATCH),
+    }, len(data)
+
+
+def sentence_vectors(task: str, rows: int, dtype: str) -> tuple[Contestants, int]:
+    """Ours, and sentence-transformers, which sorts texts by length, in batches of 32."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from bert_ray.model.annotator import AnnotatorSpec
+    from bert_ray.model.references import resolve
+
+    peer = SentenceTransformer(
+        resolve(common.MODEL).as_posix(), device="cpu", model_kwargs={"dtype": getattr(torch, common.TYPES[dtype])}
+    )
+    options: dict[str, Any] = {"labels": TOPICS} if task == "zero-shot" else {}
+    annotator = AnnotatorSpec(model=common.MODEL, task=task, options=options, dtype=dtype).build()
+    peer.max_seq_length = annotator.bundle.card.max_length
+    data = texts(2 * rows if task == "similarity" else rows)
+    first, other = (data[:rows], data[rows:]) if task == "similarity" else (data, TOPICS)
+    columns = {"text": first, "text_pair": other} if task == "similarity" else {"text": first}
+    table = pa.table(columns)
+
+    def encoded(batch: int) -> Callable[[], Any]:
+        def run() -> Any:
+            vectors = peer.encode(first, batch_size=batch)
+            if task == "embedding":
+                return vectors
+            others = peer.encode(other, batch_size=batch)
+            return (peer.similarity_pairwise if task == "similarity" else peer.similarity)(vectors, others)
+
+        return run
+
+    if task == "embedding":
+        close = (np.stack(annotator(table)[task].to_numpy()) * encoded(32)()).sum(1).min()
+        if close < (0.9999 if dtype == "fp32" else 0.99):
+            raise SystemExit(f"a vector's cosine with sentence-transformers' is {close:.5f}: no fair comparison")
+    return {
+        "bert_ray": lambda: annotator(table),
+        "sentence-transformers, one by one": encoded(1),
+        "sentence-transformers, batches of 32": encoded(32),
+    }, len(first)
+
+
+def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[Contestants, int]:
+    """What runs for a task, and how many rows it annotates."""
+    if task.startswith("translation"):
+        return translation(5 * rows, scratch, 4 if task.endswith("beams") else 1, dtype)
+    if task == "answer":
+        return answer(rows, scratch, dtype)
+    if task in ("embedding", "similarity", "zero-shot"):
+        return sentence_vectors(task, rows, dtype)
+    return pipelines(task, rows, scratch, dtype)
 
 
 def main() -> None:
