@@ -8,6 +8,7 @@ serves (`_import`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ class DeepSpeedStepper:
         deepspeed = _import(device)
         self.device = device
         self.module = module.to(device)
-        self._clip = job.clip
+        self._clip = job.clip or math.inf
         self._stage = job.zero_stage
         self._deepspeed = deepspeed
         elements = sum(weight.numel() for weight in module.parameters())
@@ -141,15 +142,14 @@ class DeepSpeedStepper:
     def step(self, rate: float) -> torch.Tensor | None:
         """See Stepper."""
         set_rate(self._wrapped, rate)
-        norm = None
-        if not self._stage and self._clip:
-            if self._scaler is not None:
-                self._scaler.unscale_(self._optimizer)
-            norm = clip(list(self._trained.values()), self._clip)
+        if self._stage:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+            return None if norm is None else torch.as_tensor(norm)
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        norm = clip(list(self._trained.values()), self._clip)
         self.engine.step()
-        if self._stage and self._clip:
-            found = self.engine.get_global_grad_norm()
-            norm = None if found is None else torch.as_tensor(found)
         return norm
 
     def whole(self) -> AbstractContextManager[Any]:

@@ -98,7 +98,7 @@ def train(
         tell: called with progress events (dictionaries); prints lines to standard error by default.
 
     Raises:
-        JobError: settings or data are at fault, the output is taken, or the loss stopped being finite.
+        JobError: settings or data are at fault, the output is taken, or the loss or its gradient stopped being finite.
         ColumnError: a column is missing or of the wrong type.
         BundleError: the base cannot be used.
         LakeError: a corpus is damaged, or another run works on the same output.
@@ -385,7 +385,7 @@ def _divergence(job: TrainJob, position: Position, output: Path, directory: Path
     """Say what happened; where an epoch was kept, its bundle becomes the output, else the checkpoints stay."""
     from bert_ray.training.checkpoints import checkpoints_of
 
-    what = f"the loss stopped being finite at step {position.diverged} (epoch {position.epoch + 1})"
+    what = f"the loss or its gradient stopped being finite at step {position.diverged} (epoch {position.epoch + 1})"
     remedy = f"train again with a smaller learning_rate (now {job.learning_rate:g})"
     if not job.clip:
         remedy += " or with clip: 1.0"

@@ -9,6 +9,7 @@ Shapes: P pieces of a packed batch.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol
@@ -247,7 +248,7 @@ class PlainStepper:
     def __init__(self, module: TaskModel, job: TrainJob, device: torch.device) -> None:
         self.module = module.to(device)
         self.device = device
-        self._clip = job.clip
+        self._clip = job.clip or math.inf
         self._weights = [weight for weight in module.parameters() if weight.requires_grad]
         self._optimizer = make_optimizer(module.model, job.weight_decay, job.layer_decay, job.optimizer)
         # fp16's gradients would underflow; bf16 has fp32's range and needs no scaling.
@@ -264,10 +265,8 @@ class PlainStepper:
     def step(self, rate: float) -> torch.Tensor | None:
         """See Stepper."""
         set_rate(self._optimizer, rate)
-        norm = None
-        if self._clip:
-            self._scaler.unscale_(self._optimizer)
-            norm = clip(self._weights, self._clip)
+        self._scaler.unscale_(self._optimizer)
+        norm = clip(self._weights, self._clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -296,12 +295,14 @@ class PlainStepper:
 
 
 def clip(weights: list[nn.Parameter], largest: float) -> torch.Tensor:
-    """Scale all gradients so that their joint norm is at most `largest`; gives what it was.
+    """Scale all gradients so that their joint norm is at most `largest`, inf: as they are; gives what it was.
 
     No synchronisation with the device.
     """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if largest == math.inf:
+        return norm
     torch.nn.utils.clip_grads_with_norm_(
         [weight for weight in weights if weight.grad is not None], largest, norm, foreach=True
     )

@@ -25,6 +25,8 @@ def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
         f"stage {stage}": run_loop(replace(job, zero_stage=stage), root / f"stage{stage}") for stage in (0, 1, 2, 3)
     }
     found["offload"] = run_loop(replace(job, zero_stage=2, offload="optimizer"), root / "offload")
+    found["parameters"] = run_loop(replace(job, zero_stage=3, offload="parameters"), root / "parameters")
+    found["lamb"] = run_loop(replace(job, optimizer="lamb"), root / "lamb")
     found["recomputed"] = run_loop(replace(job, zero_stage=3, activation_checkpointing=True), root / "recomputed")
     run_loop(job, root / "cut", stop=5)
     return found
@@ -72,10 +74,17 @@ def test_every_stage_has_the_losses_of_one_plain_process(runs: dict[str, Any], s
     assert losses(runs["two"][f"stage {stage}"]) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("how", ["offload", "recomputed"])
+@pytest.mark.parametrize("how", ["offload", "parameters", "recomputed"])
 def test_less_memory_gives_the_same(runs: dict[str, Any], how: str) -> None:
     expected = losses(runs["two"]["stage 0"])
     assert losses(runs["two"][how]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_lamb_takes_the_steps_of_one_plain_process(runs: dict[str, Any]) -> None:
+    job = replace(runs["job"], engine="local", optimizer="lamb", output=str(runs["root"] / "plain-lamb"))
+    expected = losses(train(job, tell=lambda _: None).history)
+    assert losses(runs["two"]["lamb"]) == pytest.approx(expected, abs=1e-4)
+    assert expected != pytest.approx(losses(runs["two"]["stage 0"]), abs=1e-2)
 
 
 def test_three_workers_reach_what_two_do(runs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from bert_ray.errors import JobError, Stopped
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training import loop, run_directory
+from bert_ray.training import loop, optim, run_directory
 from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
@@ -92,10 +93,10 @@ def test_the_bundle_is_the_best_epochs_model(job_for: Jobs) -> None:
     assert accuracy == pytest.approx(result.metrics["accuracy"])
 
 
-@pytest.mark.parametrize("step", [3, 6, 10])
-def test_a_run_cut_off_goes_on_to_the_same_bits(job_for: Jobs, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "optimizer"), [(3, "adamw"), (6, "adamw"), (10, "adamw"), (5, "lamb")])
+def test_a_run_cut_off_goes_on_to_the_same_bits(job_for: Jobs, tmp_path: Path, step: int, optimizer: str) -> None:
     # Dropout on, so that the noise after the cut has to be the undisturbed run's too.
-    job = job_for(dropout=0.2, attention_dropout=0.1, checkpoint=CheckpointOptions(every_steps=2))
+    job = job_for(dropout=0.2, attention_dropout=0.1, optimizer=optimizer, checkpoint=CheckpointOptions(every_steps=2))
     whole = quiet(replace(job, output=str(tmp_path / "whole")))
     with pytest.raises(Cut):
         quiet(job, callbacks=[cut_at(step)])
@@ -397,6 +398,26 @@ def test_a_loss_that_is_no_number_before_any_checkpoint_keeps_nothing(job_for: J
         quiet(job, callbacks=[poison_at(1)])
     assert not Path(job.output).exists()
     assert not Path(f"{job.output}.run").exists()
+
+
+def test_a_gradient_that_is_no_number_is_seen_before_a_checkpoint_has_its_weights(
+    job_for: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradients are not clipped; that step's own loss is finite still."""
+    backward, calls = optim.PlainStepper.backward, []
+
+    def spoilt(stepper: optim.PlainStepper, loss: torch.Tensor) -> None:
+        backward(stepper, loss)
+        calls.append(float(loss.detach()))
+        if len(calls) == 3:
+            next(weight.grad for weight in stepper.module.parameters() if weight.grad is not None).fill_(float("nan"))
+
+    monkeypatch.setattr(optim.PlainStepper, "backward", spoilt)
+    job = job_for(clip=0.0, checkpoint=CheckpointOptions(every_steps=1))
+    with pytest.raises(JobError, match=r"gradient stopped being finite at step 3 .*step-00000002"):
+        quiet(job)
+    assert np.isfinite(calls[2])
+    assert not (Path(f"{job.output}.run") / "checkpoints" / "step-00000003").exists()
 
 
 def test_a_loss_that_is_no_number_in_the_first_epoch_keeps_the_last_good_checkpoint(
