@@ -1,7 +1,7 @@
 """A notice to stop: SIGTERM, as a spot machine or a cluster's scheduler sends it some time before the end.
 
 The process that got it leaves a mark in the run's directory; the workers see it, on whatever machine they are, write a
-checkpoint and leave. The same command goes on from there.
+checkpoint and leave. The same command goes on from there. A hook on a worker's machine may leave the mark as well.
 """
 
 from __future__ import annotations
