@@ -29,6 +29,7 @@ from bert_ray.training.checkpoints import WRITE_ERRORS, checkpoints_of
 from bert_ray.training.notice import stop_asked
 from bert_ray.training.optim import PRECISIONS, STEPS, TaskModel, encoder_weights, freeze, load_weights
 from bert_ray.training.order import noise_seed, pieces_of_step, shares
+from bert_ray.training.run_directory import BEST
 from bert_ray.training.schedule import learning_rate
 from bert_ray.training.watch import Watch
 
@@ -181,6 +182,7 @@ class Loop:
         self.job, self.base, self.card = job, base, card
         self.directory, self.peers, self.device = directory, peers, device
         self.tell, self.callbacks, self.beat = tell, callbacks, beat
+        self._best = directory / BEST
         self.checkpoints = checkpoints_of(job, directory)
         self.train, self.validation = data.sources(job, base, card, device)
         self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
@@ -209,6 +211,10 @@ class Loop:
         elif damaged := self.checkpoints.damaged:
             what = "no checkpoint is whole: training starts anew, at step 0"
             self._tell("note", text="\n".join([*damaged.values(), what]))
+        if self.position.best_epoch and not peers.gather(self._best.exists())[0]:
+            # Checkpoints on a store outlive the machine that the run's directory was on.
+            epoch, self.position.best, self.position.best_epoch = self.position.best_epoch, None, 0
+            self._tell("note", text=f"{self._best}, the model of epoch {epoch}, is gone: the best from here on counts")
         # Of each step that was not looked at yet: its number, its weight, this worker's loss, the gradient's norm.
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor | None]] = []
         self._look_every = 1
@@ -260,6 +266,11 @@ class Loop:
                 return position
             self._end_epoch()
             self._save()
+        if position.epoch and not position.best_epoch:  # It is gone, and no epoch came after it.
+            with self._with_base():
+                metrics = self.evaluate(self.validation)[1] if len(self.validation) else {}
+                position.best_epoch = position.epoch
+                self._keep_best(metrics)
         position.stopped = False  # Who asks for it now comes too late: all is done.
         return position
 
@@ -428,11 +439,10 @@ class Loop:
                 self.card.metrics = metrics
                 self.card.provenance |= {"history": self.position.history, "best_epoch": self.position.best_epoch}
                 tokenizer, task = self.base.tokenizer(), self.module.task
-                best = self.directory / "best"
                 try:
-                    save_bundle(best, self.module.model, tokenizer, self.card, task=task)
+                    save_bundle(self._best, self.module.model, tokenizer, self.card, task=task)
                 except WRITE_ERRORS as error:
-                    raise self.checkpoints.failed(f"the best model to {best}", error) from error
+                    raise self.checkpoints.failed(f"the best model to {self._best}", error) from error
         self.peers.wait()
 
     def _save(self) -> None:

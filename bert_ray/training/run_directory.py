@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # What a run was asked: in its own directory, and beside checkpoints that lie elsewhere.
 RUN_FILE = "run.json"
+# In a run's directory: the bundle of the best epoch so far.
+BEST = "best"
 
 
 def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
@@ -117,7 +119,7 @@ def publish(
     """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
     from bert_ray.model.bundle import load_bundle, save_card
 
-    best = directory / "best"
+    best = directory / BEST
     card = load_bundle(best).card
     card.provenance |= {
         "history": position.history,

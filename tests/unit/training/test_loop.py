@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from bert_ray.errors import JobError, Stopped
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training import loop, optim, run_directory
+from bert_ray.training import launch, loop, optim, run_directory
 from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
@@ -242,6 +243,34 @@ def test_a_kill_when_the_bundle_has_just_appeared_leaves_nothing_for_long(
     assert not quiet(job).trained
     assert not Path(f"{job.output}.run").exists()
     assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("when", ["in the third epoch", "at the end"])
+def test_checkpoints_on_a_store_outlive_the_runs_directory(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A spot machine is gone, and what lay on its disk."""
+    place = CheckpointOptions(directory=str(tmp_path / "store"), every_steps=2)
+    job = job_for(epochs=3, checkpoint=place)
+    whole = quiet(replace(job, output=str(tmp_path / "whole"), checkpoint=CheckpointOptions()))
+
+    def die(*arguments: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "publish", die)
+        steps = int(whole.history[1]["step"])
+        with pytest.raises(Cut):
+            quiet(job, callbacks=[] if when == "at the end" else [cut_at(steps + 3)])
+    shutil.rmtree(f"{job.output}.run")
+    told: list[dict[str, Any]] = []
+    result = train(job, tell=told.append)
+    assert told[0]["what"] == "resumed"
+    assert "is gone: the best from here on counts" in told[1]["text"]
+    assert result.best_epoch == 3
+    assert without_speed(result.history) == without_speed(whole.history)
+    assert result.metrics["accuracy"] == whole.history[2]["accuracy"]
+    assert AnnotatorSpec(model=str(result.bundle)).build()(pa.table({"text": ["good"]})).num_rows == 1
 
 
 def test_an_ended_run_is_not_repeated_and_not_overwritten(job_for: Jobs) -> None:
