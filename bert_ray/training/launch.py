@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.tasks import Task
     from bert_ray.training.data import Data, LabelledTable
-    from bert_ray.training.loop import Callback, Position
+    from bert_ray.training.loop import Callback
+    from bert_ray.training.position import Position
 
 # In a run's directory: the bundle that training starts from, where the task made one of its own.
 START = "start"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from bert_ray.training.checkpoints import WRITE_ERRORS, checkpoints_of
 from bert_ray.training.notice import stop_asked
 from bert_ray.training.optim import PRECISIONS, STEPS, TaskModel, encoder_weights, freeze, load_weights
 from bert_ray.training.order import noise_seed, pieces_of_step, shares
+from bert_ray.training.position import Position
 from bert_ray.training.run_directory import BEST
 from bert_ray.training.schedule import learning_rate
 from bert_ray.training.watch import Watch
@@ -50,9 +51,6 @@ _EVALUATION_TOKENS = 4096
 # steps are slow, so many as take about two seconds: soon enough for a notice to stop.
 _LOOK_EVERY = 10
 _LOOK_EVERY_SEC = 2.0
-
-# Points of a run's loss curve, at most; an even number.
-_CURVE_POINTS = 400
 
 # Where the rest of the seed space begins that seeds the head's weights; dropout's seeds are hashes.
 _HEAD_PIECE = -1
@@ -76,45 +74,6 @@ class StepEvent:
 
 
 Callback = Callable[[StepEvent], None]
-
-
-@dataclass(kw_only=True, slots=True)
-class Position:
-    """Where a run is: all that a checkpoint holds besides tensors.
-
-    Attributes:
-        epoch: rounds done: epochs of a table, or what lies between two evaluations on a corpus.
-        index: steps done in the current round.
-        loss: sum over the samples of the current epoch so far.
-        weight: what these samples count for together.
-        seconds: spent training (evaluation and checkpoints left out), over all sessions of the run.
-        epoch_seconds: of these, in the current epoch.
-        tokens: real tokens trained on.
-        epoch_tokens: of these, in the current epoch.
-        best: metric of the best epoch so far; None before the first.
-        best_epoch: that epoch, from 1; 0 before the first.
-        history: one entry per epoch done.
-        scaling: fp16's loss scaling.
-        diverged: the step whose loss was not finite; None so far.
-        stopped: whether the run left early because it was asked to.
-        curve: (step, mean loss, gradient norm) of a few hundred stretches of the run, for a plot.
-    """
-
-    epoch: int = 0
-    index: int = 0
-    loss: float = 0.0
-    weight: float = 0.0
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    tokens: int = 0
-    epoch_tokens: int = 0
-    best: float | None = None
-    best_epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    scaling: dict[str, float] = field(default_factory=dict)
-    diverged: int | None = None
-    stopped: bool = False
-    curve: list[list[float]] = field(default_factory=list)
 
 
 def new_module(
@@ -336,21 +295,11 @@ class Loop:
             if note := self.watch(step + 1, value / weight, size):
                 self._tell("note", text=f"{note}; {self.train.where(self.train.select(step))}")
         if losses:
-            self._draw(losses, norms)
+            position.draw(self.done, losses, norms)
         position.stopped = stops > 0
         self._unseen.clear()
         if now - self._told >= 2.0:
             self._tell("progress")
-
-    def _draw(self, losses: list[float], norms: list[float | None]) -> None:
-        """Add a stretch to the loss curve; a long run's curve is thinned out."""
-        sizes = [size for size in norms if size is not None]
-        curve = self.position.curve
-        curve.append([self.done, sum(losses) / len(losses), sum(sizes) / len(sizes) if sizes else 0.0])
-        if len(curve) == _CURVE_POINTS:
-            pairs = zip(curve[::2], curve[1::2], strict=True)
-            halves = [np.mean(pair, axis=0).tolist() for pair in pairs]
-            self.position.curve = [[round(half[0]), *half[1:]] for half in halves]
 
     def _end_epoch(self) -> None:
         """Evaluate, note the epoch, keep the model where it is the best so far."""

@@ -21,8 +21,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from bert_ray.errors import BertRayError, JobError
 from bert_ray.training.job import TrainJob
-from bert_ray.training.loop import Callback, Position
+from bert_ray.training.loop import Callback
 from bert_ray.training.notice import heeded
+from bert_ray.training.position import Position
 from bert_ray.training.progress import following, writer
 from bert_ray.training.ray_session import session
 

@@ -18,7 +18,7 @@ from bert_ray.lake.files import write_json
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Card
     from bert_ray.training.job import TrainJob
-    from bert_ray.training.loop import Position
+    from bert_ray.training.position import Position
 
 # What a run was asked: in its own directory, and beside checkpoints that lie elsewhere.
 RUN_FILE = "run.json"
