@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import common
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pairs import cut_accuracy, held_out
 
 common.set_threads(1)
 
@@ -148,8 +148,10 @@ def fine_tuned(
     """
     began = time.process_time()
     place, path = RUNS / f"{name}-{model.name}-{seed}", RUNS / f"{name}-train.parquet"
-    held_out = train.slice(0, len(train) // 10 if settings.get("task") == "embedding" else 0)
-    pq.write_table(train.slice(len(held_out)), path)
+    rest = train.slice(0, 0)
+    if settings.get("task") == "embedding":
+        rest, train = held_out(train)
+    pq.write_table(train, path)
     keys = {
         "model": model,
         "output": place,
@@ -162,7 +164,7 @@ def fine_tuned(
         **settings,
     }
     command("train", *(f"{key}={value}" for key, value in keys.items()))
-    accuracy = cut_accuracy(place, held_out, test) if len(held_out) else label_accuracy(place, test)
+    accuracy = cut(place, rest, test) if len(rest) else label_accuracy(place, test)
     shutil.rmtree(place)
     return accuracy, time.process_time() - began
 
@@ -179,23 +181,12 @@ def label_accuracy(model: Path, test: pa.Table) -> float:
     return annotator.task.metrics(annotator.annotate(table.inputs), table.inputs, table.truth)["accuracy"]
 
 
-def cut_accuracy(model: Path, held_out: pa.Table, test: pa.Table) -> float:
-    """Accuracy of telling pairs apart by their cosine, cut where a logistic regression on pairs held out says one half.
-
-    The cut that is right most often there is decided by a few pairs, and hits or misses.
-    """
-    from sklearn.linear_model import LogisticRegression
-
+def cut(model: Path, rest: pa.Table, test: pa.Table) -> float:
+    """Accuracy of telling pairs apart by the cosine of a model's embeddings."""
     from bert_ray.model.annotator import AnnotatorSpec
 
     annotator = AnnotatorSpec(model=str(model), task="similarity", threads=1).build()
-
-    def scored(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        cosines = annotator.annotate([table["text"], table["text_pair"]])
-        return np.asarray(cosines)[:, None], table["label"].to_numpy()
-
-    # All but unregularised.
-    return float(LogisticRegression(C=1e4).fit(*scored(held_out)).score(*scored(test)))
+    return cut_accuracy(lambda table: annotator.annotate([table["text"], table["text_pair"]]), rest, test)
 
 
 def tfidf(train: pa.Table, test: pa.Table) -> float:

@@ -26,6 +26,7 @@ from typing import Any
 import common
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pairs import cut_accuracy, held_out
 from quality_cases import CASES, Case
 
 # Where runs and bundles lie.
@@ -53,7 +54,9 @@ def ours(name: str, case: Case, train: pa.Table, test: pa.Table, how: Run, base:
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train as run_job
 
-    place = how.place(name)
+    place, rest = how.place(name), None
+    if case.cut:
+        rest, train = held_out(train)
     place.parent.mkdir(parents=True, exist_ok=True)
     paths = {part: RUNS / f"{name}-{part}.parquet" for part in ("train", "test")}
     pq.write_table(train, paths["train"])
@@ -84,7 +87,11 @@ def ours(name: str, case: Case, train: pa.Table, test: pa.Table, how: Run, base:
         "train_seconds": round(seconds) + tuning.get("seconds", 0),
         "train_cpu_minutes": round((time.process_time() - cpu_began) / 60, 1),
         "tokens_per_second": round(trained.tokens_per_second),
-        **tested(case, str(place), str(paths["test"]), how, {}),
+        **(
+            tested(case, str(place), str(paths["test"]), how, {})
+            if rest is None
+            else told_apart(case, str(place), rest, test, how)
+        ),
     }
 
 
@@ -129,6 +136,15 @@ def tested(case: Case, model: str, path: str, how: Run, more: dict[str, Any]) ->
         print(f"note: {note}", flush=True)
     metrics = task.metrics(annotator.annotate(table.inputs), table.inputs, table.truth)
     return {"value": metrics[case.measure], "metrics": metrics, "test_rows": len(table.inputs[0])}
+
+
+def told_apart(case: Case, model: str, rest: pa.Table, test: pa.Table, how: Run) -> dict[str, Any]:
+    """Cut the cosines of the test pairs by those of `rest`, which were not trained on."""
+    from bert_ray.model.annotator import AnnotatorSpec
+
+    annotator = AnnotatorSpec(model=model, threads=how.threads, task=case.test_task, dtype=how.precision).build()
+    value = cut_accuracy(lambda table: annotator.annotate([table["text"], table["text_pair"]]), rest, test)
+    return {"value": value, "metrics": {case.measure: value}, "test_rows": len(test)}
 
 
 def random_weights() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pairs import cut_accuracy, held_out
 from quality_cases import Case, answer_stands
 
 # The measure alone, or all that it measures.
@@ -212,16 +213,20 @@ def _sentence_model(case: Case) -> Any:
     return SentenceTransformer(_source(case))
 
 
-def _cosines(model: Any, test: pa.Table) -> float:
+def _cosines(model: Any, table: pa.Table) -> np.ndarray:
+    one, other = (model.encode(table[name].to_pylist(), normalize_embeddings=True) for name in ("text", "text_pair"))
+    return (one * other).sum(axis=1)
+
+
+def _correlation(model: Any, test: pa.Table) -> float:
     from scipy.stats import spearmanr
 
-    one, other = (model.encode(test[name].to_pylist(), normalize_embeddings=True) for name in ("text", "text_pair"))
-    return float(spearmanr((one * other).sum(axis=1), test["score"].to_numpy()).statistic)
+    return float(spearmanr(_cosines(model, test), test["score"].to_numpy()).statistic)
 
 
 def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """Cosines of sentence-transformers' embeddings."""
-    return _cosines(_sentence_model(case), test)
+    return _correlation(_sentence_model(case), test)
 
 
 def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
@@ -231,9 +236,12 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precis
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments, losses
 
     assert case.settings is not None
+    rest = train
+    if case.cut:
+        rest, train = held_out(train)
     model = _sentence_model(case)
     rows = {"sentence1": train["text"].to_pylist(), "sentence2": train["text_pair"].to_pylist()}
-    rows["score"] = train["score"].to_pylist()
+    rows["score"] = [float(value) for value in train[case.columns["label"]].to_pylist()]
     arguments = SentenceTransformerTrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="bert_ray-reference-"),
         num_train_epochs=case.settings["epochs"],
@@ -249,7 +257,9 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precis
     SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(rows), loss=losses.CoSENTLoss(model)
     ).train()
-    return _cosines(model, test)
+    if case.cut:
+        return cut_accuracy(lambda table: _cosines(model, table), rest, test)
+    return _correlation(model, test)
 
 
 def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> dict[str, float]:
