@@ -30,7 +30,7 @@ from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
-from bert_ray.lake.lock import NoLocksError, exclusive
+from bert_ray.lake.lock import exclusive
 from bert_ray.lake.progress import Progress
 
 # Sessions that run.json remembers.
@@ -150,8 +150,7 @@ def _alone(job: AnnotateJob) -> Iterator[None]:
             with output_errors(output):
                 folder.mkdir(parents=True, exist_ok=True)
                 # Without locks two runs at once would do units twice, of which one file and one receipt stay.
-                with contextlib.suppress(NoLocksError):
-                    held.enter_context(exclusive(folder / "lock", f"the table {printable(output)}"))
+                held.enter_context(exclusive(folder / "lock", f"the table {printable(output)}"))
             yield
     finally:
         for place in made:

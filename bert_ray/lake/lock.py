@@ -17,25 +17,36 @@ from bert_ray.errors import LakeError
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-class NoLocksError(LakeError):
-    """The file system has no locks."""
-
-
 @contextlib.contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`, which is made here and goes at the end; what a killed process left is no obstacle.
 
     The lock is the kernel's (flock): on a file system that several machines share it holds among them where that file
-    system passes such locks on (NFS 4 does).
+    system passes such locks on (NFS 4 does). Where a file system has none, nothing is held: that no second run comes is
+    the user's to see to then.
 
     Args:
         path: of the lock file; its directory exists.
         what: is worked on, for the message.
 
     Raises:
-        NoLocksError: the file system has none.
         LakeError: another process holds it; the message says which.
     """
+    handle = _take(path, what)
+    try:
+        if handle is not None:
+            os.ftruncate(handle, 0)
+            who = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
+            os.write(handle, who.encode())
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _take(path: Path, what: str) -> int | None:
+    """The open lock file, locked; None where the file system has no locks."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -45,7 +56,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
             os.close(handle)
             if error.errno in _NO_LOCKS:
                 path.unlink(missing_ok=True)
-                raise NoLocksError(f"cannot lock {path}: {os.strerror(error.errno or 0)}") from error
+                return None
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise LakeError(f"cannot lock {path}: {os.strerror(error.errno or 0)}") from error
             raise LakeError(
@@ -55,12 +66,5 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             # The one that held it before may have removed the file after it was opened here.
             if os.fstat(handle).st_ino == path.stat().st_ino:
-                break
-        os.close(handle)
-    try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}".encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+                return handle
         os.close(handle)

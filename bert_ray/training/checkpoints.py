@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 STATE_FILE = "state.safetensors"
 POSITION_FILE = "position.json"
 
+# What a checkpoint that was torn or altered shows by; any other error tells of the disk or the store, not of it.
+_TORN = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError)
+
 # What a full disk raises, under Python's files and under safetensors'.
 WRITE_ERRORS = (OSError, SafetensorError)
 
@@ -86,6 +89,14 @@ class _Store:
         )
 
     def get(self, name: str, target: Path) -> None:
+        """Copy a file from it.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            OSError: the store does not give it, or the copy cannot be written.
+        """
+        if self.system.get_file_info(f"{self.root}/{name}").type != fs.FileType.File:
+            raise FileNotFoundError(f"{name} is missing")
         fs.copy_files(
             f"{self.root}/{name}",
             str(target),
@@ -194,7 +205,7 @@ class Checkpoints:
         """The newest undamaged checkpoint; None where there is none. `damaged` then says what was passed over.
 
         Raises:
-            JobError: the store that they lie on does not answer.
+            JobError: the disk or the store that they lie on does not answer, or there is no room for a copy.
         """
         self.damaged = {}
         try:
@@ -212,9 +223,14 @@ class Checkpoints:
                     for file in (POSITION_FILE, STATE_FILE):
                         self._store.get(f"{name}/{file}", directory / file)
                 position = _read(directory)
-            except (OSError, ValueError, KeyError) as error:
+            except _TORN as error:
                 self.damaged[name] = f"checkpoint {self.where}/{name} is damaged and skipped: {error}"
                 continue
+            except OSError as error:
+                raise JobError(
+                    f"checkpoint {self.where}/{name} cannot be read: {error}; when that is mended, the same command "
+                    "goes on from there (delete the checkpoint to go on from the one before)"
+                ) from error
             return Checkpoint(directory=directory, position=position, skipped=list(self.damaged.values()), copy=copy)
         return None
 

@@ -266,7 +266,9 @@ class TrainJob:
             gradients, 3 also weights.
         offload: what of ZeRO's shares lies in the machine's memory instead of the GPU's: `none`; `optimizer`: its
             state (zero_stage 1 or more); `parameters`: also weights (zero_stage 3).
-        loss_spike: say so when a step's loss is this many times the median of those before it; 0: never.
+        loss_spike: say so when a step's loss is this many times the median of those before it, or its gradient's norm
+            ten times theirs; 0: never; None: 1.5 where a corpus is read, else never (single steps of a few labelled
+            rows differ by more).
         trackers: where the run's figures go besides the screen: `tensorboard` (files in `<output>.tensorboard`),
             `mlflow` (where its own settings say).
         max_failures: how often workers may die and be replaced before engine ray gives up.
@@ -319,7 +321,7 @@ class TrainJob:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    loss_spike: float = 0.0
+    loss_spike: float | None = None
     trackers: list[Literal["tensorboard", "mlflow"]] = field(default_factory=list)
     max_failures: int = 3
     timeout_minutes: float = 30.0
@@ -359,7 +361,7 @@ class TrainJob:
             _check(0.0 <= share < 1.0, f"{name} is {share}; give a share of the steps, from 0 to below 1")
         _check(self.timeout_minutes > 0, f"timeout_minutes is {self.timeout_minutes}; give a number above 0")
         _check(
-            self.loss_spike == 0 or self.loss_spike > 1,
+            not self.loss_spike or self.loss_spike > 1,
             f"loss_spike is {self.loss_spike}; give 0 (say nothing) or a factor above 1, such as 1.5",
         )
         _check(
@@ -435,7 +437,8 @@ class TrainJob:
         found = {key: value for key, value in asdict(self).items() if key not in _FREE}
         if self.data.replay is None:
             del found["data"]["replay"], found["data"]["replay_share"]
-        return found
+        # As it is read back from where it is kept: keys of a table are strings, tuples lists.
+        return dict(json.loads(json.dumps(found)))
 
 
 def is_uri(path: str) -> bool:

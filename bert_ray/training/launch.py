@@ -22,7 +22,7 @@ from bert_ray.errors import JobError, Stopped
 from bert_ray.lake.lock import exclusive
 from bert_ray.training.job import TrainJob, is_uri
 from bert_ray.training.progress import duration, show
-from bert_ray.training.run_directory import begun_in, clear, ended, enter, publish
+from bert_ray.training.run_directory import BEST, begun_in, clear, ended, enter, publish
 from bert_ray.training.trackers import tracked
 
 if TYPE_CHECKING:
@@ -154,21 +154,16 @@ def _train(
     for text in notes:
         tell({"what": "note", "text": text})
     card.provenance |= provenance(job, asked, data, identity)
-    run = _run_ray if job.engine == "ray" else _run_local
+    run, kept = _run_ray if job.engine == "ray" else _run_local, job.checkpoint.directory or directory
     try:
         position = run(job, base, card, data, directory, callbacks, tell)
     except KeyboardInterrupt:
-        tell(
-            {
-                "what": "note",
-                "text": f"stopped; run the same command again to go on from the last checkpoint in {directory}",
-            }
-        )
+        tell({"what": "note", "text": f"stopped; the same command goes on from the last checkpoint in {kept}"})
         raise
     if position.stopped:
-        raise Stopped(f"stopped as asked, at step {position.curve[-1][0]:.0f}; a checkpoint is in {directory}")
+        raise Stopped(f"stopped as asked, at step {position.curve[-1][0]:.0f}; a checkpoint is in {kept}")
     if position.diverged is not None:
-        raise JobError(_divergence(job, position, output, directory, identity))
+        raise JobError(_divergence(job, position, directory, identity))
     seconds = time.perf_counter() - started
     publish(job, directory, output, identity, position, seconds)
     return TrainResult(
@@ -194,7 +189,7 @@ def _base(job: TrainJob, fresh: Path) -> tuple[Bundle, str]:
     from bert_ray.training.pretraining import new_bundle
     from bert_ray.training.shards import is_corpus
 
-    if job.task != "pretraining":
+    if not _reads_corpus(job):
         raise JobError(f"model new is for task pretraining; for task {job.task} give a pretrained model")
     if not is_corpus(Path(job.data.train)):
         raise JobError(f"{job.data.train} holds no finished corpus: make it with `bert-ray corpus`")
@@ -254,7 +249,7 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     from bert_ray.model.tasks import TRAINED_ONLY
 
     kind = TRAINED_ONLY.get(job.task)
-    if job.steps is not None and not (kind and kind.reads_corpus):
+    if job.steps is not None and not _reads_corpus(job):
         raise JobError(f"steps is for task pretraining; task {job.task} takes epochs and batch_size")
     limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers
     if job.freeze_layers > layers:
@@ -275,11 +270,34 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     if inherited := task.inherited(base.card):
         card.options = inherited | card.options
         task = base.bind(card, kind=job.task)
-    if job.augmentation.any and not task.distortable:
-        raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
+    _check_levers(job, task)
     task.choose_inputs(job.data.columns or ())
     card.inputs = list(task.annotates)
     return task
+
+
+def _reads_corpus(job: TrainJob) -> bool:
+    from bert_ray.model.tasks import TRAINED_ONLY
+
+    kind = TRAINED_ONLY.get(job.task)
+    return kind is not None and kind.reads_corpus
+
+
+def _check_levers(job: TrainJob, task: Task) -> None:
+    """Refuse what a task would have to ignore."""
+    if job.augmentation.any and task.builds:
+        raise JobError(f"augmentation: task {job.task} makes its bundle without training; leave it out")
+    if job.augmentation.any and not task.distortable:
+        raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
+    if not _reads_corpus(job):
+        return
+    asked = {
+        "augmentation": job.augmentation.any,
+        "label_smoothing": job.label_smoothing,
+        "class_weights": job.class_weights != "none",
+    }
+    if named := [name for name, given in asked.items() if given]:
+        raise JobError(f"{', '.join(named)}: task {job.task} reads a corpus, which has no labelled rows; leave it out")
 
 
 def provenance(job: TrainJob, base: str, data: Data, identity: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +320,7 @@ def provenance(job: TrainJob, base: str, data: Data, identity: dict[str, Any]) -
 
 def _validation_of(job: TrainJob) -> str:
     """Where validation rows stem from, in words."""
-    if job.task == "pretraining":
+    if _reads_corpus(job):
         return "the corpus's own"
     return job.data.validation or f"{job.data.validation_fraction} of train, by hash of the text"
 
@@ -382,29 +400,24 @@ def _finished(
     )
 
 
-def _divergence(job: TrainJob, position: Position, output: Path, directory: Path, identity: dict[str, Any]) -> str:
-    """Say what happened; where an epoch was kept, its bundle becomes the output, else the checkpoints stay."""
+def _divergence(job: TrainJob, position: Position, directory: Path, identity: dict[str, Any]) -> str:
+    """Say what happened. Checkpoints and the best bundle stay where they are; where there is neither, all goes."""
     from bert_ray.training.checkpoints import checkpoints_of
 
     what = f"the loss or its gradient stopped being finite at step {position.diverged} (epoch {position.epoch + 1})"
     remedy = f"train again with a smaller learning_rate (now {job.learning_rate:g})"
     if not job.clip:
         remedy += " or with clip: 1.0"
-    if not position.best_epoch:
-        checkpoints = checkpoints_of(job, directory)
-        checkpoints.latest()
-        if not (whole := checkpoints.whole()):
-            clear(job, directory, identity)
-            return f"{what}, before an epoch or a checkpoint; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
-        where = f"{directory} and {checkpoints.where}" if job.checkpoint.directory else directory
-        return (
-            f"{what}, before an epoch had ended; the last good checkpoint is {checkpoints.where}/{whole[-1]}, from "
-            f"which the same command comes to that step again. To start anew, delete {where} and {remedy}"
-        )
-    publish(job, directory, output, identity, position, position.seconds)
+    checkpoints = checkpoints_of(job, directory)
+    checkpoints.latest()
+    if not (whole := checkpoints.whole()):
+        clear(job, directory, identity)
+        return f"{what}, before an epoch or a checkpoint; nothing was kept. {remedy[0].upper()}{remedy[1:]}"
+    where = f"{directory} and {checkpoints.where}" if job.checkpoint.directory else directory
+    best = f"the best model until then, of epoch {position.best_epoch}, is {directory / BEST}; "
     return (
-        f"{what}; the best model until then, of epoch {position.best_epoch}, is kept in {output}. To have all, "
-        f"{remedy} and another output"
+        f"{what}; {best if position.best_epoch else ''}the last good checkpoint is {checkpoints.where}/{whole[-1]}, "
+        f"from which the same command comes to that step again. To start anew, delete {where} and {remedy}"
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bert_ray.errors import JobError
 from bert_ray.model.bundle import save_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
@@ -51,6 +52,9 @@ _EVALUATION_TOKENS = 4096
 # steps are slow, so many as take about two seconds: soon enough for a notice to stop.
 _LOOK_EVERY = 10
 _LOOK_EVERY_SEC = 2.0
+
+# A loss so many times the usual one is told of a corpus, unless the job says otherwise: its steps are alike.
+_CORPUS_SPIKE = 1.5
 
 # Where the rest of the seed space begins that seeds the head's weights; dropout's seeds are hashes.
 _HEAD_PIECE = -1
@@ -145,12 +149,17 @@ class Loop:
         self.checkpoints = checkpoints_of(job, directory)
         self.train, self.validation = data.sources(job, base, card, device)
         self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
-        self.watch = Watch(job.loss_spike)
         self._dims = dims_of(base.config)
         # Model FLOPs since the start of this session, and what the device could do; measured when it is first told.
         self._flops, self._peak = 0.0, 0.0
         found = self.checkpoints.latest()
         self.position = Position(**found.position) if found else Position()
+        places = peers.gather((self.position.epoch, self.position.index))
+        if len(set(places)) > 1:
+            raise JobError(
+                f"the workers see different checkpoints in {self.checkpoints.where} (epoch and step {places}): it must "
+                "be storage that all of them share"
+            )
         self.position.stopped = False  # Asked of the session that wrote the checkpoint, not of this one.
         state = found.state() if found else None
         module = new_module(job, base, card, device, state, data.learning)
@@ -161,6 +170,8 @@ class Loop:
             self._base_weights = [weight.detach().to(device, copy=True) for weight in encoder_weights(start.model)]
         self.stepper = make_stepper(module)
         self.module = self.stepper.module
+        spike = _CORPUS_SPIKE if self.module.task.reads_corpus else 0.0
+        self.watch = Watch(spike if job.loss_spike is None else job.loss_spike)
         if state is not None and found is not None:
             # Steps that fp16 overflowed in are done, but the optimiser took none.
             self.stepper.restore(state, int(state[STEPS]) if STEPS in state else self.done)
@@ -409,7 +420,7 @@ class Loop:
 
     def _satisfied(self) -> bool:
         patience, position = self.job.early_stopping, self.position
-        return bool(patience) and position.epoch - position.best_epoch >= patience and position.epoch > 0
+        return bool(patience and position.best_epoch) and position.epoch - position.best_epoch >= patience
 
     def _tell(self, what: str, **more: Any) -> None:
         if self.peers.rank:

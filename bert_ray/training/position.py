@@ -55,5 +55,5 @@ class Position:
         self.curve.append([step, sum(losses) / len(losses), sum(sizes) / len(sizes) if sizes else 0.0])
         if len(self.curve) == _CURVE_POINTS:
             pairs = zip(self.curve[::2], self.curve[1::2], strict=True)
-            halves = [np.mean(pair, axis=0).tolist() for pair in pairs]
-            self.curve = [[round(half[0]), *half[1:]] for half in halves]
+            # Two stretches are one that ends where the second did.
+            self.curve = [[second[0], *np.mean([first[1:], second[1:]], axis=0).tolist()] for first, second in pairs]

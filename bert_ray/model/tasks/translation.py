@@ -177,6 +177,8 @@ class Translation(Task):
                 self._backend = Backend.from_str(backend.to_str())
             self._backend.no_padding()
             self._backend.no_truncation()
+            # "[SEP]" in a translation is five characters, and not its end.
+            self._backend.encode_special_tokens = True
         return self._backend
 
     @property

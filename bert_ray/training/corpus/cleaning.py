@@ -19,7 +19,8 @@ CHINESE = (
 
 # Control characters that are no white space, soft hyphens, and byte order marks.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\ufeff]+")
-_TAG = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]{0,2000}>", re.DOTALL)
+_TAG = re.compile(r"</?[a-zA-Z][^<>]{0,2000}>")
+_TAG_OR_COMMENT = re.compile(rf"<!--.*?-->|{_TAG.pattern}", re.DOTALL)
 _APART = re.compile(f"[^\\w]|[{CHINESE}]")
 # A longer text is cleaned in slices of so many characters: the list of its words would take many times its size.
 _SLICE_CHARACTERS = 2**20
@@ -35,7 +36,7 @@ def clean(text: str, markup: str = "none") -> str:
         markup: "html": tags become spaces and character references their characters; "none": it stays.
     """
     if markup == "html":
-        text = html.unescape(_TAG.sub(" ", text)) if "<" in text or "&" in text else text
+        text = html.unescape(_without_tags(text)) if "<" in text or "&" in text else text
     # Before anything else: a control character may stand between a letter and its mark.
     text = _CONTROL.sub("", text)
     if len(text) <= _SLICE_CHARACTERS:
@@ -51,6 +52,13 @@ def clean(text: str, markup: str = "none") -> str:
         else:
             apart = apart or any(map(str.isspace, piece))
     return "".join(parts)
+
+
+def _without_tags(text: str) -> str:
+    """Without tags and comments; where no comment ends any more none is looked for: each would be, up to the end."""
+    ends = text.rfind("-->")
+    last = 0 if ends < 0 else ends + 3
+    return _TAG_OR_COMMENT.sub(" ", text[:last]) + _TAG.sub(" ", text[last:])
 
 
 def slices(text: str, size: int) -> Iterator[str]:

@@ -195,7 +195,6 @@ class _Run:
             if earlier:
                 refuse_another_job(self.output, earlier["settings"], self.settings)
             sessions = earlier.get("sessions", [])
-            self.began = sessions[0]["began"] if sessions else self.began
             session = uuid.uuid4().hex[:12]
             self.journal.write_run(
                 {
@@ -208,6 +207,7 @@ class _Run:
                     ],
                 }
             )
+            self.began = sessions[0]["began"] if sessions else self.began  # The manifest says when all began.
             place = self.output / TOKENIZER_FOLDER
             with output_errors(self.output):
                 if not is_corpus(self.output):

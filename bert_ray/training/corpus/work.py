@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.errors import BertRayError, LakeError
-from bert_ray.lake.files import sync
+from bert_ray.lake.files import file_sha256, sync
 from bert_ray.lake.journal import FOLDER, Journal, OutputError, output_errors
 from bert_ray.lake.outputs import writing
 from bert_ray.training.corpus.cleaning import clean
@@ -222,7 +222,8 @@ def _batch(
 
 
 def _tokens(work: Work, task: Task, temporary: Path, watch: Callable[[int], None]) -> dict[str, Any]:
-    tokenise = _tokeniser(Path(work.output, TOKENIZER_FOLDER, "tokenizer.json"), work.vocabulary, work.words)
+    path = Path(work.output, TOKENIZER_FOLDER, "tokenizer.json")
+    tokenise = _tokeniser(path, file_sha256(path), work.vocabulary, work.words)
     schema = tokens_schema(work.vocabulary)
     verdicts = np.load(work.verdicts, mmap_mode="r")
     number, read, kept, empty = task.first, 0, 0, 0
@@ -281,7 +282,8 @@ def _signer(threshold: float, words: int, permutations: int) -> Callable[[str], 
 
 
 @lru_cache(maxsize=1)
-def _tokeniser(file: Path, vocabulary: int, words: str) -> Tokeniser:
+def _tokeniser(file: Path, sha256: str, vocabulary: int, words: str) -> Tokeniser:
+    """`sha256` is the file's: another may stand in its place by now."""
     return Tokeniser(file, vocabulary, words)
 
 

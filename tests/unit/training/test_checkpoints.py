@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from bert_ray.errors import JobError
 from bert_ray.training.checkpoints import POSITION_FILE, STATE_FILE, Checkpoints
 
 
@@ -61,6 +64,24 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: 
     assert found is not None
     assert found.position == {"step": 1}
     assert why in found.skipped[0]
+
+
+def test_one_that_the_disk_does_not_give_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next save would delete it."""
+    checkpoints = saved(tmp_path, 1, 2)
+
+    def fail(directory: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_ray.training.checkpoints._read", fail)
+        with pytest.raises(JobError, match=r"step-00000002 cannot be read: .*Input/output error"):
+            checkpoints.latest()
+    assert not checkpoints.damaged
+    found = checkpoints.latest()
+    assert found is not None and found.position == {"step": 2}
 
 
 def test_damaged_ones_go_before_what_is_written_after_them(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
+from bert_ray.training.job import AugmentationOptions, CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.optim import clip, make_optimizer, set_rate
+from tests.conftest import tiny_tokenizer
+from tests.corpora import documents, make_corpus
 
 Jobs = Callable[..., TrainJob]
 
@@ -55,6 +58,36 @@ def test_dropout_of_the_job_reaches_the_model(job_for: Jobs) -> None:
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.2)
     base = load_bundle(job.model).config
     assert (base.hidden_dropout_prob, base.attention_probs_dropout_prob) != (0.3, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"class_weights": "balanced"}, "class_weights"),
+        ({"augmentation": AugmentationOptions(deletion=0.1)}, "augmentation"),
+    ],
+)
+def test_what_a_corpus_has_no_use_for_is_refused(
+    tiny_encoder: Path, tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), documents(10))
+    job = TrainJob(
+        task="pretraining",
+        model=str(tiny_encoder),
+        output=str(tmp_path / "model"),
+        engine="local",
+        steps=2,
+        data=DataOptions(train=str(corpus)),
+        **settings,
+    )
+    with pytest.raises(JobError, match=rf"^{named}: task pretraining reads a corpus"):
+        train(job, tell=lambda _: None)
+
+
+def test_what_is_made_without_training_is_not_distorted(job_for: Jobs) -> None:
+    with pytest.raises(JobError, match="augmentation: task few-shot makes its bundle without training"):
+        train(job_for(task="few-shot", augmentation=AugmentationOptions(deletion=0.1)), tell=lambda _: None)
 
 
 def test_frozen_layers_keep_the_bases_weights(job_for: Jobs) -> None:

@@ -251,8 +251,9 @@ def test_checkpoints_on_a_store_outlive_the_runs_directory(
 ) -> None:
     """A spot machine is gone, and what lay on its disk."""
     place = CheckpointOptions(directory=str(tmp_path / "store"), every_steps=2)
-    job = job_for(epochs=3, checkpoint=place)
+    job = job_for(epochs=3, early_stopping=2, checkpoint=place)
     whole = quiet(replace(job, output=str(tmp_path / "whole"), checkpoint=CheckpointOptions()))
+    assert len(whole.history) == 3
 
     def die(*arguments: object) -> None:
         raise Cut
@@ -412,13 +413,19 @@ def poison_at(step: int) -> Callable[[StepEvent], None]:
     return callback
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_best(job_for: Jobs) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_checkpoint_and_best(job_for: Jobs) -> None:
     job = job_for(epochs=3, checkpoint=CheckpointOptions(every_steps=2))
-    with pytest.raises(JobError, match=r"step 9 \(epoch 2\).*epoch 1, is kept.*learning_rate"):
-        quiet(job, callbacks=[poison_at(8)])
-    card = load_bundle(job.output).card
-    assert card.provenance["best_epoch"] == 1
-    assert all(value.isfinite().all() for value in load_bundle(job.output).model().state_dict().values())
+    whole = quiet(replace(job, output=f"{job.output}-whole"))
+    best = Path(f"{job.output}.run/best")
+    said = rf"step 10 \(epoch 2\).*epoch 1, is {best};.*checkpoints/step-00000008.*learning_rate"
+    for _ in range(2):  # The same command does not take for finished what was not.
+        with pytest.raises(JobError, match=said):
+            quiet(job, callbacks=[poison_at(9)])
+        assert not Path(job.output).exists()
+        assert all(value.isfinite().all() for value in load_bundle(best).model().state_dict().values())
+    assert load_bundle(best).card.provenance["best_epoch"] == 1
+    # What spoilt it may have been the machine.
+    assert without_speed(quiet(job).history) == without_speed(whole.history)
 
 
 def test_a_loss_that_is_no_number_before_any_checkpoint_keeps_nothing(job_for: Jobs) -> None:
@@ -475,6 +482,24 @@ def test_validation_rows_given_apart(job_for: Jobs, reviews: Path, tmp_path: Pat
     result = train(job_for(data=DataOptions(train=str(reviews), validation=str(path)), epochs=1), tell=events.append)
     assert result.validation_rows == 30
     assert "30 of the 30 rows" in events[0]["text"]
+
+
+def test_settings_that_a_file_gives_back_otherwise_are_the_same_settings(job_for: Jobs) -> None:
+    """Keys of a table are strings in JSON."""
+    job = job_for(epochs=1, class_weights={0: 1.0, 1: 2.0}, labels=["0", "1"])
+    assert job.identity()["class_weights"] == {"0": 1.0, "1": 2.0}
+
+
+def test_a_file_system_without_locks_is_no_obstacle(job_for: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def flock(handle: int, how: int) -> None:
+        asked.append(handle)
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("bert_ray.lake.lock.fcntl.flock", flock)
+    assert quiet(job_for(epochs=1)).trained
+    assert asked
 
 
 def test_the_run_directory_says_what_was_asked(job_for: Jobs) -> None:

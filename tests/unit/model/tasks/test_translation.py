@@ -390,6 +390,20 @@ def test_targets_are_cut_at_the_decoders_positions(start: Bundle, tmp_path: Path
     assert result.trained
 
 
+def test_a_translation_may_spell_a_special_token(start: Bundle) -> None:
+    task = get_task(start.card, start.config)
+    task.attach(start)
+    columns = [pa.array(["the film was good.", "no"], pa.large_string()) for _ in range(2)]
+    spelled = pa.array(["[CLS] old [SEP] new <s> </s>", "好"], pa.large_string())
+    found = task.examples(task.tokenizer(start.tokenizer()), columns[:1], [spelled]).targets
+    begin, end = task._ends
+    rows = np.split(found.values, found.offsets[1:-1])
+    assert len(rows) == 2
+    for row in rows:
+        assert (row[0], row[-1]) == (begin, end)
+        assert not set(row[1:-1].tolist()) & {begin, end}
+
+
 def test_other_tasks_want_a_plain_encoder(start: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"embedding.*wants a plain encoder"):
         AnnotatorSpec(model=str(start.directory), task="embedding").build()

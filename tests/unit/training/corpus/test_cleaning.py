@@ -18,6 +18,13 @@ def test_what_cleaning_does() -> None:
     assert clean("1 < 2 &amp; <br />so<!-- no --><p class='x'>it", "html") == "1 < 2 & so it"
 
 
+def test_comments_that_never_end_stay_and_cost_no_more_than_others() -> None:
+    assert clean("a <!-- b --> c <!-- <b>d</b>", "html") == "a c <!-- d"
+    # Looked for from each of them to the end, theirs would take half an hour.
+    never = "<!--" * 2**18
+    assert clean(never, "html") == never
+
+
 # Seams in all kinds of places: blanks, marks, Chinese, letters, combining marks, control characters.
 TEXTS = st.text(st.sampled_from("ab \n\t.。好的é\u0301\xad\x00\x85"), max_size=80)
 

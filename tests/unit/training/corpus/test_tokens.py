@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 
 from bert_ray.errors import JobError
 from bert_ray.training.corpus import tokens
+from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus.run import run
 from bert_ray.training.corpus.tokens import Tokeniser, load_tokenizer
+from bert_ray.training.shards import Documents, read_tokenizer
 from tests.conftest import tiny_tokenizer
 
 
@@ -96,3 +101,26 @@ def test_a_vocabulary_without_mask_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(JobError, match=r"tokenizer .*empty"):
         load_tokenizer(str(tmp_path / "empty"))
+
+
+def test_another_tokenizer_in_the_same_place_is_read_anew(
+    job_for: Callable[..., CorpusJob], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """In one process, where a tokenizer is made once for many parts."""
+    job = job_for()
+    run(job)
+    first = Documents(Path(job.output), "train")
+    ids = {word: read_tokenizer(Path(job.output)).convert_tokens_to_ids(word) for word in ("good", "bad")}
+    before = first.take(np.array([0]), np.array([0]), first.lengths[:1].astype(np.int64))[0].copy()
+    assert ids["good"] in before or ids["bad"] in before
+    shutil.rmtree(job.output)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_encoder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    tokenizer["model"]["vocab"] |= {"good": ids["bad"], "bad": ids["good"]}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    run(job_for(tokenizer=str(other)))
+    second = Documents(Path(job.output), "train")
+    after = second.take(np.array([0]), np.array([0]), second.lengths[:1].astype(np.int64))[0]
+    swapped = {ids["good"]: ids["bad"], ids["bad"]: ids["good"]}
+    assert after.tolist() == [swapped.get(token, token) for token in before.tolist()]
