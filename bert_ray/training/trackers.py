@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import JobError
+from bert_ray.training.job import digest
 
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
 
 Tell = Callable[[dict[str, Any]], None]
+
+# MLflow's tag that says which training a run is of.
+_TAG = "bert_ray.training"
 
 # What an event has besides figures.
 _NO_FIGURES = ("what", "text", "skipped", "step", "steps", "epoch", "epochs", "seconds_left")
@@ -22,7 +26,7 @@ def tracked(job: TrainJob, tell: Tell) -> Iterator[Tell]:
     """A `tell` that passes events on and writes their figures where `job.trackers` says.
 
     TensorBoard's files lie in `<output>.tensorboard`; MLflow goes where its own settings (MLFLOW_TRACKING_URI) say, in
-    one run named after the output.
+    one run named after the output, in which a training that was cut off goes on.
 
     Raises:
         JobError: a tracker is not installed.
@@ -70,9 +74,21 @@ def _mlflow(job: TrainJob, stack: contextlib.ExitStack) -> Write:
         import mlflow
     except ImportError as error:
         raise JobError("trackers: mlflow is not installed: pip install 'bert-ray[mlflow]'") from error
-    stack.enter_context(mlflow.start_run(run_name=job.output))
+    # Names the training for the session that goes on with it.
+    settings = job.identity()
+    name = digest(settings | {"output": job.output})
+    cut_off = mlflow.search_runs(
+        filter_string=f"tags.`{_TAG}` = '{name}' and attributes.status != 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    if cut_off:
+        stack.enter_context(mlflow.start_run(run_id=cut_off[0].info.run_id))
+    else:
+        stack.enter_context(mlflow.start_run(run_name=job.output, tags={_TAG: name}))
     # MLflow takes values of up to 6,000 characters.
-    mlflow.log_params({name: str(value)[:6000] for name, value in job.identity().items()})
+    mlflow.log_params({key: str(value)[:6000] for key, value in settings.items()})
 
     def write(figures: dict[str, float], step: int) -> None:
         mlflow.log_metrics(figures, step=step)

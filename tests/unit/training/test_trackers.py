@@ -10,6 +10,7 @@ import pytest
 from bert_ray.errors import JobError
 from bert_ray.training.job import TrainJob
 from bert_ray.training.launch import train
+from bert_ray.training.loop import StepEvent
 
 Jobs = Callable[..., TrainJob]
 
@@ -35,11 +36,22 @@ def test_tensorboard(job_for: Jobs) -> None:
 
 
 def test_mlflow(job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a training that was cut off: one run."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     job = job_for(trackers=["mlflow"])
+
+    def cut(event: StepEvent) -> None:
+        if event.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job, callbacks=[cut], tell=lambda _: None)
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.info.status == "FAILED"
     result = train(job, tell=lambda _: None)
+    assert len(result.history) > 1
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
     assert run.info.status == "FINISHED"
