@@ -85,13 +85,15 @@ def test_a_killed_ray_worker(ray_session: None, job: TrainJob, tmp_path: Path) -
     assert_same(disturbed, undisturbed, tmp_path / "whole" / "best")
 
 
-def drive_and_die(job: TrainJob, marker: Path) -> None:
-    """Kill this driver once the first epoch is told; what it has started by then is noted."""
+def drive_and_die(job: TrainJob, marker: Path, everyone: bool) -> None:
+    """Kill this driver once the first epoch is told, after all that it has started, or alone; what that is is noted."""
 
     def tell(event: dict[str, object]) -> None:
         if event["what"] == "epoch":
             started = psutil.Process().children(recursive=True)
             marker.write_text(json.dumps({item.pid: item.create_time() for item in started}))
+            for item in started if everyone else []:
+                item.kill()
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(job, tell=tell)
@@ -106,13 +108,14 @@ def lives(pid: int, begun: float) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_of_ray(job: TrainJob, tmp_path: Path) -> None:
-    """Ray's processes end with it, and the same job goes on, here with fewer workers and without Ray."""
+@pytest.mark.parametrize("everyone", [False, True])
+def test_a_killed_driver_of_ray(job: TrainJob, tmp_path: Path, everyone: bool) -> None:
+    """Ray's processes end with it, or before it; the same job goes on, here with fewer workers and without Ray."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
     job = replace(job, zero_stage=1, dropout=0.0, attention_dropout=0.0)
     undisturbed = train(replace(job, engine="local", output=str(tmp_path / "whole")), tell=lambda _: None)
     marker = tmp_path / "killed"
-    process = begin(drive_and_die, job, marker)
+    process = begin(drive_and_die, job, marker, everyone)
     assert ended(process) == -signal.SIGKILL
     assert marker.exists(), "the driver was not killed"
     assert not Path(job.output).exists()
