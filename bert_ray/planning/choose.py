@@ -4,31 +4,26 @@
     print(choice.text())
 
 Every candidate learns from a few rows; the better half goes on with twice as many, until all rows are learned from or
-the time is up. All are compared on the same held-out rows, in accuracy, rows per second and memory.
+the time is up. A turn that would not end in time is not begun, and a fine-tuning that does not is stopped: the
+candidate counts with what it has. All are compared on the same held-out rows, in accuracy, rows per second and memory.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import resource
-import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bert_ray.errors import BertRayError, BundleError, JobError
+from bert_ray.planning import trial
 from bert_ray.planning.tfidf import fit_tfidf
 
 if TYPE_CHECKING:
@@ -37,8 +32,10 @@ if TYPE_CHECKING:
 BASELINE = "TF-IDF + logistic regression"
 # Different texts to learn from and to compare on, and rows to compare on; `split` holds out a quarter where it can.
 _LEAST_TEXTS, _LEAST_TESTED = 80, 10
-# Rows that speed and memory are measured on.
-_SPEED_ROWS = 512
+# Rows that speed and memory are measured on: at most, of a slow model as many as it reads in this time, at least.
+_SPEED_ROWS, _SPEED_SEC, _LEAST_SPEED_ROWS = 512, 10.0, 40
+# Training on a row costs about this many forward passes: the backward pass takes two.
+_PASSES = 3
 # Two candidates are told apart when their accuracies differ by more than this many standard errors (95 %).
 _DEVIATIONS = 1.96
 
@@ -51,6 +48,7 @@ class Candidate:
         name: to read.
         reference: the base model; None: the baseline.
         fine_tuned: all of its weights are trained, not a head on frozen embeddings alone.
+        forward: seconds in which its base reads a row; 0: the baseline.
         rows: rows it learned from last.
         seconds: of the last training.
         right: bool (T,), which test rows it gets right.
@@ -63,6 +61,7 @@ class Candidate:
     name: str
     reference: str | None = None
     fine_tuned: bool = False
+    forward: float = 0.0
     rows: int = 0
     seconds: float = 0.0
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -143,12 +142,13 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         ColumnError: a column is missing or of the wrong type.
         BundleError: none of the models can be used.
     """
-    started = time.monotonic()
+    deadline = trial.clock() + 60.0 * job.budget_minutes
     texts, labels = _read(job, tell)
     kinds = len(set(labels))
-    first = job.first_rows or max(200, 20 * kinds)
-    if first < kinds:
-        raise JobError(f"first_rows is {first}, but {job.table} has {kinds} labels: give at least a row for each")
+    if job.first_rows is not None and job.first_rows < kinds:
+        raise JobError(
+            f"first_rows is {job.first_rows}, but {job.table} has {kinds} labels: give at least a row for each"
+        )
     test, rest = split(texts, labels, job.test_rows, job.seed)
     if len(test) < _LEAST_TESTED:
         raise JobError(
@@ -159,15 +159,17 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
     output = Path(job.output)
     output.mkdir(parents=True, exist_ok=True)
     candidates = _candidates(job, texts, tell)
-    deadline = started + 60.0 * job.budget_minutes
+    # Of many labels a quarter of the rows: halving saves time only where it begins with few.
+    first = job.first_rows or max(200, min(20 * kinds, len(rest) // 4), kinds)
     rows = min(first, len(rest))
     live = list(candidates)
     while live:
-        for item in live:
+        # The quick ones first: a slow one takes no time from them.
+        for item in sorted(live, key=lambda item: _expected(job, item, rows, len(test))):
             try:
                 _learn(job, item, texts, labels, rest[:rows], test, deadline, tell)
             except BertRayError as error:
-                # What it learned before is gone with its bundle, so that it is not compared either.
+                # It cannot be relied on, so that what it learned before is not compared either.
                 _leave_out(item, error, tell)
         live = [item for item in live if not item.note]
         if rows == len(rest):
@@ -177,7 +179,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
     for item in candidates:
         if item.rows:
             try:
-                item.rows_per_second, item.memory_mb = _speed(item, texts[test][:_SPEED_ROWS], job.threads)
+                most = max(_LEAST_SPEED_ROWS, min(_SPEED_ROWS, int(_SPEED_SEC / max(1e-9, item.forward))))
+                item.rows_per_second, item.memory_mb = trial.measure(item.model, texts[test][:most], job.threads)
             except BertRayError as error:
                 _leave_out(item, error, tell)
     if all(item.error for item in candidates if item.reference is not None):
@@ -262,7 +265,9 @@ def recommend(ranked: list[Candidate]) -> tuple[Candidate, str]:
             f", as good as {best.name} ({best.accuracy:.3f}; the difference is within chance), and "
             f"{_times(chosen, best)} as fast"
         )
-    if baseline is not None and chosen is not baseline:
+    if chosen is baseline:
+        reason += "; no model has learned that it could be compared with"
+    elif baseline is not None:
         reason += f"; {BASELINE} has {baseline.accuracy:.3f}"
     return chosen, reason
 
@@ -315,14 +320,15 @@ def _candidates(job: ChooseJob, texts: np.ndarray, tell: Callable[[str], None]) 
         try:
             bundle = load_bundle(reference)
             tokenize = Tokenizer(bundle.tokenizer(), bundle.card.max_length)
-        except BundleError as error:
+            forward = trial.forward_seconds(job, reference, texts)
+        except BertRayError as error:
             errors.append(str(error))
             tell(f"note: left out: {error}")
             continue
         if note := tokenize.unknown_note(pa.array(texts, pa.large_string())):
             tell(f"note: {reference}: {note}")
-        found.append(Candidate(name=f"{reference}, head on frozen embeddings", reference=reference))
-        found.append(Candidate(name=f"{reference}, fine-tuned", reference=reference, fine_tuned=True))
+        found.append(Candidate(name=f"{reference}, head on frozen embeddings", reference=reference, forward=forward))
+        found.append(Candidate(name=f"{reference}, fine-tuned", reference=reference, fine_tuned=True, forward=forward))
     if len(found) == 1:
         raise BundleError(f"none of the models can be used: {'; '.join(errors)}")
     return found
@@ -336,6 +342,14 @@ def _better_half(live: list[Candidate]) -> list[Candidate]:
     return [item for item in live if not item.note]
 
 
+def _expected(job: ChooseJob, item: Candidate, rows: int, tests: int) -> float:
+    """Seconds of a turn on so many rows: by those of the turn before; of the first, by what a forward pass takes."""
+    asking = tests * item.forward
+    if item.rows:
+        return asking + max(0.0, item.seconds - asking) * rows / item.rows
+    return asking + rows * item.forward * (_PASSES * job.epochs if item.fine_tuned else 1)
+
+
 def _learn(
     job: ChooseJob,
     item: Candidate,
@@ -346,74 +360,27 @@ def _learn(
     deadline: float,
     tell: Callable[[str], None],
 ) -> None:
-    """Train a candidate on some rows and test it; where the time would not do, it stays what it is."""
-    # Twice the rows take about twice the time; of the first turn nothing is known yet.
-    expected = item.seconds * len(train) / item.rows if item.rows else 0.0
-    if item.reference is not None and time.monotonic() + expected > deadline:
+    """Train a candidate on some rows and test it; where the time does not do, it stays what it is."""
+    expected, start = _expected(job, item, len(train), len(test)), trial.clock()
+    # The baseline has a first turn in any case: there is something to recommend.
+    if (item.rows or item.reference is not None) and start + expected > deadline:
         item.note = f"no time for {len(train):,} rows (about {expected:.0f} s); raise budget_minutes"
         return
-    start = time.perf_counter()
     if item.reference is None:
         model: Any = fit_tfidf(list(texts[train]), list(labels[train]), job.seed)
         said = model.predict(list(texts[test]))
     else:
-        model = _train(job, item, texts[train], labels[train])
-        said = _annotate(model, texts[test], job.threads)
-    item.seconds, item.rows, item.model = time.perf_counter() - start, len(train), model
+        until = deadline - len(test) * item.forward  # The test rows are still to be read.
+        try:
+            model = trial.train_bundle(job, item.reference, item.fine_tuned, texts[train], labels[train], until)
+        except trial.TimeUp as stop:
+            item.note = f"{stop}, as the time was up; raise budget_minutes"
+            tell(f"{item.name}: {item.note}")
+            return
+        said = trial.annotate(model, texts[test], job.threads)
+    item.seconds, item.rows, item.model = trial.clock() - start, len(train), model
     item.right = np.asarray(said) == labels[test]
     tell(f"{item.name}: {len(train):,} rows, accuracy {item.accuracy:.3f}, {item.seconds:.0f} s")
-
-
-def _train(job: ChooseJob, item: Candidate, texts: np.ndarray, labels: np.ndarray) -> str:
-    from bert_ray.training.job import DataOptions, TrainJob
-    from bert_ray.training.launch import train
-
-    assert item.reference is not None
-    place = (
-        Path(job.output) / ("fine-tuned" if item.fine_tuned else "frozen") / item.reference.strip("/").replace("/", "_")
-    )
-    for old in (place, Path(f"{place}.run")):
-        shutil.rmtree(old, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    rows = place.with_suffix(".parquet")
-    pq.write_table(pa.table({"text": pa.array(texts, pa.large_string()), "label": pa.array(labels, pa.string())}), rows)
-    train(
-        TrainJob(
-            model=item.reference,
-            output=str(place),
-            engine="local",
-            task="classification" if item.fine_tuned else "few-shot",
-            data=DataOptions(train=str(rows), validation_fraction=0.0),
-            epochs=job.epochs,
-            learning_rate=job.learning_rate,
-            max_length=job.max_length,
-            seed=job.seed,
-            threads=job.threads,
-        ),
-        tell=lambda _: None,
-    )
-    return str(place)
-
-
-def _annotate(model: str, texts: np.ndarray, threads: int | None) -> list[str]:
-    from bert_ray.model.annotator import AnnotatorSpec
-
-    annotator = AnnotatorSpec(model=model, threads=threads).build()
-    # A blank text has no annotation, and no label is right for it.
-    return [item and item["label"] for item in annotator.annotate([pa.array(texts, pa.large_string())]).to_pylist()]
-
-
-def _speed(item: Candidate, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
-    """Rows per second, and the peak memory (MB) of a process of its own that does nothing else.
-
-    Raises:
-        JobError: that process was killed.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(_measure, item.model, texts, threads).result()
-        except BrokenProcessPool as error:
-            raise JobError("the process that measures speed was killed, perhaps for lack of memory") from error
 
 
 def _leave_out(item: Candidate, error: BertRayError, tell: Callable[[str], None]) -> None:
@@ -421,36 +388,22 @@ def _leave_out(item: Candidate, error: BertRayError, tell: Callable[[str], None]
     tell(f"note: {item.name}: {item.note}")
 
 
-def _measure(model: Any, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
-    if isinstance(model, str):
-        _annotate(model, texts[:8], threads)  # Loads the model.
-        start = time.perf_counter()
-        _annotate(model, texts[8:], threads)
-    else:
-        start = time.perf_counter()
-        model.predict(list(texts[8:]))
-    seconds = time.perf_counter() - start
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (len(texts) - 8) / seconds, kib / 1024
-
-
 def _draw(choice: Choice) -> None:
     """Accuracy against rows per second; the area of a mark is the memory."""
-    import matplotlib
+    # A Figure without pyplot: no display, no global state.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    measured = [item for item in choice.candidates if item.rows]
-    for item in measured:
-        chosen = item is choice.recommended
-        axes.scatter(
-            item.rows_per_second, item.accuracy, s=item.memory_mb / 5, alpha=0.8, color="C1" if chosen else "C0"
-        )
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for item in choice.candidates:
+        if not item.rows:
+            continue
+        place = (item.rows_per_second, item.accuracy)
+        axes.scatter(*place, s=item.memory_mb / 5, alpha=0.8, color="C1" if item is choice.recommended else "C0")
         axes.annotate(
             f"{item.name} ({item.memory_mb:,.0f} MB)",
-            (item.rows_per_second, item.accuracy),
+            place,
             textcoords="offset points",
             xytext=(0, 12),
             ha="center",
@@ -461,8 +414,9 @@ def _draw(choice: Choice) -> None:
         xscale="log", xlabel="rows per second", ylabel=f"accuracy on {choice.test_rows:,} rows", title="bert-ray choose"
     )
     axes.margins(0.25)
-    figure.savefig(choice.drawing, format="svg")
-    plt.close(figure)
+    # Text stays text, in whatever script a model's name is.
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(choice.drawing, format="svg")
 
 
 def _write(choice: Choice, path: Path, job: ChooseJob) -> None:
@@ -487,6 +441,6 @@ def _write(choice: Choice, path: Path, job: ChooseJob) -> None:
         "recommended": choice.recommended.name,
         "reason": choice.reason,
         "candidates": found,
-        "left_out": {item.name: item.error for item in choice.candidates if item.error},
+        "left_out": {item.name: item.error or item.note for item in choice.candidates if not item.rows},
     }
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

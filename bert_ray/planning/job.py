@@ -18,8 +18,10 @@ class ChooseJob:
             frozen embeddings (seconds), and fine-tuned (minutes).
         columns: table columns by `text` and `label`, where their names differ.
         budget_minutes: time for all trainings together. Every candidate learns from few rows first; the better half
-            goes on with twice as many (successive halving, Jamieson and Talwalkar, arXiv 1502.07943).
-        first_rows: rows of the first turn, at least one for each label; default: 20 for each, at least 200.
+            goes on with twice as many (successive halving, Jamieson and Talwalkar, arXiv 1502.07943). Speed and
+            memory are measured after it.
+        first_rows: rows of the first turn, at least one for each label; default: 20 for each, at least 200, of many
+            labels a quarter of the rows.
         test_rows: most rows that are held out to compare the candidates on; never more than a quarter.
         epochs: of each fine-tuning.
         learning_rate: of each fine-tuning, the peak.

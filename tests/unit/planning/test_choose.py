@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import BundleError, ColumnError, JobError
-from bert_ray.planning.choose import BASELINE, Candidate, Choice, _candidates, _read, _speed, choose, recommend, split
+from bert_ray.planning import trial
+from bert_ray.planning.choose import BASELINE, Candidate, Choice, _candidates, _read, choose, recommend, split
 from bert_ray.planning.job import ChooseJob
 from bert_ray.planning.tfidf import fit_tfidf, unspaced
 from tests.conftest import tiny_config, tiny_tokenizer
@@ -39,6 +43,28 @@ def word_decides(rows: int) -> dict[str, object]:
     return {"text": texts, "label": labels}
 
 
+def marks_and_texts(
+    drawing: Path,
+) -> tuple[list[tuple[float, float]], list[tuple[str, tuple[float, float]]]]:
+    """Where the marks of an SVG are, and its texts with their places."""
+    space = "{http://www.w3.org/2000/svg}"
+    groups = list(ElementTree.parse(drawing).iter(f"{space}g"))
+    marks = [
+        (float(use.get("x")), float(use.get("y")))
+        for group in groups
+        if group.get("id", "").startswith("PathCollection")
+        for use in group.iter(f"{space}use")
+    ]
+    texts = [
+        (text.text, (float(text.get("x")), float(text.get("y"))))
+        for group in groups
+        if group.get("id", "").startswith("text")
+        for text in group.findall(f"{space}text")
+        if text.get("x")
+    ]
+    return marks, texts
+
+
 def test_where_words_decide_the_baseline_is_recommended(tmp_path: Path, tiny_encoder: Path) -> None:
     choice, told = run(word_decides(400), tmp_path, models=[str(tiny_encoder)], epochs=1, first_rows=100)
     assert choice.recommended.name == BASELINE
@@ -53,26 +79,121 @@ def test_where_words_decide_the_baseline_is_recommended(tmp_path: Path, tiny_enc
     assert max(item.rows for item in choice.candidates) == 300
     assert [item.note for item in choice.candidates if item.note] == ["left behind after 100 rows"]
     assert all(item.rows_per_second > 0 and item.memory_mb > 10 for item in choice.candidates)
+    memory = {item.name: item.memory_mb for item in choice.candidates}
+    assert memory.pop(BASELINE) < min(memory.values())
     assert "accuracy" in told[0]
     printed = choice.text()
     assert BASELINE in printed
     assert "always the most frequent label" in printed
     written = json.loads((tmp_path / "choose" / "choose.json").read_text())
     assert written["recommended"] == BASELINE
-    assert "<svg" in choice.drawing.read_text()
+    marks, texts = marks_and_texts(choice.drawing)
+    assert len(marks) == len(choice.candidates)
+    for item in choice.candidates:
+        # A mark's label stands in the middle above it, 12 points.
+        ((x, y),) = [place for text, place in texts if text == f"{item.name} ({item.memory_mb:,.0f} MB)"]
+        assert len([mark for mark in marks if mark == pytest.approx((x, y + 12), abs=0.01)]) == 1
 
 
 def test_without_time_only_the_first_turn_is_made(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Speed and memory, which the test above measures, take a process for each candidate.
-    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
     choice, _ = run(
         word_decides(400), tmp_path, models=[str(tiny_encoder)], epochs=1, first_rows=100, budget_minutes=1e-6
     )
     berts = [item for item in choice.candidates if item.reference]
     assert all("raise budget_minutes" in item.note for item in berts)
     assert choice.recommended.name == BASELINE
+    assert "no model has learned" in choice.reason
+    written = json.loads((tmp_path / "choose" / "choose.json").read_text())
+    assert written["left_out"] == {item.name: item.note for item in berts}
+
+
+class Steps:
+    """Counts optimiser steps; a clock by which each takes longer than the one before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from bert_ray.training.loop import Loop
+
+        self.done, step = 0, Loop._step
+
+        def counted(loop: Loop) -> None:
+            self.done += 1
+            step(loop)
+
+        monkeypatch.setattr(Loop, "_step", counted)
+        monkeypatch.setattr(trial, "clock", self)
+        monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
+
+    def __call__(self) -> float:
+        return self.done**2 / 2
+
+
+def test_a_training_is_stopped_at_the_end_of_the_time_and_counts_with_its_turn_before(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(trial, "forward_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(sys.modules[choose.__module__], "_better_half", lambda live: live)
+    # Four steps on 100 rows end at 8 s; by them seven steps on 200 rows would end at 24 s, but they would at 60 s.
+    settings = {"models": [str(tiny_encoder)], "epochs": 1, "first_rows": 100, "budget_minutes": 0.5}
+    choice, told = run(word_decides(400), tmp_path, **settings)
+    assert steps.done == 8
+    (stopped,) = [item for item in choice.candidates if item.fine_tuned]
+    assert stopped.rows == 100
+    assert stopped.note == "stopped after 4 steps on 200 rows, as the time was up; raise budget_minutes"
+    assert f"{stopped.name}: {stopped.note}" in told
+    assert f"{stopped.name}: {stopped.note}" in choice.text()
+    # Its bundle of the turn before is whole, and what was begun is gone.
+    assert len(trial.annotate(stopped.model, np.array(["a film"], object), 1)) == 1
+    left = {path.name for path in Path(stopped.model).parent.iterdir() if path.is_dir()}
+    assert left == {Path(stopped.model).name}
+
+
+def test_a_first_turn_that_would_not_end_in_time_is_not_begun(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(trial, "forward_seconds", lambda *_: 1.0)
+    choice, _ = run(word_decides(400), tmp_path, models=[str(tiny_encoder)], epochs=2, budget_minutes=1.0)
+    assert steps.done == 0
+    # 100 rows to compare on and 200 to learn from, once, or in two epochs three times.
+    assert [item.note for item in choice.candidates if item.reference] == [
+        "no time for 200 rows (about 300 s); raise budget_minutes",
+        "no time for 200 rows (about 1300 s); raise budget_minutes",
+    ]
+    assert choice.recommended.name == BASELINE
+    assert choice.recommended.rows == 300
+
+
+def test_a_quick_model_has_its_turn_before_a_slow_one(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    slow = tmp_path / "slow"
+    slow.symlink_to(tiny_encoder)
+    monkeypatch.setattr(trial, "forward_seconds", lambda _, reference, __: 0.01 if reference == str(slow) else 0.0)
+    # The quick one's four steps take 8 s; the slow one's would begin then, and end after 20 s.
+    settings = {"epochs": 1, "first_rows": 100, "budget_minutes": 11 / 60}
+    choice, _ = run(word_decides(400), tmp_path, models=[str(slow), str(tiny_encoder)], **settings)
+    assert steps.done == 4
+    learned = {item.reference for item in choice.candidates if item.fine_tuned and item.rows}
+    assert learned == {str(tiny_encoder)}
+
+
+def test_of_many_labels_the_first_turn_is_a_part_of_the_rows(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 rows for each of 60 labels were all rows."""
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
+    table = {
+        "text": [f"the film of day {row % 60} was number {row}" for row in range(1200)],
+        "label": [f"day {row % 60}" for row in range(1200)],
+    }
+    choice, _ = run(table, tmp_path, models=[str(tiny_encoder)], budget_minutes=1e-6)
+    assert choice.recommended.rows == 225
 
 
 def candidate(name: str, right: np.ndarray, speed: float) -> Candidate:
@@ -139,7 +260,7 @@ def short_encoder(place: Path) -> Path:
 def test_a_model_that_cannot_be_trained_is_listed_and_the_others_go_on(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
     short = short_encoder(tmp_path / "short")
     choice, told = run(word_decides(120), tmp_path, models=[str(short), str(tiny_encoder)], epochs=1)
     failed = {item.name: item for item in choice.candidates if item.error}
@@ -162,15 +283,26 @@ class Killed:
 
 
 def test_a_killed_measurement_ends_and_is_told() -> None:
-    measured = Candidate(name="m", reference=None, rows=1, right=np.ones(1, bool), model=Killed())
     with pytest.raises(JobError, match="measures speed was killed"):
-        _speed(measured, np.array(["a"] * 20, object), 1)
+        trial.measure(Killed(), np.array(["a"] * 20, object), 1)
+
+
+def test_memory_is_that_of_the_measured_process_alone() -> None:
+    """Linux hands a process's ru_maxrss on to those that it starts: every candidate had the driver's peak."""
+    if not re.search("^VmHWM:", Path("/proc/self/status").read_text() if sys.platform == "linux" else "", re.MULTILINE):
+        pytest.skip("the system does not tell a process its own peak")
+    held = np.ones(75_000_000)  # 600 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > held.nbytes
+    del held
+    texts = word_decides(100)["text"]
+    _, memory_mb = trial.measure(fit_tfidf(texts, [0, 1] * 50), np.array(texts, object), 1)
+    assert 10 < memory_mb < 500
 
 
 def test_a_baseline_that_finds_no_words_is_listed(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
     marks = [" ".join(format(row, "07b")) for row in range(100)]
     table = {"text": marks, "label": [row % 2 for row in range(100)]}
     choice, _ = run(table, tmp_path, models=[str(tiny_encoder)], epochs=1)
@@ -200,14 +332,14 @@ def test_unbalanced_labels_are_learned_from_few_rows(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten rows drawn by chance would be of one label, which logistic regression refuses."""
-    monkeypatch.setattr(sys.modules[choose.__module__], "_speed", lambda *_: (100.0, 100.0))
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
     table = {
         "text": [f"the film was good {row}" for row in range(400)],
         "label": ["yes" if row % 200 == 0 else "no" for row in range(400)],
     }
     settings = {"models": [str(tiny_encoder)], "first_rows": 10, "budget_minutes": 1e-6}
     choice, _ = run(table, tmp_path, **settings)
-    assert choice.recommended.rows == 300
+    assert choice.recommended.rows == 10
     with pytest.raises(JobError, match=r"first_rows is 1, but .* has 2 labels"):
         run(table, tmp_path, **(settings | {"first_rows": 1}))
 
