@@ -116,6 +116,11 @@ class Rows:
         """The document that each row stems from, int64."""
         return np.searchsorted(self._first, rows, side="right") - 1
 
+    def siblings(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first row of each row's document and the one behind its last, int64 each."""
+        document = self.document_of(rows)
+        return self._first[document], self._first[document + 1]
+
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of rows end to end, int64 (T,), and whether each begins a word, bool (T,)."""
         document = self.document_of(rows)
@@ -303,21 +308,20 @@ class CorpusSource:
         first = np.cumsum(sizes) - sizes
         split = self._splits(ids, sizes, first)
         change = uniform(mix(noise ^ np.uint64(4))) < 0.5
+        follows = self._options.sentences == "next"
+        if follows:
+            others, any_other = self._of_other_documents(rows, mix(noise ^ np.uint64(5)))
+            change &= any_other
         changed = np.where(sizes < _TWO_PARTS, _NO_PARTS, np.where(change, _CHANGED, _AS_IT_IS))
         moved = changed == _CHANGED
-        if self._options.sentences == "order":
+        if not follows:
             # Rows to change begin with their second part.
             begins = np.where(moved, first + split, first)
             place = np.arange(len(ids)) - np.repeat(first, sizes)
             take = np.repeat(first, sizes) + (place + np.repeat(begins - first, sizes)) % np.repeat(sizes, sizes)
             split = np.where(moved, sizes - split, split)
             return ids[take], None if whole is None else whole[take], split, changed
-        # The second part comes from another row of the same corpus, as much as there was, or repeated where that is
-        # short: another corpus's would tell itself by its subject.
-        lowest = np.where(rows < self._own, 0, self._own)
-        count = np.where(rows < self._own, self._own, self._all - self._own)
-        others = (mix(noise ^ np.uint64(5)) % count.astype(np.uint64)).astype(np.int64)
-        others = lowest + np.where(others == rows - lowest, (others + 1) % count, others)
+        # The second part is as much of the other row as there was of its own, or repeated where that is short.
         foreign, foreign_starts = self._rows.take(others)
         foreign_sizes = self._rows.lengths[others]
         foreign_first = np.cumsum(foreign_sizes) - foreign_sizes
@@ -331,6 +335,18 @@ class CorpusSource:
             whole = whole.copy()
             whole[second] = foreign_starts[source]
         return ids, whole, split, changed
+
+    def _of_other_documents(self, rows: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A row of another document for each row, and whether there is any, bool; where not, the row itself.
+
+        Of the same corpus: another one's would tell itself by its subject.
+        """
+        begin, stop = self._rows.siblings(rows)
+        lowest = np.where(rows < self._own, 0, self._own)
+        count = np.where(rows < self._own, self._own, self._all - self._own) - (stop - begin)
+        others = lowest + (noise % np.maximum(1, count).astype(np.uint64)).astype(np.int64)
+        others = np.where(others >= begin, others + (stop - begin), others)
+        return np.where(count > 0, others, rows), count > 0
 
     def _splits(self, ids: np.ndarray, sizes: np.ndarray, first: np.ndarray) -> np.ndarray:
         """After how many tokens each row is parted: behind the sentence's end nearest to its middle, else there."""

@@ -177,7 +177,7 @@ class PretrainingOptions:
         mask_rate: share of each row's tokens that it has to guess: 0.15 in BERT, 0.3 in MosaicBERT.
         whole_words: mask words whole, not token by token.
         sentences: what it has to say of a row's two parts besides: `none`; `next`: whether the second follows the
-            first or stems from another row (BERT); `order`: whether they stand in their order (ALBERT, arXiv
+            first or stems from another document (BERT); `order`: whether they stand in their order (ALBERT, arXiv
             1909.11942).
         validation_rows: so many of the corpus's validation rows are judged by.
     """

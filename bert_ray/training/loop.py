@@ -426,9 +426,12 @@ class Loop:
         if self.peers.rank:
             return
         position = self.position
+        now = time.monotonic()
         if what == "progress" and not self._peak:
             self._peak = self.peers.world * matmul_rate(self.device, self.module.autocast or torch.float32)
-        now = time.monotonic()
+            measuring = time.monotonic() - now  # Comes in the midst of a step, whose time is added later.
+            position.seconds -= measuring
+            position.epoch_seconds -= measuring
         if what == "progress":
             since, tokens, flops = self._recent
             seconds = max(1e-9, now - since)
@@ -440,6 +443,7 @@ class Loop:
                 "utilisation": utilisation(self._flops - flops, seconds, self._peak),
                 "seconds_left": left,
             }
+        now = time.monotonic()
         self._told, self._recent = now, (now, position.tokens, self._flops)
         rounds = -(-self.steps // self.train.round_steps)
         epoch = position.epoch + (what == "progress")

@@ -282,7 +282,8 @@ def _frequent(tokenizer: PreTrainedTokenizerFast, words: Counter[str], job: Voca
 def _widen(model: Any, old: PreTrainedTokenizerFast, added: Sequence[str]) -> None:
     """Embeddings of the added tokens: the mean of those of the pieces they were spelt with.
 
-    What could not be spelt is drawn with the spread of the others. The head's bias, where there is one, likewise.
+    What could not be spelt is drawn with the spread of the others. The head's bias, where there is one, is likewise the
+    mean, or stays 0.
     """
     import torch
 

@@ -121,6 +121,34 @@ def test_without_history_it_says_so(tmp_path: Path, bundle: Bundle) -> None:
     assert "Whether it overfits is not known" in page
 
 
+def test_the_steps_are_drawn_where_the_card_has_their_curve(tmp_path: Path, bundle: Bundle) -> None:
+    found = evaluation(tmp_path, ["negative", "positive"])
+    titles = ("Loss of the steps", "Norm of the gradient")
+    curve = [[10, 0.7, 2.5], [20, 0.4, 1.25], [30, 0.3, 1.0]]
+    for points in (curve, [], None):
+        more = {} if points is None else {"curve": points}
+        card = replace(bundle.card, provenance={"history": HISTORY, **more})
+        page = render(found, replace(bundle, card=card), "test.parquet")
+        learned = page.partition('id="curves"')[2]
+        figures = re.findall(r'<figure class="panel"[^>]*><h3>([^<]+)</h3>(<svg.*?</svg>)?', learned, flags=re.S)
+        drawn = [svg for title, svg in figures if title in titles]
+        assert [title for title, _ in figures] == [*(titles if points else ()), "Loss", "On the validation rows"]
+        assert len(drawn) == (2 if points else 0)
+        for svg, name, values in zip(drawn, ("training", "before it is clipped"), np.array(curve).T[1:], strict=False):
+            assert f">{name}</text>" in svg
+            assert ">step</text>" in svg
+            assert drawn_heights(svg) == pytest.approx((values - values[-1]) / (values[0] - values[-1]), abs=1e-3)
+        assert "curve [" not in words(page), "it stands among the card's values too"
+
+
+def drawn_heights(svg: str) -> np.ndarray:
+    """How high the points of a drawing's first line lie, as a share from its last to its first."""
+    path = re.search(r'<path d="([^"]+)"[^>]*var\(--line-1\)', svg)
+    assert path
+    heights = np.array([float(y) for y in re.findall(r"[ML] \S+ (\S+)", path[1])])
+    return (heights - heights[-1]) / (heights[0] - heights[-1])
+
+
 def test_many_labels_are_listed_as_confusions(tmp_path: Path, bundle: Bundle) -> None:
     labels = [f"label {number}" for number in range(20)]
     wide = replace(bundle, card=replace(bundle.card, labels=labels))

@@ -17,7 +17,7 @@ from bert_ray.training.launch import prepare
 from bert_ray.training.masking import NOT_ASKED
 from bert_ray.training.shards import Documents
 from tests.conftest import tiny_tokenizer
-from tests.corpora import corpus_source, documents
+from tests.corpora import corpus_source, documents, make_corpus, random_texts
 
 Jobs = Callable[..., TrainJob]
 
@@ -134,6 +134,12 @@ def test_a_steps_batch_has_special_tokens_at_its_ends_and_masks_between(corpus: 
     assert int(batch.position_ids.max()) == max(batch.lengths) - 1
 
 
+def begin_with(rows: Rows, tokens: np.ndarray) -> list[int]:
+    """The rows that begin with these tokens; one that is shorter, over and over."""
+    contents = (rows.take(np.array([row]))[0] for row in range(len(rows)))
+    return [row for row, ids in enumerate(contents) if (np.resize(ids, len(tokens)) == tokens).all()]
+
+
 @pytest.mark.parametrize("sentences", ["order", "next"])
 def test_two_parts(corpus: Path, pretraining_for: Jobs, sentences: str) -> None:
     plain = corpus_source(corpus, pretraining_for(max_length=39))
@@ -143,6 +149,7 @@ def test_two_parts(corpus: Path, pretraining_for: Jobs, sentences: str) -> None:
     tokens, parts, _ = targets.split((len(batch.input_ids), len(samples), len(samples)))
     ids = torch.where(tokens >= 0, tokens, batch.input_ids)  # Unmasked.
     originals = plain._rows
+    taken: set[int] = set()
     assert 0.3 < (parts == 1).float().mean() < 0.7
     sep, kinds = tiny_tokenizer().sep_token_id, batch.token_type_ids
     for sample in range(len(samples)):
@@ -157,3 +164,21 @@ def test_two_parts(corpus: Path, pretraining_for: Jobs, sentences: str) -> None:
             assert torch.cat((second, first)).tolist() == document.tolist()
         elif parts[sample] == 1:
             assert first.tolist() == document[: len(first)].tolist()
+            assert len(first) + len(second) == len(document)
+            assert second.tolist() != document[len(first) :].tolist()
+            begun = np.array(begin_with(originals, second.numpy()), np.int64)
+            of = set(originals.document_of(begun)) - set(originals.document_of(np.array([sample])))
+            assert of, "no row of another document begins like that"
+            taken |= of if len(of) == 1 else set()
+    if sentences == "next":
+        assert len(taken) > len(samples) / 5, "the second parts stem from the same few documents"
+
+
+def test_the_next_sentence_of_the_only_document_is_its_own(tmp_path: Path, pretraining_for: Jobs) -> None:
+    alone = make_corpus(tmp_path / "alone", tiny_tokenizer(), [" ".join(random_texts(20))])
+    source = corpus_source(alone, pretraining_for(max_length=39, pretraining=PretrainingOptions(sentences="next")))
+    samples = np.arange(len(source._rows))
+    assert len(samples) > 5
+    batch, targets = source.batch(samples, 0)
+    _, parts, _ = targets.split((len(batch.input_ids), len(samples), len(samples)))
+    assert set(parts.tolist()) == {0}

@@ -109,6 +109,44 @@ def test_the_loss_is_transformers_own(corpus: Path, pretraining_for: Jobs) -> No
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) >= 0.99999
 
 
+@pytest.mark.parametrize("sentences", ["none", "order"])
+def test_only_masked_tokens_go_through_the_vocabularys_head(
+    corpus: Path, pretraining_for: Jobs, monkeypatch: pytest.MonkeyPatch, sentences: str
+) -> None:
+    """It has a row for each: all tokens of a batch would take seven times the time there, and the memory."""
+    from bert_ray.model import vocabulary_head
+    from bert_ray.training.launch import new_task
+    from bert_ray.training.loop import new_module
+
+    job = pretraining_for(pretraining=PretrainingOptions(sentences=sentences))
+    base = load_bundle(job.model)
+    learning = prepare(job, base)[1].learning
+    module = new_module(job, base, new_task(job, base).card, torch.device("cpu"), None, learning)
+    transformed: list[torch.Size] = []
+    compared: list[torch.Size] = []
+    head = module.model.cls.predictions
+    head.transform.register_forward_hook(lambda _, inputs, output: transformed.append(inputs[0].shape))
+    head.decoder.register_forward_hook(lambda _, inputs, output: compared.append(inputs[0].shape))
+    product = vocabulary_head._VocabularyLosses.apply
+
+    def watched(hidden: torch.Tensor, *more: object) -> object:
+        compared.append(hidden.shape)
+        return product(hidden, *more)
+
+    monkeypatch.setattr(vocabulary_head._VocabularyLosses, "apply", watched)
+    rows = corpus_source(corpus, job)
+    for training in (True, False):
+        module.train(training)
+        for step in range(2):
+            batch, targets = rows.batch(rows.select(step), step)
+            asked = int((targets[: len(batch.input_ids)] != NOT_ASKED).sum())
+            assert 0 < asked < 0.25 * len(batch.input_ids)
+            transformed.clear()
+            compared.clear()
+            module(batch, targets)
+            assert transformed == compared == [(asked, module.model.config.hidden_size)]
+
+
 def test_recomputed_activations_give_the_same_bits(pretraining_for: Jobs, tmp_path: Path) -> None:
     settings = {"steps": 4, "evaluate_every": 4, "dropout": 0.1, "attention_dropout": 0.1}
     one = quiet(pretraining_for(output=str(tmp_path / "kept"), **settings))
@@ -144,6 +182,24 @@ def test_it_learns_and_leaves_a_bundle_that_fills_masks(pretraining_for: Jobs, s
     assert AutoModelForMaskedLM.from_pretrained(result.bundle).config.vocab_size == bundle.config.vocab_size
     found = bert_ray.load(str(result.bundle)).annotate([pa.array(["the film was [MASK] ."])])
     assert len(found[0].as_py()) == 5
+    asked = "pretraining" in settings  # Of a row's two parts.
+    for figures_of in (first, last, result.metrics):
+        assert ("sentence_accuracy" in figures_of) == asked
+        assert 0.0 <= figures_of.get("sentence_accuracy", 0.0) <= 1.0
+
+
+@pytest.mark.parametrize("sentences", ["order", "next"])
+def test_it_learns_how_two_parts_belong_together(pretraining_for: Jobs, tmp_path: Path, sentences: str) -> None:
+    """Each document begins with one word and ends with another, so that its parts tell."""
+
+    def two_words(count: int, seed: int) -> list[str]:
+        sizes = np.random.default_rng(seed).integers(8, 16, (count, 2))
+        return [f"{'film ' * one}. {'food ' * other}." for one, other in sizes]
+
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), two_words(100, 0), two_words(40, 1))
+    options = PretrainingOptions(sentences=sentences)
+    job = pretraining_for(data=DataOptions(train=str(corpus)), pretraining=options, steps=20, evaluate_every=20)
+    assert quiet(job).metrics["sentence_accuracy"] > 0.85  # Chance is 0.5; six seeds gave 0.97 to 1.
 
 
 def test_a_new_model_has_the_corpus_s_vocabulary(pretraining_for: Jobs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from bert_ray.lake.lock import exclusive
 from bert_ray.training.corpus import work as work_room
 from bert_ray.training.corpus.job import CorpusJob, NearOptions, ReadingOptions
 from bert_ray.training.corpus.run import run
+from bert_ray.training.job import DataOptions, TrainJob
+from bert_ray.training.launch import train
 from bert_ray.training.order import held_out
 from bert_ray.training.shards import Documents, read_manifest, read_tokenizer
 from tests.lakes import journal_names
@@ -158,9 +161,22 @@ def test_a_corpus_of_one_document(job_for: Make, tmp_path: Path) -> None:
         run(job_for(input=str(place), validation_fraction=0.5, output=str(tmp_path / "held")))
 
 
-def test_a_document_longer_than_any_batch(job_for: Make, tmp_path: Path) -> None:
+def numbered(lines: int) -> tuple[list[str], np.ndarray]:
+    """Distinct lines, and how many tokens each has: known words, one digit after the other, and a mark."""
+    some = [sentence(number, 50) for number in range(500)]
+    texts = [f"{some[number % len(some)]} {number} ." for number in range(lines)]
+    return texts, np.array([50 + len(str(number)) + 1 for number in range(lines)])
+
+
+@pytest.mark.parametrize("megabytes", [2.5, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_document_longer_than_any_batch(
+    job_for: Make, pretraining_for: Callable[..., TrainJob], tmp_path: Path, megabytes: float
+) -> None:
+    """It is cleaned, signed and tokenised in slices; what comes out is the whole, and is learned from."""
+    lines, sizes = numbered(int(megabytes * 1e6 / 275))
     place = tmp_path / "long.txt"
-    place.write_text((sentence(0, 1000) + "\n") * 400 + "\n\nshort one", "utf-8")
+    place.write_text("\n".join(lines) + "\n\nshort one", "utf-8")
+    assert place.stat().st_size > megabytes * 1e6
     summary = run(
         job_for(
             input=str(place),
@@ -168,7 +184,19 @@ def test_a_document_longer_than_any_batch(job_for: Make, tmp_path: Path) -> None
             reading=ReadingOptions(documents="paragraph"),
         )
     )
-    assert Documents(Path(summary.output), "train").lengths.tolist() == [400_000, 6]
+    documents = Documents(Path(summary.output), "train")
+    assert documents.lengths.tolist() == [sizes.sum(), 6]
+    # A thousand of its lines, the first and the last among them.
+    chosen = np.unique(np.linspace(0, len(lines) - 1, 1000).astype(int))
+    stops = np.cumsum(sizes)
+    ids, starts = documents.take(np.zeros(len(chosen), np.int64), stops[chosen] - sizes[chosen], stops[chosen])
+    tokenizer = read_tokenizer(Path(summary.output))
+    expected = tokenizer([lines[number] for number in chosen], add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == list(itertools.chain.from_iterable(expected))
+    assert starts.sum() == 52 * len(chosen)
+    job = pretraining_for(data=DataOptions(train=summary.output), steps=1, evaluate_every=1)
+    [entry] = train(job, tell=lambda _: None).history
+    assert 0 < entry["train_loss"] < 100
 
 
 def test_a_vocabulary_that_cannot_spell_the_text_is_told(

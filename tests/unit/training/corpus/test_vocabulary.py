@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bert_ray.errors import JobError
+from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.vocabulary_head import head_of
 from bert_ray.training.corpus.job import VocabularyJob
 from bert_ray.training.corpus.vocabulary import run
+from bert_ray.training.job import DataOptions, TrainJob
+from bert_ray.training.launch import train
+from tests.conftest import TINY_HIDDEN, TINY_MAX_LENGTH, tiny_config, tiny_tokenizer
+from tests.corpora import make_corpus
 from tests.unit.training.corpus.conftest import sentence
 
 
@@ -70,8 +78,6 @@ def test_an_output_that_is_something_else_is_refused(place: Path, tmp_path: Path
 
 
 def test_a_models_vocabulary_is_extended(tmp_path: Path, tiny_encoder: Path) -> None:
-    from bert_ray.model.bundle import load_bundle
-
     texts = ["the remdesivir dose was good, remdesivir works 好", "ebola and remdesivir 42x42 好 once"] * 3
     (tmp_path / "medical.txt").write_text("\n".join(texts), "utf-8")
     output = tmp_path / "wider"
@@ -92,6 +98,68 @@ def test_a_models_vocabulary_is_extended(tmp_path: Path, tiny_encoder: Path) -> 
     assert 0.5 < float(fresh.std() / weights.std()) < 2
     assert new.card.provenance["vocabulary"]["added"] == 3
     assert json.loads((output / "bert_ray.json").read_text())["task"] == "embedding"
+
+
+def masked_model(kind: str, place: Path) -> Path:
+    """A fill-mask bundle with a random head, whose bias says something."""
+    from transformers import BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "bert":
+            model = BertForMaskedLM(tiny_config(len(tokenizer)))
+        else:
+            sizes = {"dim": TINY_HIDDEN, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+            model = DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(tokenizer), **sizes))
+        torch.nn.init.normal_(head_of(model).words.bias)
+    save_bundle(place, model.eval(), tokenizer, Card(task="fill-mask", max_length=TINY_MAX_LENGTH))
+    return place
+
+
+def assert_tied(model: Any, tokens: int) -> None:
+    """The head compares with the embeddings themselves, and has one bias, of all tokens."""
+    words = head_of(model).words
+    assert words.weight is model.get_input_embeddings().weight
+    assert words.weight.shape[0] == words.out_features == len(words.bias) == model.config.vocab_size == tokens
+    if model.config.model_type == "bert":
+        assert model.cls.predictions.bias is words.bias
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_a_masked_models_vocabulary_is_extended_with_its_head(
+    tmp_path: Path, pretraining_for: Callable[..., TrainJob], kind: str
+) -> None:
+    texts = ["the remdesivir dose was good, remdesivir works 好", "ebola and remdesivir 好 once"] * 3
+    (tmp_path / "medical.txt").write_text("\n".join(texts), "utf-8")
+    place, output = masked_model(kind, tmp_path / "narrow"), tmp_path / "wider"
+    added = run(make(tmp_path / "medical.txt", output, extend=str(place), words=2)).added
+    assert added == ["好", "remdesivir", "dose"]
+    old, new = load_bundle(str(place)), load_bundle(str(output))
+    model, before, after = new.model(), old.tokenizer(), new.tokenizer()
+    assert new.card.task == "fill-mask"
+    assert_tied(model, len(after))
+    biases, wider = (head_of(found).words.bias.detach() for found in (old.model(), model))
+    assert torch.equal(wider[: len(before)], biases)
+    for word in ("remdesivir", "dose"):
+        pieces = before.convert_tokens_to_ids(before.tokenize(word))
+        assert len(pieces) > 1
+        assert wider[after.convert_tokens_to_ids(word)].allclose(biases[pieces].mean(), atol=1e-6)
+    # The old tokens are as likely as they were.
+    batch = before("the film was [MASK] .", return_tensors="pt")
+    with torch.no_grad():
+        was, now = (found(**batch).logits for found in (old.model(), model))
+    torch.testing.assert_close(now[..., : len(before)], was)
+
+    # What comes out is trained on like any other, its new tokens too.
+    corpus = make_corpus(tmp_path / "corpus", after, texts, texts)
+    job = pretraining_for(model=str(output), data=DataOptions(train=str(corpus)), steps=2, evaluate_every=2)
+    trained = load_bundle(train(job, tell=lambda _: None).bundle).model()
+    assert_tied(trained, len(after))
+    number = after.convert_tokens_to_ids("remdesivir")
+    one, other = (head_of(found).words for found in (model, trained))
+    assert not torch.equal(one.weight[number], other.weight[number])
+    assert one.bias[number] != other.bias[number]
 
 
 def test_what_cannot_be_extended_is_refused(place: Path, tmp_path: Path, tiny_bundle: Path, tiny_encoder: Path) -> None:
