@@ -27,6 +27,14 @@ def cut_accuracy(cosines: Callable[[pa.Table], np.ndarray], held_out: pa.Table, 
     return float(LogisticRegression(C=1e4).fit(*scored(held_out)).score(*scored(test)))
 
 
+def model_accuracy(model: str, rest: pa.Table, test: pa.Table, threads: int | None, dtype: str = "auto") -> float:
+    """The same by the embeddings of a bundle."""
+    from bert_ray.model.annotator import AnnotatorSpec
+
+    annotator = AnnotatorSpec(model=model, task="similarity", threads=threads, dtype=dtype).build()
+    return cut_accuracy(lambda table: annotator.annotate([table["text"], table["text_pair"]]), rest, test)
+
+
 def held_out(train: pa.Table) -> tuple[pa.Table, pa.Table]:
     """A tenth of the rows to cut by, and the others."""
     tenth = len(train) // 10

@@ -26,7 +26,7 @@ import common
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pairs import cut_accuracy, held_out
+from pairs import held_out, model_accuracy
 
 common.set_threads(1)
 
@@ -140,7 +140,7 @@ def fine_tuned(
         **settings,
     }
     command("train", *(f"{key}={value}" for key, value in keys.items()))
-    accuracy = cut(place, rest, test) if len(rest) else label_accuracy(place, test)
+    accuracy = model_accuracy(str(place), rest, test, 1) if len(rest) else label_accuracy(place, test)
     shutil.rmtree(place)
     return accuracy, time.process_time() - began
 
@@ -155,14 +155,6 @@ def label_accuracy(model: Path, test: pa.Table) -> float:
     annotator = AnnotatorSpec(model=str(model), threads=1).build()
     table = read_labelled(str(path), annotator.task)
     return annotator.task.metrics(annotator.annotate(table.inputs), table.inputs, table.truth)["accuracy"]
-
-
-def cut(model: Path, rest: pa.Table, test: pa.Table) -> float:
-    """Accuracy of telling pairs apart by the cosine of a model's embeddings."""
-    from bert_ray.model.annotator import AnnotatorSpec
-
-    annotator = AnnotatorSpec(model=str(model), task="similarity", threads=1).build()
-    return cut_accuracy(lambda table: annotator.annotate([table["text"], table["text_pair"]]), rest, test)
 
 
 def tfidf(train: pa.Table, test: pa.Table) -> float:

@@ -26,7 +26,7 @@ from typing import Any
 import common
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pairs import cut_accuracy, held_out
+from pairs import held_out, model_accuracy
 from quality_cases import CASES, Case
 
 # Where runs and bundles lie.
@@ -140,10 +140,7 @@ def tested(case: Case, model: str, path: str, how: Run, more: dict[str, Any]) ->
 
 def told_apart(case: Case, model: str, rest: pa.Table, test: pa.Table, how: Run) -> dict[str, Any]:
     """Cut the cosines of the test pairs by those of `rest`, which were not trained on."""
-    from bert_ray.model.annotator import AnnotatorSpec
-
-    annotator = AnnotatorSpec(model=model, threads=how.threads, task=case.test_task, dtype=how.precision).build()
-    value = cut_accuracy(lambda table: annotator.annotate([table["text"], table["text_pair"]]), rest, test)
+    value = model_accuracy(model, rest, test, how.threads, how.precision)
     return {"value": value, "metrics": {case.measure: value}, "test_rows": len(test)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import resource
 import shutil
@@ -81,6 +80,7 @@ def train_bundle(
         TimeUp: it was stopped.
         JobError, BundleError: the training failed.
     """
+    from bert_ray.model.bundle import put_in_place
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train
 
@@ -115,8 +115,7 @@ def train_bundle(
         )
     finally:
         shutil.rmtree(run, ignore_errors=True)
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(new, place)
+    put_in_place(new, place)
     return str(place)
 
 
