@@ -415,9 +415,6 @@ class TrainJob:
         )
         if self.labels is not None:
             _check(len(self.labels) >= 1, "labels is an empty list: name them, or leave it out")
-            # An entity's one type, or one label that a text has or not, is something to learn.
-            least = 2 if self.task == "classification" else 1
-            _check(len(self.labels) >= least, f"labels are {self.labels}; a classification needs at least two")
             _check(len(set(self.labels)) == len(self.labels), f"labels repeat: {self.labels}")
 
     def absolute(self) -> TrainJob:

@@ -284,7 +284,9 @@ def _reads_corpus(job: TrainJob) -> bool:
 
 
 def _check_levers(job: TrainJob, task: Task) -> None:
-    """Refuse what a task would have to ignore."""
+    """Refuse what a task would have to ignore, or could learn nothing from."""
+    if job.labels is not None and len(job.labels) < task.least_labels:
+        raise JobError(f"labels are {job.labels}; task {job.task} needs at least {task.least_labels}")
     if job.augmentation.any and task.builds:
         raise JobError(f"augmentation: task {job.task} makes its bundle without training; leave it out")
     if job.augmentation.any and not task.distortable:

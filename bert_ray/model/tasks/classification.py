@@ -41,6 +41,7 @@ class Classification(SequenceTask):
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
+    least_labels: ClassVar[int] = 2
     headline: ClassVar[str] = "says the right label for {accuracy:.1%} of rows"
 
     @classmethod

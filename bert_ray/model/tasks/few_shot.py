@@ -106,6 +106,7 @@ class FewShot(LabelsByEmbedding):
 
     kind: ClassVar[str] = "few-shot"
     builds: ClassVar[tuple[str, ...]] = ("text", "label")
+    least_labels: ClassVar[int] = 2
 
     _head: Head | None = None
 

@@ -46,7 +46,6 @@ def job(**settings: object) -> TrainJob:
         ({"l1": -1.0}, "l1 is -1.0"),
         ({"max_length": 2}, "at least 3 tokens"),
         ({"threads": 0}, "threads is 0"),
-        ({"labels": ["one"]}, "at least two"),
         ({"labels": [], "task": "entities"}, "labels is an empty list"),
         ({"labels": ["a", "a"]}, "repeat"),
         ({"early_stopping": 1, "data": DataOptions(train="t", validation_fraction=0.0)}, "validation rows"),
@@ -55,11 +54,6 @@ def job(**settings: object) -> TrainJob:
 def test_a_wrong_setting_is_an_error_that_names_it(settings: dict[str, object], message: str) -> None:
     with pytest.raises(JobError, match=message):
         job(**settings)
-
-
-@pytest.mark.parametrize("task", ["entities", "multi-label"])
-def test_one_label_is_enough_where_it_may_be_missing(task: str) -> None:
-    assert job(labels=["PERSON"], task=task).labels == ["PERSON"]
 
 
 def test_local_paths_become_absolute_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

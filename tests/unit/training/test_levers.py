@@ -12,7 +12,7 @@ import torch
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import AugmentationOptions, CheckpointOptions, DataOptions, TrainJob
-from bert_ray.training.launch import train
+from bert_ray.training.launch import new_task, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.optim import clip, make_optimizer, set_rate
 from tests.conftest import tiny_tokenizer
@@ -162,6 +162,18 @@ def test_what_cannot_be_kept_is_refused(job_for: Jobs, settings: dict[str, objec
 def test_more_layers_than_there_are_cannot_be_frozen(job_for: Jobs) -> None:
     with pytest.raises(JobError, match=r"freeze_layers is 3, but .* has 2 layers"):
         train(job_for(freeze_layers=3), tell=lambda _: None)
+
+
+@pytest.mark.parametrize("task", ["classification", "few-shot"])
+def test_one_label_cannot_be_told_from_others(job_for: Jobs, task: str) -> None:
+    with pytest.raises(JobError, match=rf"labels are \['one'\]; task {task} needs at least 2"):
+        train(job_for(task=task, labels=["one"]), tell=lambda _: None)
+
+
+@pytest.mark.parametrize("task", ["entities", "multi-label"])
+def test_one_label_is_enough_where_it_may_be_missing(job_for: Jobs, task: str) -> None:
+    job = job_for(task=task, labels=["PERSON"])
+    assert new_task(job, load_bundle(job.model)).card.labels == ["PERSON"]
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])
