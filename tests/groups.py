@@ -79,12 +79,8 @@ def reviews_job(encoder: Path, root: Path, **settings: Any) -> TrainJob:
     )
 
 
-def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[dict[str, float]]:
-    """The loop in this process's group, as `ray_train._worker` runs it; `stop` cuts it off after that step.
-
-    Returns:
-        its history; [] where it was cut off.
-    """
+def group_loop(job: TrainJob, directory: Path, callback: Callable[[Any], None] | None = None) -> Any:
+    """The loop in this process's group, as `ray_train._worker` makes it."""
     import torch
 
     from bert_ray.model.bundle import load_bundle
@@ -93,18 +89,11 @@ def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[di
     from bert_ray.training.loop import Loop
     from bert_ray.training.peers import Peers
 
-    class Stop(Exception):
-        pass
-
-    def callback(event: Any) -> None:
-        if event.step == stop:
-            raise Stop
-
     base = load_bundle(job.model)
     card, data, _ = prepare(job, base)
     peers, device = Peers(), torch.device("cpu")
     directory.mkdir(parents=True, exist_ok=True)
-    loop = Loop(
+    return Loop(
         job=job,
         base=base,
         card=card,
@@ -114,10 +103,26 @@ def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[di
         device=device,
         make_stepper=lambda module: DeepSpeedStepper(module, job, device, peers.world),
         tell=lambda _: None,
-        callbacks=[callback],
+        callbacks=[callback] if callback else [],
     )
+
+
+def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[dict[str, float]]:
+    """Run that loop; `stop` cuts it off after that step.
+
+    Returns:
+        its history; [] where it was cut off.
+    """
+
+    class Stop(Exception):
+        pass
+
+    def callback(event: Any) -> None:
+        if event.step == stop:
+            raise Stop
+
     try:
-        return loop.run().history
+        return group_loop(job, directory, callback).run().history  # type: ignore[no-any-return]
     except Stop:
         return []
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pyarrow import fs
 
 from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import train
 from tests.conftest import needs, tiny_tokenizer
 from tests.corpora import make_corpus, random_texts
-from tests.groups import go_on_alone, in_group, losses, run_loop
+from tests.groups import go_on_alone, group_loop, in_group, losses, run_loop
 
 needs("deepspeed", "train")
 pytestmark = pytest.mark.slow
+
+# DeepSpeed's stage, and where gradients are clipped; 0: they are not.
+SPOILED = ((0, 1.0), (0, 0.0), (1, 1.0), (2, 1.0), (2, 0.0), (3, 1.0))
 
 
 def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
@@ -29,7 +35,24 @@ def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
     found["lamb"] = run_loop(replace(job, optimizer="lamb"), root / "lamb")
     found["recomputed"] = run_loop(replace(job, zero_stage=3, activation_checkpointing=True), root / "recomputed")
     run_loop(job, root / "cut", stop=5)
+    for stage, clip in SPOILED:
+        spoiled = root / f"spoiled{stage}-{clip}"
+        diverged = spoil_gradient(replace(job, zero_stage=stage, clip=clip), spoiled, 5)
+        kept = sorted(path.name for path in (spoiled / "checkpoints").iterdir())
+        found[f"spoiled {stage} {clip}"] = diverged, kept
     return found
+
+
+def spoil_gradient(job: TrainJob, directory: Path, step: int) -> int | None:
+    """Worker 1's gradient of a step, counted from 0, is NaN while its loss is a number; where the run says it was."""
+    loop = group_loop(job, directory)
+    backward, rank = loop.stepper.backward, loop.peers.rank
+
+    def spoiled(loss: torch.Tensor) -> None:
+        backward(loss * float("nan") if rank == 1 and loop.done == step else loss)
+
+    loop.stepper.backward = spoiled
+    return loop.run().diverged  # type: ignore[no-any-return]
 
 
 def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:
@@ -107,3 +130,32 @@ def test_a_run_of_two_goes_on_with_one(runs: dict[str, Any]) -> None:
     first, history = go_on_alone(job, directory)
     assert (first["what"], first["step"]) == ("resumed", 4)
     assert losses(history) == pytest.approx(losses(runs["two"]["stage 0"]), abs=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "clip"), SPOILED)
+def test_a_gradient_that_is_no_number_stops_the_run(runs: dict[str, Any], stage: int, clip: float) -> None:
+    """The checkpoint before it stays, and none is written of what came of it."""
+    assert runs["two"][f"spoiled {stage} {clip}"] == (6, ["step-00000002", "step-00000004"])
+
+
+def cut_and_go_on(job: TrainJob, root: Path, keys: dict[str, str]) -> tuple[list[str], list[dict[str, float]]]:
+    """Two workers whose checkpoints lie on a store are cut off after step 5, and go on with other directories."""
+    os.environ |= keys  # The workers' environment is that of the first test that used any.
+    run_loop(job, root / "first", stop=5)
+    torch.distributed.barrier()
+    system, place = fs.FileSystem.from_uri(job.checkpoint.directory)
+    kept = sorted(info.base_name for info in system.get_file_info(fs.FileSelector(place)))
+    torch.distributed.barrier()
+    # A run that began anew, instead of at step 4, would be cut off there.
+    return kept, run_loop(job, root / "second", stop=4)
+
+
+def test_two_workers_whose_checkpoints_lie_on_a_store(runs: dict[str, Any], object_store: str, tmp_path: Path) -> None:
+    fs.S3FileSystem(endpoint_override=object_store, scheme="http", allow_bucket_creation=True).create_dir("runs")
+    where = f"s3://runs/elastic?endpoint_override={object_store}&scheme=http"
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    job = replace(runs["job"], zero_stage=2, checkpoint=CheckpointOptions(every_steps=2, directory=where))
+    kept, resumed = in_group(2, cut_and_go_on, job, tmp_path, keys)
+    assert {"step-00000002", "step-00000004"} <= set(kept)
+    assert resumed, "the run began anew"
+    assert losses(resumed) == pytest.approx(losses(runs["two"]["stage 2"]), abs=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -259,18 +260,34 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(pretraining_for: Jobs, 
     assert (told[0]["what"], told[0]["step"]) == ("resumed", step)
 
 
-def test_a_loss_that_is_no_number_names_step_and_shards(pretraining_for: Jobs) -> None:
-    told: list[dict[str, object]] = []
+def times(factor: float, step: int) -> Callable[[StepEvent], None]:
+    """A callback by which the first weights of the model in training are multiplied after that step."""
 
-    def spoil(event: StepEvent) -> None:
-        if event.step == 5:
+    def callback(event: StepEvent) -> None:
+        if event.step == step:
             for module in (value for value in gc.get_objects() if type(value).__name__ == "TaskModel"):
                 with torch.no_grad():
-                    next(module.model.parameters()).fill_(float("nan"))
+                    next(module.model.parameters()).mul_(factor)
 
+    return callback
+
+
+def test_a_loss_that_leaps_is_told_with_its_shards(pretraining_for: Jobs) -> None:
+    told: list[dict[str, object]] = []
+    train(pretraining_for(steps=30, evaluate_every=30), callbacks=[times(-50.0, 25)], tell=told.append)
+    notes = [str(event["text"]) for event in told if event["what"] == "note"]
+    assert any(re.match(r"step 26: loss .* the median of the last 25 steps; .*train/0000", note) for note in notes)
+    told.clear()
+    job = pretraining_for(steps=30, evaluate_every=30, loss_spike=0.0)
+    train(replace(job, output=f"{job.output}-quiet"), callbacks=[times(-50.0, 25)], tell=told.append)
+    assert not any("step 26" in str(event.get("text")) for event in told)
+
+
+def test_a_loss_that_is_no_number_names_step_and_shards(pretraining_for: Jobs) -> None:
+    told: list[dict[str, object]] = []
     job = pretraining_for(checkpoint=CheckpointOptions(every_steps=2))
     with pytest.raises(JobError, match=r"stopped being finite at step 6\b"):
-        train(job, callbacks=[spoil], tell=told.append)
+        train(job, callbacks=[times(float("nan"), 5)], tell=told.append)
     notes = [str(event["text"]) for event in told if event["what"] == "note"]
     assert any("step 6" in note and "train/0000" in note for note in notes)
 
