@@ -25,5 +25,9 @@ class JobError(BertRayError, ValueError):
     """A job file, flag or setting is wrong."""
 
 
+class EngineError(BertRayError):
+    """Ray or Spark gave up in the middle of a run. What is done stays done."""
+
+
 class Stopped(Exception):
     """A run was asked to stop (SIGTERM) and did, with a checkpoint to go on from; the message says where."""

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from bert_ray import __version__
-from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
+from bert_ray.errors import ColumnError, EngineError, JobError, LakeError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
@@ -39,10 +39,6 @@ _SESSIONS = 100
 _FAILURES_SHOWN = 3
 # Units, and rows of each, that are looked at before a run for a language that the model cannot spell.
 _JUDGED_UNITS, _JUDGED_ROWS = 8, 125
-
-
-class EngineError(BertRayError):
-    """Ray or Spark gave up in the middle of a run. What is done stays done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ import ray
 import ray.data
 
 from bert_ray.errors import JobError
-from bert_ray.inference.bulk import EngineError
 from bert_ray.inference.specs import annotator_of
 from bert_ray.inference.work import Outcome, Work, annotate_unit
 from bert_ray.lake.units import Unit
-from bert_ray.options import RayOptions
+from bert_ray.ray_session import each_done, quiet_data, session
 
 if TYPE_CHECKING:
     from bert_ray.inference.bulk import Plan
@@ -37,8 +35,6 @@ _THREADS = 4
 _FEW_CORES = 4
 # Rows handed to an actor at a time: enough to pack rows of like length together, few enough to stay in memory.
 _BATCH_ROWS = 2048
-# Blocks of the units' dataset. One unit each up to here, so that a unit's outcome is known when it ends.
-_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +167,7 @@ class _UnitAnnotator:
         self._work = work
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        units = [Unit.from_json(text) for text in batch["unit"].to_pylist()]
+        units = [Unit.from_json(text) for text in batch["item"].to_pylist()]
         return pa.table({"outcome": [annotate_unit(self._work, unit).to_json() for unit in units]})
 
 
@@ -183,69 +179,24 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
     Raises:
         EngineError: Ray gave up.
     """
-    with _session(plan.job.ray), _quiet():
+    # Else a Ray of our own prints an error for every pool of actors, about what cannot happen here.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with session(plan.job.ray), quiet_data():
         job = plan.job
         pool = _pool(workers=job.workers, threads=job.threads, device=job.device, tasks=len(plan.todo))
         spec = dataclasses.replace(plan.work.annotator, threads=pool.threads)
-        work = dataclasses.replace(plan.work, annotator=spec)
-        dataset = ray.data.from_items(
-            [{"unit": unit.to_json()} for unit in plan.todo],
-            override_num_blocks=min(len(plan.todo), _MOST_BLOCKS),
-        ).map_batches(
+        outcomes = each_done(
+            [unit.to_json() for unit in plan.todo],
             _UnitAnnotator,
-            fn_constructor_args=(work,),
-            batch_format="pyarrow",
-            batch_size=1,
+            fn_constructor_args=(dataclasses.replace(plan.work, annotator=spec),),
             # One unit at a time each: a second one would wait behind the first while another actor is idle.
             compute=ray.data.ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=1),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
         )
-        try:
-            # Closing Ray's generator shuts its executor down, actors and all.
-            with contextlib.closing(
-                iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-            ) as batches:
-                for batch in batches:
-                    for text in batch["outcome"].to_pylist():
-                        yield Outcome.from_json(text)
-        except ray.exceptions.RayError as error:
-            raise EngineError(f"Ray gave up: {' '.join(str(error).split())[:500]}") from error
-
-
-@contextlib.contextmanager
-def _session(options: RayOptions) -> Iterator[None]:
-    """A Ray to work on: the one in use, the one at the address, the one this process is a job of, or one of our own."""
-    if ray.is_initialized():
-        yield
-        return
-    # Else Ray prints an error of its own for every pool of actors, about what cannot happen here.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    arguments = options.init()
-    try:
-        ray.init(**arguments)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise JobError(options.unreachable(arguments["address"], error)) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Ray Data's limit of time, and its progress, which counts blocks, beside ours, which counts rows."""
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, getattr(context, "execution_no_progress_timeout_s", -1), logger.level
-    context.enable_progress_bars = False
-    # Ray 2.60 gives up where nothing ends for half an hour, which a unit may take, and would at every try anew.
-    context.execution_no_progress_timeout_s = -1
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.execution_no_progress_timeout_s = before[:2]
-        logger.setLevel(before[2])
+        with contextlib.closing(outcomes):
+            for text in outcomes:
+                yield Outcome.from_json(text)
 
 
 def _pool(*, workers: int | None, threads: int | None, device: str, tasks: int | None) -> Pool:

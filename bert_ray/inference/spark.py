@@ -28,8 +28,7 @@ from pyspark.sql import DataFrame, SparkSession  # noqa: E402
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
 from pyspark.sql.types import StructField, StructType  # noqa: E402
 
-from bert_ray.errors import JobError  # noqa: E402
-from bert_ray.inference.bulk import EngineError  # noqa: E402
+from bert_ray.errors import EngineError, JobError  # noqa: E402
 from bert_ray.inference.specs import annotator_of  # noqa: E402
 from bert_ray.inference.work import Outcome, Work, annotate_unit  # noqa: E402
 from bert_ray.lake.journal import Journal  # noqa: E402

@@ -20,12 +20,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from bert_ray.errors import BertRayError, JobError
+from bert_ray.ray_session import session
 from bert_ray.training.job import TrainJob
 from bert_ray.training.loop import Callback
 from bert_ray.training.notice import heeded
 from bert_ray.training.position import Position
 from bert_ray.training.progress import following, writer
-from bert_ray.training.ray_session import session
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card

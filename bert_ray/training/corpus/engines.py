@@ -29,13 +29,13 @@ def engine(job: CorpusJob) -> Iterator[Run]:
         yield _local
         return
     try:
+        from bert_ray.ray_session import quiet_data, session
         from bert_ray.training.corpus import ray_data
-        from bert_ray.training.ray_session import session
     except ImportError as error:
         if (error.name or "").startswith("bert_ray"):
             raise
         raise JobError(f"engine ray needs {error.name}: pip install 'bert-ray[train]'") from error
-    with session(job.ray), ray_data.quiet():
+    with session(job.ray), quiet_data():
 
         def run(work: Work, tasks: Sequence[Task], watch: Any) -> Generator[Outcome, None, None]:
             return ray_data.run(work, tasks, job.workers)

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import BundleError, ColumnError, JobError, LakeError
+from bert_ray.errors import BundleError, ColumnError, EngineError, JobError, LakeError
 from bert_ray.inference import bulk, runs
-from bert_ray.inference.bulk import EngineError, Plan, Summary
+from bert_ray.inference.bulk import Plan, Summary
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.inference.work import Outcome, annotate_unit
 from bert_ray.lake import lock, outputs

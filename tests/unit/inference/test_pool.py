@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import ray.data
 
 from bert_ray.errors import JobError
-from bert_ray.inference import ray_data
 from bert_ray.inference.ray_data import Pool, plan_pool
-from bert_ray.training.corpus import ray_data as corpus
 
 
 def plan(cpus: float, node: float | None = None, gpus: float = 0, **asked: object) -> Pool:
@@ -57,12 +52,3 @@ def test_a_gpu_each() -> None:
 def test_what_would_wait_for_ever_is_an_error(asked: dict) -> None:
     with pytest.raises(JobError, match="the cluster has"):
         plan(4, **asked)
-
-
-@pytest.mark.parametrize("quiet", [ray_data._quiet, corpus.quiet])
-def test_a_unit_may_take_longer_than_ray_waits(quiet: Any) -> None:
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.execution_no_progress_timeout_s
-    with quiet():
-        assert (context.enable_progress_bars, context.execution_no_progress_timeout_s) == (False, -1)
-    assert (context.enable_progress_bars, context.execution_no_progress_timeout_s) == before

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bert_ray.inference.bulk import EngineError
+from bert_ray.errors import EngineError
 from bert_ray.inference.job import SparkOptions
 from tests.conftest import needs
 
