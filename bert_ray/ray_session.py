@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import ray.data
 from bert_ray.errors import EngineError, JobError
 from bert_ray.options import RayOptions
 
+# How long a cluster's host has to take a connection.
+_KNOCK_SEC = 10.0
 # Blocks of a dataset. One item each up to here, so that what came of it is known when it ends.
 _MOST_BLOCKS = 10_000
 
@@ -34,13 +37,25 @@ def session(options: RayOptions, cpus: int | None = None) -> Iterator[None]:
         return
     arguments = options.init(cpus)
     try:
+        knock(arguments["address"])
         ray.init(**arguments)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise JobError(options.unreachable(arguments["address"], error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """See whether anybody listens at host:port: Ray itself asks for minutes, and says nothing meanwhile.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SEC).close()
 
 
 @contextlib.contextmanager

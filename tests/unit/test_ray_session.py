@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pyarrow as pa
 import pytest
 import ray.data
 
 from bert_ray.errors import EngineError
 from bert_ray.options import RayOptions
-from bert_ray.ray_session import each_done, quiet_data, session
+from bert_ray.ray_session import each_done, knock, quiet_data, session
 
 
 def test_an_item_may_take_longer_than_ray_waits() -> None:
@@ -29,3 +31,15 @@ def test_each_item_is_done_and_one_that_fails_ends_the_work(ray_session: None) -
         with pytest.raises(EngineError, match=r"Ray gave up: .*invalid literal"):
             list(each_done(["one"], do))
     assert ray.is_initialized(), "a session that was there before is not closed"
+
+
+def test_a_host_where_nobody_listens_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        knock(f"127.0.0.1:{port}")
+        knock(f"ray://127.0.0.1:{port}")
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(OSError, match="refused"):
+            knock(address)
+    knock("auto")
+    knock("local")
