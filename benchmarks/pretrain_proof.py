@@ -34,7 +34,7 @@ PRECISION = common.fast_precision()
 # Of pretraining: what fits the 90 minutes.
 STEPS = {"english": 1400, "chinese": 6600} if PRECISION == "bf16" else {"english": 1200, "chinese": 1200}
 
-RUNS = common.ROOT / "out" / "pretrain_proof"
+RUNS = common.PROOF
 RESULTS = common.RESULTS / "pretrain_proof.json"
 SHAPE = {"layers": 4, "hidden_size": 256, "heads": 4, "max_positions": 256}
 PRETRAINING = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import common
@@ -166,14 +167,23 @@ TRANSLATION = {"learning_rate": 5e-4, "batch_size": 64, "max_length": 128, "labe
 
 def from_chinese(case: Case, minutes: float) -> Case:
     """The same from the Chinese BERT of chinese.py."""
+    return _from(case, common.CHINESE, "a Chinese BERT", "benchmarks/chinese.py", minutes)
 
+
+def from_small_chinese(case: Case, minutes: float) -> Case:
+    """The same from the Chinese BERT of pretrain_proof.py, which wants a higher rate and has no peer."""
+    settings = {"epochs": case.settings["epochs"], "learning_rate": 2e-4, "max_length": 64} if case.settings else None
+    small = _from(case, common.SMALL_CHINESE, "a small Chinese BERT", "make pretrain-proof", minutes)
+    return replace(small, settings=settings, reference=None)
+
+
+def _from(case: Case, base: Path, name: str, made_by: str, minutes: float) -> Case:
     def split() -> Split:
-        if not common.CHINESE.exists():
-            raise FileNotFoundError(f"there is no {common.CHINESE}: run benchmarks/chinese.py")
+        if not base.exists():
+            raise FileNotFoundError(f"there is no {base}: run {made_by}")
         return case.split()
 
-    title, base = f"{case.title}, from a Chinese BERT", str(common.CHINESE)
-    return replace(case, title=title, base=base, split=split, minutes=minutes)
+    return replace(case, title=f"{case.title}, from {name}", base=str(base), split=split, minutes=minutes)
 
 
 CASES: dict[str, Case] = {
@@ -456,4 +466,8 @@ CASES |= {
         ("stsb_zh", 9),
         ("stsb_zh_cosine", 8),
     )
+}
+CASES |= {
+    f"{name}_small_chinese": from_small_chinese(CASES[name], minutes)
+    for name, minutes in (("waimai_10k", 5), ("tnews", 9), ("lcqmc_cosine", 4), ("stsb_zh_cosine", 3))
 }
