@@ -234,16 +234,17 @@ def _warnings(annotator: Annotator, rows: Rows, job: EvaluateJob) -> list[str]:
 
 
 def _fit(annotator: Annotator, figures: dict[str, float], rows: Rows) -> Fit:
-    """What the card's history says; the metric on this table counts where the bundle's own task was measured."""
+    """What the card's history says; the metric on this table counts where it is that of the validation rows."""
     bundle = annotator.bundle
     provenance, own = bundle.card.provenance, bundle.task
+    comparable = own.kind == annotator.task.kind and not own.metric_by_rows
     return judge(
         provenance.get("history") or [],
         provenance.get("best_epoch"),
         own.metric,
         levers_of(bundle, rows.truth),
         baseline=provenance.get("majority_baseline"),
-        tested=figures.get(own.metric) if own.kind == annotator.task.kind else None,
+        tested=figures.get(own.metric) if comparable else None,
     )
 
 

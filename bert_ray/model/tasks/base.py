@@ -110,6 +110,8 @@ class Task(ABC):
             without a card that names one is taken for this task, if it `fits`; None: never.
         headline: what a report says first, with metrics by name: "says the right label for {accuracy:.1%} of rows";
             empty: the metric and its value.
+        metric_by_rows: whether the metric falls with the number of rows measured together, so that those of two tables
+            cannot be compared.
         plain_metrics: metrics that are no shares, and not shown as per cent.
         reads_corpus: whether it learns from a corpus instead of a labelled table.
         leaves: the task of the bundle that training makes; None: this one.
@@ -140,6 +142,7 @@ class Task(ABC):
     inherits: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = None
     headline: ClassVar[str] = ""
+    metric_by_rows: ClassVar[bool] = False
     plain_metrics: ClassVar[tuple[str, ...]] = ()
     reads_corpus: ClassVar[bool] = False
     leaves: ClassVar[str | None] = None

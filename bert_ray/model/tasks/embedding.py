@@ -4,14 +4,14 @@ Output: fixed_size_list<float32>[D]. Pooling as the card says: the mean over all
 scaled to unit length where the card says so. A blank text has the vector of its special tokens alone, as in
 sentence-transformers. Its directories load here with their pooling, length and default prompt, and it loads ours.
 
-Learns from pairs of texts that belong together, against the other pairs of a batch; or from pairs with scores.
+Learns from pairs of texts that belong together, against the other pairs of a batch; or from pairs with scores. Is
+measured by how high a text's own pair stands among all of a table; with scores, as task similarity.
 
 Shapes: B rows, P pieces, S pairs of a training batch (two pieces each), T tokens of a packed batch, D hidden size.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,19 +26,21 @@ from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.base import Learning, Options, Outputs, one_of, set_dropout
 from bert_ray.model.tasks.numbers import correlations, numbers
-from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
-from bert_ray.model.tokenization import Pieces, to_python_strings
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
+from bert_ray.model.tasks.retrieval import Ranking, digests_of, ranking, ranking_report
+from bert_ray.model.tokenization import Pieces
 
 if TYPE_CHECKING:
-    from bert_ray.model.bundle import Bundle
+    from transformers import PretrainedConfig
+
+    from bert_ray.model.annotator import Annotator
+    from bert_ray.model.bundle import Bundle, Card
     from bert_ray.model.packing import PackedBatch
+    from bert_ray.model.tasks.sections import Section
     from bert_ray.model.tokenization import Tokenizer
 
 # What cosines are multiplied by before they are compared: sentence-transformers' default in both losses.
 _SCALE = 20.0
-
-# Rows of the matrix of cosines between validation texts that are made at a time.
-_RANKED_ROWS = 1024
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -61,9 +63,22 @@ class Embedding(PooledTask):
     """One vector for each text."""
 
     kind: ClassVar[str] = "embedding"
-    truths: ClassVar[tuple[str, ...]] = ()
+    truths: ClassVar[tuple[str, ...]] = ("text_pair",)
     measured_as: ClassVar[str | None] = "similarity"
+    metric_by_rows: ClassVar[bool] = True
+    headline: ClassVar[str] = "puts a text's own pair first of all for {recall@1:.1%} of rows"
     options_type: ClassVar[type[Options]] = EmbeddingOptions
+
+    _annotator: Annotator | None = None
+    _ranked: tuple[pa.Array, Ranking] | None = None
+
+    def __init__(
+        self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """See Task."""
+        super().__init__(card, config, options)
+        if self.options.loss == "cosine":  # What it has learned from are scores, which similarity is measured by.
+            self.truths = ()  # type: ignore[misc]  # Over that of the class.
 
     def output_type(self) -> pa.DataType:
         """fixed_size_list<float32>[D]."""
@@ -84,6 +99,33 @@ class Embedding(PooledTask):
         """Vectors float32 (P, D) -> fixed-size lists."""
         vectors = self.vectors(outputs, pieces)
         return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+
+    # Evaluation.
+
+    def prepare(self, annotator: Annotator) -> None:
+        """Keep what embeds the texts to compare with."""
+        super().prepare(annotator)
+        self._annotator = annotator
+
+    def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
+        """How high a text's own pair, in `text_pair`, stands among those of all rows; see `retrieval.Ranking`."""
+        return self._ranking(annotations, truth[0]).metrics()
+
+    def report(
+        self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array], most: int = 20
+    ) -> list[Section]:
+        """How far one has to look for a text's own pair, and those that another one is nearer to."""
+        return ranking_report(self._ranking(annotations, truth[0]), inputs[0], truth[0], most)
+
+    def _ranking(self, annotations: pa.Array, pairs: pa.Array) -> Ranking:
+        """Of vectors (B,), and what should be nearest to each, (B,)."""
+        if self._ranked is None or self._ranked[0] is not annotations:
+            assert self._annotator is not None, "prepare comes first"
+            texts = pairs.dictionary_encode()
+            vectors = unit_vectors(self._annotator.annotate([texts.dictionary]))
+            second = vectors[texts.indices.to_numpy()]
+            self._ranked = annotations, ranking(unit_vectors(annotations), second, digests_of(pairs))
+        return self._ranked[1]
 
     # Training.
 
@@ -114,18 +156,21 @@ class Embedding(PooledTask):
     def read_truth(
         self, truth: Sequence[pa.Array], inputs: Sequence[pa.Array]
     ) -> tuple[Sequence[pa.Array], Sequence[pa.Array]]:
-        """The scores as float64.
+        """The scores as float64; what is to be found as texts.
 
         Raises:
-            ColumnError: they are no numbers.
+            ColumnError: they are no numbers, or no texts.
         """
-        return [numbers(array, self.kind) for array in truth], super().read_truth(truth, inputs)[1]
+        so, texts = super().read_truth(truth, inputs)
+        if self.truths == ("label",):
+            return [numbers(array, self.kind) for array in so], texts
+        return [self.read(name, array, name) for name, array in zip(self.truths, so, strict=True)], texts
 
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """Scores that are no numbers; without scores, pairs of a text with itself."""
-        if truth:
+        if self.truths == ("label",):
             return {"a label that is NaN or infinite": ~np.isfinite(truth[0].to_numpy(zero_copy_only=False))}
-        same = pc.fill_null(pc.equal(inputs[0], inputs[1]), False)
+        same = pc.fill_null(pc.equal(*inputs, *truth), False)
         return {"the same text twice": same.to_numpy(zero_copy_only=False)}
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
@@ -172,7 +217,7 @@ class Embedding(PooledTask):
         """The scores, float32 (S,); without scores what tells equal texts, int64 (S, 2)."""
         if truth:
             return Targets(values=truth[0].to_numpy(zero_copy_only=False).astype(np.float32))
-        return Targets(values=np.stack([_digests(array) for array in inputs], axis=1))
+        return Targets(values=np.stack([digests_of(array) for array in inputs], axis=1))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Loss of each pair, (S,); outputs (2S, D).
@@ -192,7 +237,7 @@ class Embedding(PooledTask):
         first, second = vectors[0::2], vectors[1::2]
         if examples.truth:
             return correlations(np.einsum("bd,bd->b", first, second), examples.truth[0])
-        return retrieval(first, second, examples.targets.values[:, 1])
+        return ranking(first, second, examples.targets.values[:, 1]).metrics()
 
 
 def in_batch_loss(first: torch.Tensor, second: torch.Tensor, digests: torch.Tensor) -> torch.Tensor:
@@ -228,35 +273,3 @@ def cosent_loss(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor)
     cosines = _SCALE * (first * second).sum(1)
     gaps = (cosines[None, :] - cosines[:, None])[scores[:, None] > scores[None, :]]
     return F.pad(gaps, (1, 0)).logsumexp(0).expand(len(scores))
-
-
-def retrieval(first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> dict[str, float]:
-    """How high each row's second text stands among all rows', by the cosine with its first.
-
-    Equal second texts count as one. Of equal cosines the worst place counts, so that a model which gives all texts one
-    vector does not look good.
-
-    Args:
-        first: vectors of the first texts, float32 (B, D), of unit length.
-        second: of the second.
-        digests: int64 (B,), equal for equal second texts.
-
-    Returns:
-        mrr, the mean of 1 / place; and recall@1, the share in the first place.
-    """
-    _, distinct, own = np.unique(digests, return_index=True, return_inverse=True)
-    candidates, places = second[distinct], np.empty(len(first), np.int64)
-    for start in range(0, len(first), _RANKED_ROWS):
-        rows = slice(start, start + _RANKED_ROWS)
-        cosines = first[rows] @ candidates.T
-        mine = cosines[np.arange(len(cosines)), own[rows]]
-        places[rows] = (cosines >= mine[:, None]).sum(1)
-    return {"mrr": float((1 / places).mean()), "recall@1": float((places == 1).mean())}
-
-
-def _digests(texts: pa.Array) -> np.ndarray:
-    """A number for each text, equal for equal ones, int64 (B,); the same in every table and process."""
-    digest = (
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8) for text in to_python_strings(texts)
-    )
-    return np.fromiter((int.from_bytes(item.digest(), "big", signed=True) for item in digest), np.int64, len(texts))

@@ -26,7 +26,7 @@ from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, one_of
 from bert_ray.model.tasks.faq_index import FaqIndex, Match
 from bert_ray.model.tasks.faq_report import faq_report
-from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
+from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
 from bert_ray.model.tasks.sections import Section
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, is_text, to_python_strings
 
@@ -185,7 +185,7 @@ class Faq(PooledTask):
         for name, prompt in prompts.items():
             spec = AnnotatorSpec(model=base.reference, options={"prompt": prompt})
             annotator = Annotator(replace(base, card=encoding), spec)
-            found[f"{name}_vectors"] = _matrix(annotator.annotate([pairs[name]]))
+            found[f"{name}_vectors"] = unit_vectors(annotator.annotate([pairs[name]]))
         index = FaqIndex(**found, **pairs)
         card = replace(
             self.card,
@@ -330,11 +330,6 @@ def _pairs(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[dict[str,
     if left < rows:
         notes.append(f"{rows - left} of {rows} rows left out: without a question, an answer or an id")
     return kept, notes
-
-
-def _matrix(vectors: pa.Array) -> np.ndarray:
-    """Embeddings as float32 (N, D) of unit length."""
-    return unit(vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1))
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -122,3 +122,8 @@ class PooledTask(Task):
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors (B, D) scaled to unit length; a zero vector stays."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def unit_vectors(embeddings: pa.Array) -> np.ndarray:
+    """Embeddings, lists of D numbers and none null, as vectors of unit length, float32 (B, D)."""
+    return unit(embeddings.flatten().to_numpy(zero_copy_only=False).reshape(len(embeddings), -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from bert_ray.errors import BundleError, ColumnError, JobError, LakeError
 from bert_ray.evaluation import evaluate as room
 from bert_ray.evaluation.evaluate import Evaluation, evaluate
 from bert_ray.evaluation.job import EvaluateJob
+from bert_ray.model.bundle import load_bundle, save_bundle
 
 TEXTS = ["a great film", "the worst food ever", "so happy with it", "what a waste of money"]
 LABELS = ["positive", "negative", "positive", "negative"]
@@ -165,6 +167,9 @@ def test_bad_tables_are_named(tmp_path: Path, tiny_bundle: Path) -> None:
             attempt(tmp_path / name)
 
 
-def test_a_model_without_labels_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
-    with pytest.raises(BundleError, match="annotates with embedding"):
-        run(tmp_path, tiny_encoder, {"text": TEXTS, "label": LABELS})
+def test_a_model_that_nothing_here_measures_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    bundle = load_bundle(tiny_encoder)
+    card = replace(bundle.card, options={"loss": "cosine"})
+    learned = save_bundle(tmp_path / "model", bundle.model(), bundle.tokenizer(), card)
+    with pytest.raises(BundleError, match=r"annotates with embedding.*--task similarity"):
+        run(tmp_path, learned.directory, {"text": TEXTS, "label": LABELS})

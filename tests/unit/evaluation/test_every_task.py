@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"text": TEXTS, "label": ["a", "b", "c", "a", "b", "c"]},
         {"confusion", "labels", "precision-recall", "mistakes"},
     ),
+    "embedding": ({"text": TEXTS, "text_pair": TEXTS[::-1]}, {"places", "mistakes"}),
     "entities": (
         {
             "text": TEXTS,
@@ -82,7 +83,7 @@ TABLES: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
 }
 # Without truths or metrics: what to measure their bundles as.
-UNMEASURED = {"embedding": "similarity", "mask": "entities"}
+UNMEASURED = {"mask": "entities"}
 MEASURED = sorted(set(TABLES) & set(MAKERS))
 
 Measure = Callable[[str], Evaluation]

@@ -15,10 +15,13 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.errors import BertRayError, BundleError, JobError
+from bert_ray.evaluation.evaluate import evaluate
+from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.inference import local
 from bert_ray.model.bundle import Card, load_bundle, save_bundle
-from bert_ray.model.tasks.embedding import cosent_loss, in_batch_loss, retrieval
+from bert_ray.model.tasks.embedding import cosent_loss, in_batch_loss
 from bert_ray.model.tasks.numbers import correlations
+from bert_ray.model.tasks.retrieval import ranking
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train
 
@@ -101,13 +104,45 @@ def test_losses_are_sentence_transformers_own() -> None:
 def test_retrieval_counts_places() -> None:
     first = np.eye(3, dtype=np.float32)
     second = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0.5]], np.float32)
-    assert retrieval(first, second, np.array([1, 2, 3])) == {
-        "mrr": pytest.approx((1 + 1 / 3 + 1 / 2) / 3),
-        "recall@1": pytest.approx(1 / 3),
-    }
+    found = ranking(first, second, np.array([1, 2, 3]))
+    assert found.metrics() == {"mrr": pytest.approx((1 + 1 / 3 + 1 / 2) / 3), "recall@1": pytest.approx(1 / 3)}
+    assert found.places.tolist() == [1, 3, 2]
+    assert found.nearest[1:].tolist() == [2, 1]
+    assert found.own.tolist() == [1.0, 0.0, 0.5]
+    assert found.other.tolist() == [0.0, 1.0, 1.0]
+    # Equal texts count as one: of two left, the other one is the nearest.
+    twice = ranking(first, second, np.array([1, 2, 1]))
+    assert (twice.candidates, twice.nearest.tolist()) == (2, [1, 0, 1])
     # Where every text has the same vector, nothing is found.
     same = np.ones((4, 2), np.float32)
-    assert retrieval(same, same, np.arange(4))["recall@1"] == 0.0
+    assert ranking(same, same, np.arange(4)).metrics()["recall@1"] == 0.0
+    alone = ranking(same[:1], same[:1], np.zeros(1))
+    assert (alone.metrics()["mrr"], alone.nearest.tolist()) == (1.0, [0])
+
+
+def test_pairs_are_measured_as_in_training(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:
+    """`bert-ray evaluate` on the very rows that training has judged by."""
+    table = pq.read_table(related)
+    paths = {name: tmp_path / f"{name}.parquet" for name in ("train", "validation")}
+    pq.write_table(table.slice(0, 48), paths["train"])
+    # One has no pair, one is its own, one pair stands there twice.
+    more = pa.table({"text": ["alone", "same"], "text_pair": [None, "same"]}, table.select([0, 1]).schema)
+    judged = pa.concat_tables([table.slice(48), table.slice(48, 1)]).select([0, 1])
+    pq.write_table(pa.concat_tables([judged, more]), paths["validation"])
+    data = DataOptions(train=str(paths["train"]), validation=str(paths["validation"]))
+    result = run(tiny_encoder, tmp_path / "model", data)
+    job = EvaluateJob(model=str(result.bundle), table=str(paths["validation"]), output=str(tmp_path / "report"))
+    found = evaluate(job)
+    assert found.figures == pytest.approx({name: result.metrics[name] for name in ("mrr", "recall@1")}, abs=1e-6)
+    assert 0.1 < found.figures["mrr"] < 1.0
+    assert (found.rows, found.without_label, found.faulty) == (len(judged), 1, {"the same text twice": 1})
+    # The more rows, the lower: no two tables' figures can be compared.
+    assert "on this table" not in found.fit.words
+    assert {section.key for section in found.sections} == {"places", "mistakes", "right"}
+    first = found.section("mistakes").cases[0]
+    assert not first.right
+    assert first.said != first.so
+    assert table["text_pair"][48 + first.row % 16].as_py() == first.so
 
 
 def test_pairs_teach_what_belongs_together(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:
