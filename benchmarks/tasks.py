@@ -82,9 +82,11 @@ def save(auto: Any, directory: Path, **settings: Any) -> str:
 
 def translator(scratch: Path) -> tuple[str, int]:
     """A translation model, and the most tokens that it should say."""
-    trained, place = common.ROOT / "out" / "quality" / "en_zh-0", scratch / "translator"
-    if trained.exists():
-        return str(trained), 64
+    place = scratch / "translator"
+    for precision in common.TYPES:
+        trained = common.ROOT / "out" / "quality" / f"en_zh-0-{precision}"
+        if trained.exists():
+            return str(trained), 64
     if place.exists():
         return str(place), 16
     from bert_ray.training.job import DataOptions, TrainJob
