@@ -166,7 +166,7 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
 def tatoeba(source: str, target: str, epochs: int | None = None) -> Case:
-    """Translation of Tatoeba's sentences: in an hour's time, or in so many epochs beside the same from random weights."""
+    """Tatoeba, translated: in an hour's time, or in so many epochs beside the same from random weights."""
     title, short = f"Tatoeba, {LANGUAGES[source]} to {LANGUAGES[target]}", epochs is not None
     settings = {"learning_rate": 5e-4, "batch_size": 64, "max_length": 128, "label_smoothing": 0.1}
     return Case(
