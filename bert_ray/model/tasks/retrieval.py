@@ -14,8 +14,8 @@ import pyarrow as pa
 from bert_ray.model.tasks.sections import Case, Cases, Section, Table, shown, strings_at
 from bert_ray.model.tokenization import to_python_strings
 
-# Rows of the matrix of cosines that are made at a time.
-_ROWS = 1024
+# Cosines that are held at a time: 256 MB.
+_COSINES = 2**26
 # Places that the report's table names.
 _PLACES = (1, 3, 5, 10, 100)
 
@@ -58,8 +58,9 @@ def ranking(first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> Ranki
     candidates, rows = second[distinct], len(first)
     places, nearest = np.empty(rows, np.int64), np.empty(rows, np.int64)
     mine, other = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    for start in range(0, rows, _ROWS):
-        some = slice(start, start + _ROWS)
+    step = max(1, _COSINES // max(1, len(candidates)))
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
         cosines = first[some] @ candidates.T
         at = np.arange(len(cosines)), own[some]
         mine[some] = cosines[at]
