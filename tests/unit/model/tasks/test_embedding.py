@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,10 @@ def test_pairs_are_measured_as_in_training(tiny_encoder: Path, related: Path, tm
     assert (found.rows, found.without_label, found.faulty) == (len(judged), 1, {"the same text twice": 1})
     # The more rows, the lower: no two tables' figures can be compared.
     assert "on this table" not in found.fit.words
+    assert not found.warnings
+    assert (
+        "48 of the 48 rows also stand in the training data" in evaluate(replace(job, table=str(paths["train"]))).text()
+    )
     assert {section.key for section in found.sections} == {"places", "mistakes", "right"}
     first = found.section("mistakes").cases[0]
     assert not first.right
