@@ -197,14 +197,17 @@ def write_table(results: dict[str, Any]) -> None:
             beside = _shown(other, case) + (f" in {its_precision}" if its_precision != precision else "")
         elif case.given:
             beside = f"{case.given[0]:.4f} ({case.given[1]})"
+        elif case.beside:
+            same, _ = _alike(results.get(case.beside, {}).get("ours", {}))
+            beside = f"{_shown(same, case)} (from MiniLM)" if same else "not run yet"
         else:
-            beside = "not run yet" if case.reference else "none does it"
+            beside = "not run yet" if case.reference else "none"
         tfidf = results[name].get("tfidf", {})
         dates = sorted(run["date"] for run in found.values())
         measures = "; ".join(filter(None, (case.measure, case.also)))
         lines.append(
             f"| {case.title} | {measures} | {_shown(found, case)} | {beside} | {_mean(tfidf) if tfidf else ''} | "
-            f"{case.least if case.least is not None else 'the reference'} | {len(found)} | {precision} | "
+            f"{_aim(case)} | {len(found)} | {precision} | "
             f"{dates[-1]} |"
         )
     lines.append("")
@@ -220,6 +223,14 @@ def write_table(results: dict[str, Any]) -> None:
     lines.append(f"Ours with dropout of attention weights, as the Trainer: {'; '.join(same)}. The others without.")
     lines += ["", f"Machine of the last run: {machine['cpu']}, {machine['cores']} cores; versions in quality.json.", ""]
     (common.RESULTS / "quality.md").write_text("\n".join(lines), "utf-8")
+
+
+def _aim(case: Case) -> str:
+    if case.least is not None:
+        return f"{case.least}"
+    if case.reference or case.beside:
+        return "the reference"
+    return "TF-IDF" if case.tfidf else ""
 
 
 def _alike(runs: dict[str, Any]) -> tuple[dict[str, Any], str]:
