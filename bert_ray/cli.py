@@ -220,7 +220,7 @@ def plan(argv: Sequence[str]) -> int:
 
     examples = """\
   bert-ray plan jobs/finetune.yaml --gpu a100 --gpus 4 --price 1.8
-  bert-ray plan jobs/pretrain.yaml --gpu h100 --gpus 64 --network-gbps 3200 --output plan.html
+  bert-ray plan jobs/pretrain.yaml micro_batches=64 --gpu h100 --gpus 64 --network-gbps 3200 --output plan.html
   bert-ray plan jobs/pretrain.yaml --train zero_stage=2,activation_checkpointing=true"""
     job = load_job(PlanJob, argv, command="bert-ray plan", positionals=("job",), job_file=False, examples=examples)
     from bert_ray.planning.plan import plan as run
@@ -351,7 +351,7 @@ def _help() -> str:
         "Flags (--key value) and key=value mean the same and win over the job file.",
         "",
         "exit status: 0 done; 1 ended with rows or units that failed; 2 command, job file or model at fault;",
-        "             130 stopped by Ctrl-C, 143 by SIGTERM; 70 a bug",
+        "             130 stopped by Ctrl-C, 143 by SIGTERM; 141 nobody read the output; 70 a bug",
     ]
     return "\n".join(lines)
 

@@ -48,7 +48,8 @@ _STOP_TIMEOUT_SECONDS = 60.0
 class SubmitOptions:
     """Hand a job to a cluster: to Ray by its Jobs API, to Spark by spark-submit in client mode.
 
-    All other keys are the job's own and win over its file, as with `bert-ray annotate` and `bert-ray train`.
+    All other keys are the job's own and win over its file, as with `bert-ray annotate`, `bert-ray train`
+    and `bert-ray corpus`; which of them it is, they tell.
 
     Attributes:
         to: the kind of cluster. The job runs on that engine, whatever its file says.

@@ -117,9 +117,12 @@ def _bundles(directory: Path) -> dict[str, str]:
 
     directory = directory.expanduser()
     alone = [directory] if _is_bundle(directory) else []
-    found = {}
+    found: dict[str, str] = {}
     for path in alone or sorted(path for path in directory.iterdir() if path.is_dir() and _is_bundle(path)):
-        found[load_bundle(path).card.name or path.name] = str(path)
+        name = load_bundle(path).card.name or path.name
+        if name in found:
+            raise JobError(f"{found[name]} and {path} are both named {name!r}: give references by name instead")
+        found[name] = str(path)
     return found
 
 

@@ -143,7 +143,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """
     found = local_target(path)
     if not found.exists():
-        raise LakeError(f"there is no {found}: the input is a directory of Parquet files, or one such file")
+        raise LakeError(f"there is no {found}: the input is a directory of files, or one file")
     return found
 
 

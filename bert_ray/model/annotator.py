@@ -166,16 +166,15 @@ class Annotator:
         """Raise a ColumnError that names the remedy where a table of this schema cannot be annotated."""
         for task_input, name in zip(self.task.inputs, self.input_columns, strict=True):
             found = schema.get_all_field_indices(name)
+            flag = "--column" if len(self.task.inputs) == 1 else f"--columns.{task_input}"
             if not found:
                 near = difflib.get_close_matches(name, schema.names, n=3, cutoff=0.5)
                 hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {schema.names}."
-                raise ColumnError(
-                    f"no column {name!r} for the task's input {task_input!r}; {hint} Name it with --column"
-                )
+                raise ColumnError(f"no column {name!r} for the task's input {task_input!r}; {hint} Name it with {flag}")
             if len(found) > 1:
                 raise ColumnError(f"column {name!r} stands {len(found)} times in the table; rename all but one")
             if not self.task.readable(task_input, kind := schema.field(found[0]).type):
-                raise ColumnError(f"column {name!r} is {kind}, not text: cast it, or name another with --column")
+                raise ColumnError(f"column {name!r} is {kind}, not text: cast it, or name another with {flag}")
         if self.output_field.name in schema.names:
             raise ColumnError(
                 f"the table already has a column {self.output_field.name!r}; give the annotation another name "

@@ -254,10 +254,11 @@ def recommend(ranked: list[Candidate]) -> tuple[Candidate, str]:
     chosen = baseline if baseline in as_good else max(as_good, key=lambda item: item.rows_per_second)
     if chosen is baseline and len(ranked) > 1:
         other = next(item for item in ranked if item is not baseline)
+        better = chosen is best and _worse(other, chosen)
+        how, chance = ("better than", "") if better else ("as good as", "; the difference is within chance")
         return chosen, (
-            f"take {chosen.name}: with {chosen.accuracy:.3f} it is as good as the best BERT here ({other.name}, "
-            f"{other.accuracy:.3f}; the difference is within chance) and {_times(chosen, other)} as fast. "
-            "More labelled rows may change that"
+            f"take {chosen.name}: with {chosen.accuracy:.3f} it is {how} the best BERT here ({other.name}, "
+            f"{other.accuracy:.3f}{chance}) and {_times(chosen, other)} as fast. More labelled rows may change that"
         )
     reason = f"take {chosen.name}: accuracy {chosen.accuracy:.3f}"
     if chosen is not best:
@@ -292,7 +293,7 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
     from bert_ray.training.data import read_labelled
 
     task = get_task(Card(task="classification"))
-    table = read_labelled(job.table, task, job.columns)
+    table = read_labelled(job.table, task, job.columns, key="--columns")
     for note in table.notes:
         tell(f"note: {note}")
     task.labels_in(table.truth)

@@ -115,13 +115,16 @@ class TrainingData:
         return hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()[:16]
 
 
-def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = None) -> LabelledTable:
+def read_labelled(
+    path: str, task: Task, columns: Mapping[str, str] | None = None, key: str = "data.columns"
+) -> LabelledTable:
     """Read a task's input and truth columns of a Parquet file or directory; leave out rows that cannot be used.
 
     Args:
         path: the table.
         task: says which columns.
         columns: table columns by the task's inputs and truths; what is not named reads the column of its own name.
+        key: under which the user names them.
 
     Raises:
         JobError: nothing there, not Parquet, no usable row.
@@ -129,15 +132,15 @@ def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = Non
     """
     names = {name: (columns or {}).get(name, name) for name in (*task.inputs, *task.truths)}
     if strange := sorted(set(columns or {}) - set(names)):
-        raise ColumnError(f"data.columns names {strange[0]!r}; task {task.kind} learns from {', '.join(names)}")
+        raise ColumnError(f"{key} names {strange[0]!r}; task {task.kind} learns from {', '.join(names)}")
     for truth_name in task.truths:
         for task_input in task.inputs:
             if names[truth_name] == names[task_input]:
                 raise JobError(
-                    f"data.columns: {truth_name} and {task_input} both name the column {names[truth_name]!r}; a model "
+                    f"{key}: {truth_name} and {task_input} both name the column {names[truth_name]!r}; a model "
                     "cannot learn a column from itself"
                 )
-    table = read_columns(path, names)
+    table = read_columns(path, names, key=key)
     if table.num_rows == 0:
         raise JobError(f"{path} has no rows: there is nothing to learn from")
     try:
@@ -151,8 +154,7 @@ def read_labelled(path: str, task: Task, columns: Mapping[str, str] | None = Non
         for name, array in zip(task.truths, truth, strict=True):
             if array.null_count == len(array):
                 raise JobError(
-                    f"{path}: column {names[name]!r} is null in all {len(array)} rows; name another with "
-                    f"data.columns.{name}"
+                    f"{path}: column {names[name]!r} is null in all {len(array)} rows; name another with {key}.{name}"
                 )
     found = LabelledTable(path=path, inputs=list(inputs), truth=list(truth))
     usable = _usable(found, task)
@@ -354,13 +356,16 @@ def _examples(task: Task, tokenize: Tokenizer, table: LabelledTable) -> Examples
         raise ColumnError(f"{table.path}: {error}") from error
 
 
-def read_columns(path: str, names: Mapping[str, str], optional: Collection[str] = ()) -> pa.Table:
+def read_columns(
+    path: str, names: Mapping[str, str], optional: Collection[str] = (), key: str = "data.columns"
+) -> pa.Table:
     """Read columns of a Parquet file or directory, also on a store (`s3://bucket/train`).
 
     Args:
         path: the table.
         names: what a task calls a column -> the table's column.
         optional: keys of `names` that the table may lack.
+        key: under which the user names them.
 
     Raises:
         JobError: nothing there, not Parquet.
@@ -381,11 +386,11 @@ def read_columns(path: str, names: Mapping[str, str], optional: Collection[str] 
     if not dataset.files:
         raise JobError(f"{path} holds no Parquet file")
     names = {key: column for key, column in names.items() if column in known or key not in optional}
-    for key, column in names.items():
+    for name, column in names.items():
         if column not in known:
             near = difflib.get_close_matches(column, known, 3, 0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, known))}"
-            raise ColumnError(f"{path} has no column {column!r}; {hint} Name it with data.columns.{key}")
+            raise ColumnError(f"{path} has no column {column!r}; {hint} Name it with {key}.{name}")
     try:
         return dataset.to_table(columns=list(dict.fromkeys(names.values())))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:

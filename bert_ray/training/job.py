@@ -365,6 +365,11 @@ class TrainJob:
             f"loss_spike is {self.loss_spike}; give 0 (say nothing) or a factor above 1, such as 1.5",
         )
         _check(
+            self.micro_batches is None or self.workers <= self.micro_batches,
+            f"workers is {self.workers}, but a step has {self.micro_batches} micro_batches: those beyond would have "
+            f"nothing to do; give micro_batches={self.workers} or more",
+        )
+        _check(
             self.micro_batches is None or self.gradient_accumulation == 1,
             "micro_batches and gradient_accumulation say the same in two ways: give one of them",
         )

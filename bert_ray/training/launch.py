@@ -217,6 +217,13 @@ def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> 
     table = table or read_labelled(job.data.train, task, job.data.columns)
     task.card.labels = labels_for(job, task, table)
     data, notes = training_data(job, table, task, task.tokenizer(base.tokenizer()))
+    if job.augmentation.any:
+        import torch
+
+        from bert_ray.training.augmentation import Augmentation
+
+        # Made for its errors alone: on a worker they would come when the run has begun, and count as its death.
+        Augmentation(job.augmentation, base.tokenizer(), task.card.max_length, job.seed, torch.device("cpu"))
     return task.card, data, notes
 
 

@@ -68,7 +68,7 @@ def marks_and_texts(
 def test_where_words_decide_the_baseline_is_recommended(tmp_path: Path, tiny_encoder: Path) -> None:
     choice, told = run(word_decides(400), tmp_path, models=[str(tiny_encoder)], epochs=1, first_rows=100)
     assert choice.recommended.name == BASELINE
-    assert "as good as the best BERT here" in choice.reason
+    assert "the best BERT here" in choice.reason
     assert choice.test_rows == 100
     assert {item.name.rpartition(", ")[2] for item in choice.candidates} == {
         BASELINE,
@@ -207,6 +207,15 @@ def test_a_bert_that_is_better_beyond_chance_is_recommended() -> None:
     best, reason = recommend([candidate("bert", better, 50.0), candidate(BASELINE, worse, 50_000.0)])
     assert best.name == "bert"
     assert BASELINE in reason
+
+
+def test_a_baseline_that_is_better_beyond_chance_is_said_to_be() -> None:
+    right = np.arange(30)
+    for other, how in ((right < 18, "it is better than the best BERT"), (right < 25, "it is as good as the best BERT")):
+        best, reason = recommend([candidate(BASELINE, right < 26, 50_000.0), candidate("bert", other, 50.0)])
+        assert best.name == BASELINE
+        assert how in reason
+        assert ("within chance" in reason) is ("as good" in how)
 
 
 def test_of_two_as_good_the_faster_is_recommended() -> None:

