@@ -120,7 +120,11 @@ def test_a_worker_is_killed_and_another_hangs(
             "workers is 2, but Ray has 8 CPUs and 1 GPUs: give fewer .*CUDA_VISIBLE_DEVICES",
         ),
         ({"min_workers": 1}, {"CPU": 8.0, "GPU": 1.0}, True),
-        ({"workers": 4, "min_workers": 3}, {"CPU": 8.0, "GPU": 1.0}, "min_workers is 3, but Ray has 8 CPUs and 1 GPUs"),
+        (
+            {"workers": 4, "min_workers": 3, "micro_batches": 4},
+            {"CPU": 8.0, "GPU": 1.0},
+            "min_workers is 3, but Ray has 8 CPUs and 1 GPUs",
+        ),
         ({}, {"CPU": 1.0}, "workers is 2, but Ray has 1 CPUs and 0 GPUs: give fewer workers, or add nodes$"),
     ],
 )

@@ -298,7 +298,7 @@ def test_a_corpus_says_vocabulary_and_rows(pretraining: Path, tiny_encoder: Path
     tokenizer = load_bundle(tiny_encoder).tokenizer()
     corpus = make_corpus(tmp_path / "corpus", tokenizer, ["a great film"] * 30 + ["the food was bad and"] * 10)
     words = [f"data.train={corpus}", "steps=null", "epochs=4", "batch_tokens=55", "micro_batches=2"]
-    found = plan(PlanJob(job=str(pretraining), train=[*words, "gradient_accumulation=1"]))
+    found = plan(PlanJob(job=str(pretraining), gpus=8, train=[*words, "workers=2", "gradient_accumulation=1"]))
     assert found.work.dims.vocabulary == max(tokenizer.get_vocab().values()) + 1
     # Three and five words, [CLS] and [SEP]: 30 rows of 5 tokens, 10 of 7.
     assert found.work.row_tokens == 220 / 40

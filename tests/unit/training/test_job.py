@@ -33,6 +33,7 @@ def job(**settings: object) -> TrainJob:
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 2, "gradient_accumulation": 4}, "gradient_accumulation 4 exceeds"),
+        ({"workers": 3, "micro_batches": 2}, "give micro_batches=3 or more"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"warmup": 1.0}, "warmup is 1.0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
