@@ -220,7 +220,7 @@ def plan(argv: Sequence[str]) -> int:
 
     examples = """\
   bert-ray plan jobs/finetune.yaml --gpu a100 --gpus 4 --price 1.8
-  bert-ray plan jobs/pretrain.yaml micro_batches=64 --gpu h100 --gpus 64 --network-gbps 3200 --output plan.html
+  bert-ray plan jobs/pretrain.yaml --train micro_batches=64 --gpu h100 --gpus 64 --network-gbps 3200 --output plan.html
   bert-ray plan jobs/pretrain.yaml --train zero_stage=2,activation_checkpointing=true"""
     job = load_job(PlanJob, argv, command="bert-ray plan", positionals=("job",), job_file=False, examples=examples)
     from bert_ray.planning.plan import plan as run
