@@ -19,8 +19,8 @@ class EvaluateJob:
         columns: table columns by the task's inputs and truths (`label`, `answer_text`, …), where their names differ.
         task: another task to run with the model than its own: `similarity` or `zero-shot` on an encoder, say.
         options: of the task, over those on the model's card.
-        label: the column that holds what is so, where the task compares with one: labels (strings, or integers and
-            booleans, which are positions in the model's labels), numbers, entities, ids.
+        label: the column that holds what is so, where the task compares with one: labels (the model's names, also as
+            integers; or integers and booleans that are positions among them), numbers, entities, ids.
         output: directory for report.html and metrics.json; made where it is missing, those two files replaced.
         mistakes: how many mistakes the report shows; a quarter as many rows that are right.
         batch_tokens: tokens in a packed batch; default: what suits the device.

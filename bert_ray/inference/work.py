@@ -139,6 +139,8 @@ def _annotate(work: Work, unit: Unit, journal: Journal, watch: Callable[[int], N
         raise _Lasting from error
     began, clock = time.time(), time.perf_counter()
     rows = 0
+    if watch:
+        watch(0)  # So that the first batch's time counts.
     destination = part_path(Path(work.output), unit)
     with journal.temporary(unit.id) as temporary:
         with writing(Path(work.output), temporary, work.schema, _metadata(work, unit)) as writer:

@@ -389,7 +389,7 @@ def read_columns(
     for name, column in names.items():
         if column not in known:
             near = difflib.get_close_matches(column, known, 3, 0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, known))}"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, known))}."
             raise ColumnError(f"{path} has no column {column!r}; {hint} Name it with {key}.{name}")
     try:
         return dataset.to_table(columns=list(dict.fromkeys(names.values())))

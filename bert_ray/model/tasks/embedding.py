@@ -28,7 +28,7 @@ from bert_ray.model.tasks.base import Learning, Options, Outputs, one_of, set_dr
 from bert_ray.model.tasks.numbers import correlations, numbers
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
 from bert_ray.model.tasks.retrieval import Ranking, digests_of, ranking, ranking_report
-from bert_ray.model.tokenization import Pieces
+from bert_ray.model.tokenization import Pieces, is_blank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -167,11 +167,16 @@ class Embedding(PooledTask):
         return [self.read(name, array, name) for name, array in zip(self.truths, so, strict=True)], texts
 
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
-        """Scores that are no numbers; without scores, pairs of a text with itself."""
+        """Scores that are no numbers; without scores, blank texts and pairs of a text with itself."""
         if self.truths == ("label",):
             return {"a label that is NaN or infinite": ~np.isfinite(truth[0].to_numpy(zero_copy_only=False))}
-        same = pc.fill_null(pc.equal(*inputs, *truth), False)
-        return {"the same text twice": same.to_numpy(zero_copy_only=False)}
+        first, second = (*inputs, *truth)
+        blank = pc.or_(is_blank(first), is_blank(second))
+        same = pc.and_not(pc.equal(first, second), blank)
+        return {
+            what: pc.fill_null(where, False).to_numpy(zero_copy_only=False)
+            for what, where in (("a blank text", blank), ("the same text twice", same))
+        }
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
         """None; but scores must differ.

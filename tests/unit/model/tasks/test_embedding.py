@@ -126,8 +126,8 @@ def test_pairs_are_measured_as_in_training(tiny_encoder: Path, related: Path, tm
     table = pq.read_table(related)
     paths = {name: tmp_path / f"{name}.parquet" for name in ("train", "validation")}
     pq.write_table(table.slice(0, 48), paths["train"])
-    # One has no pair, one is its own, one pair stands there twice.
-    more = pa.table({"text": ["alone", "same"], "text_pair": [None, "same"]}, table.select([0, 1]).schema)
+    # One has no pair, one is its own, one is blank, one pair stands there twice.
+    more = pa.table({"text": ["alone", "same", " "], "text_pair": [None, "same", "a"]}, table.select([0, 1]).schema)
     judged = pa.concat_tables([table.slice(48), table.slice(48, 1)]).select([0, 1])
     pq.write_table(pa.concat_tables([judged, more]), paths["validation"])
     data = DataOptions(train=str(paths["train"]), validation=str(paths["validation"]))
@@ -136,7 +136,11 @@ def test_pairs_are_measured_as_in_training(tiny_encoder: Path, related: Path, tm
     found = evaluate(job)
     assert found.figures == pytest.approx({name: result.metrics[name] for name in ("mrr", "recall@1")}, abs=1e-6)
     assert 0.1 < found.figures["mrr"] < 1.0
-    assert (found.rows, found.without_label, found.faulty) == (len(judged), 1, {"the same text twice": 1})
+    assert (found.rows, found.without_label, found.faulty) == (
+        len(judged),
+        1,
+        {"a blank text": 1, "the same text twice": 1},
+    )
     # The more rows, the lower: no two tables' figures can be compared.
     assert "on this table" not in found.fit.words
     assert not found.warnings
