@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -96,4 +97,10 @@ def each_done(items: Sequence[str], do: Callable[[pa.Table], pa.Table], **how: A
             for batch in batches:
                 yield from batch["outcome"].to_pylist()
     except ray.exceptions.RayError as error:
-        raise EngineError(f"Ray gave up: {' '.join(str(error).split())[:500]}") from error
+        raise EngineError(f"Ray gave up: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What ended it in one line: of a worker's error, which comes as the text of its traceback, the first cause."""
+    cause = re.search(r"^[\w.]*(?:Error|Exception): .*", str(error), re.MULTILINE)
+    return " ".join((cause.group() if cause else str(error)).split())[:500]

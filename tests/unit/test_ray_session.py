@@ -28,7 +28,9 @@ def test_each_item_is_done_and_one_that_fails_ends_the_work(ray_session: None) -
     with session(RayOptions()), quiet_data():
         assert ray.is_initialized()
         assert sorted(each_done(["2", "1"], do)) == ["1 done", "2 done"]
-        with pytest.raises(EngineError, match=r"Ray gave up: .*invalid literal"):
+        with pytest.raises(
+            EngineError, match=r"^Ray gave up: ValueError: invalid literal for int.. with base 10: 'one'$"
+        ):
             list(each_done(["one"], do))
     assert ray.is_initialized(), "a session that was there before is not closed"
 
