@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ def test_a_directory_of_bundles(spark: Any, tiny_bundle: Path, tmp_path: Path) -
         functions.register(spark, tmp_path)
     with pytest.raises(JobError, match="there is no directory"):
         functions.register(spark, tmp_path / "missing")
+    for name in ("one", "other"):
+        shutil.copytree(tiny_bundle, tmp_path / name)
+    with pytest.raises(JobError, match=r"one and .*other are both named"):
+        functions.register(spark, tmp_path)
 
 
 def test_a_model_for_another_task(spark: Any, tiny_encoder: Path) -> None:
