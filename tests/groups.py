@@ -7,13 +7,16 @@ import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from tests.processes import begin, context
+
+if TYPE_CHECKING:
+    from bert_ray.training.loop import Loop
 
 
 def in_group(world: int, work: Callable[..., Any], *arguments: Any, timeout_sec: float = 300) -> Any:
@@ -79,7 +82,7 @@ def reviews_job(encoder: Path, root: Path, **settings: Any) -> TrainJob:
     )
 
 
-def group_loop(job: TrainJob, directory: Path, callback: Callable[[Any], None] | None = None) -> Any:
+def group_loop(job: TrainJob, directory: Path, callback: Callable[[Any], None] | None = None) -> Loop:
     """The loop in this process's group, as `ray_train._worker` makes it."""
     import torch
 
@@ -122,7 +125,7 @@ def run_loop(job: TrainJob, directory: Path, stop: int | None = None) -> list[di
             raise Stop
 
     try:
-        return group_loop(job, directory, callback).run().history  # type: ignore[no-any-return]
+        return group_loop(job, directory, callback).run().history
     except Stop:
         return []
 

@@ -254,7 +254,7 @@ def recommend(ranked: list[Candidate]) -> tuple[Candidate, str]:
     chosen = baseline if baseline in as_good else max(as_good, key=lambda item: item.rows_per_second)
     if chosen is baseline and len(ranked) > 1:
         other = next(item for item in ranked if item is not baseline)
-        better = chosen is best and _worse(other, chosen)
+        better = _worse(other, chosen)
         how, chance = ("better than", "") if better else ("as good as", "; the difference is within chance")
         return chosen, (
             f"take {chosen.name}: with {chosen.accuracy:.3f} it is {how} the best BERT here ({other.name}, "

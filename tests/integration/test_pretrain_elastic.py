@@ -52,7 +52,7 @@ def spoil_gradient(job: TrainJob, directory: Path, step: int) -> int | None:
         backward(loss * float("nan") if rank == 1 and loop.done == step else loss)
 
     loop.stepper.backward = spoiled
-    return loop.run().diverged  # type: ignore[no-any-return]
+    return loop.run().diverged
 
 
 def three_workers(job: TrainJob, root: Path) -> dict[str, Any]:

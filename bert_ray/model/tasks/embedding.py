@@ -122,9 +122,8 @@ class Embedding(PooledTask):
         if self._ranked is None or self._ranked[0] is not annotations:
             assert self._annotator is not None, "prepare comes first"
             texts = pairs.dictionary_encode()
-            vectors = unit_vectors(self._annotator.annotate([texts.dictionary]))
-            second = vectors[texts.indices.to_numpy()]
-            self._ranked = annotations, ranking(unit_vectors(annotations), second, digests_of(pairs))
+            vectors, codes = unit_vectors(self._annotator.annotate([texts.dictionary])), texts.indices.to_numpy()
+            self._ranked = annotations, ranking(unit_vectors(annotations), vectors[codes], codes)
         return self._ranked[1]
 
     # Training.

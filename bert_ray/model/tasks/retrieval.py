@@ -52,7 +52,7 @@ def ranking(first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> Ranki
     Args:
         first: vectors of the first texts, float32 (B, D), of unit length.
         second: of the second.
-        digests: int64 (B,), equal for equal second texts.
+        digests: whole numbers (B,), equal for equal second texts.
     """
     _, distinct, own = np.unique(digests, return_index=True, return_inverse=True)
     candidates, rows = second[distinct], len(first)
