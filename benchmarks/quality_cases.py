@@ -129,6 +129,16 @@ def faq() -> Split:
     return table.select(["id", "question", "answer"]), table.select(["question", "id"])
 
 
+def sample(split: Split, train: int, test: int | None = None) -> Split:
+    """So many rows of each, drawn with a fixed seed; test None: all that there are."""
+    draw = np.random.default_rng(0)
+
+    def drawn(table: pa.Table, rows: int | None) -> pa.Table:
+        return table if rows is None else table.take(pa.array(draw.permutation(len(table))[:rows]))
+
+    return drawn(split[0], train), drawn(split[1], test)
+
+
 def answer_stands(row: dict[str, Any]) -> bool:
     """Whether a row's answer stands in its context at its offset."""
     return row["context"].startswith(row["answer_text"], int(row["answer_start"]))
@@ -257,6 +267,16 @@ CASES: dict[str, Case] = {
         tfidf=True,
         minutes=130,
     ),
+    "imdb_1000": Case(
+        title="IMDB, 1,000 -> 2,000 of test, the first 512 tokens",
+        task="classification",
+        measure="accuracy",
+        split=lambda: sample(files("imdb"), 1000, 2000),
+        settings={"epochs": 3, "learning_rate": 1e-4, "max_length": 512, "batch_size": 16},
+        reference="sequences",
+        tfidf=True,
+        minutes=8,
+    ),
     "sms_spam": Case(
         title="SMS spam, split by hash 80/20",
         task="classification",
@@ -287,6 +307,16 @@ CASES: dict[str, Case] = {
         reference="sequences",
         tfidf=True,
         minutes=20,
+    ),
+    "tnews_8000": Case(
+        title="TNEWS (Chinese), 15 topics, 8,000 -> test",
+        task="classification",
+        measure="accuracy",
+        split=lambda: sample(files("tnews"), 8000),
+        settings={"epochs": 3, "learning_rate": 1e-4},
+        reference="sequences",
+        tfidf=True,
+        minutes=6,
     ),
     "lcqmc": Case(
         title="LCQMC (Chinese), pairs",
