@@ -4,6 +4,14 @@ The command line prints them as `error: …` and exits with status 2. Every clas
 raised on a worker pickles its way back to the driver unchanged.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+# Names that an error lists before it counts the rest.
+_MOST_NAMES = 20
+
 
 class BertRayError(Exception):
     """Base of every error that is the caller's to mend."""
@@ -18,7 +26,7 @@ class ColumnError(BertRayError):
 
 
 class LakeError(BertRayError):
-    """An input or output table cannot be read, listed or written."""
+    """A table, a corpus or a directory of checkpoints cannot be read, listed or written."""
 
 
 class JobError(BertRayError, ValueError):
@@ -31,3 +39,12 @@ class EngineError(BertRayError):
 
 class Stopped(Exception):
     """A run was asked to stop (SIGTERM) and did, with a checkpoint to go on from; the message says where."""
+
+
+def meant(name: str, known: Sequence[str]) -> str:
+    """What an error says of a name that is not known: those near it, else what there is."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return f"there are {', '.join(map(repr, known[:_MOST_NAMES]))}{more}." if known else "there are none."

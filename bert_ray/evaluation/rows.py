@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from bert_ray.errors import ColumnError, LakeError
+from bert_ray.errors import ColumnError, LakeError, meant
 from bert_ray.training.data import one_array, usable_rows
 
 if TYPE_CHECKING:
@@ -102,10 +101,8 @@ def read_rows(table: pads.Dataset, path: str, task: Task, columns: Mapping[str, 
 def _check(column: str, name: str, known: list[str], path: str) -> None:
     if column in known:
         return
-    near = difflib.get_close_matches(column, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {known}."
     flag = "--label" if name == "label" else f"--columns.{name}"
-    raise ColumnError(f"{path} has no {name} column {column!r}; {hint} Name it with {flag}")
+    raise ColumnError(f"{path} has no {name} column {column!r}; {meant(column, known)} Name it with {flag}")
 
 
 def _comparable(task: Task, inputs: list[pa.Array], truth: list[pa.Array]) -> Rows:

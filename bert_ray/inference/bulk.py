@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from bert_ray import __version__
-from bert_ray.errors import ColumnError, EngineError, JobError, LakeError
+from bert_ray.errors import ColumnError, EngineError, JobError, LakeError, meant
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
@@ -357,12 +357,9 @@ def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
 def _kept(job: AnnotateJob, schema: Any, partitions: tuple[str, ...]) -> tuple[str, ...]:
     if job.keep is None:
         return tuple(name for name in schema.names if name not in partitions)
-    from difflib import get_close_matches
-
     for name in job.keep:
         if name not in schema.names:
-            near = get_close_matches(name, schema.names, n=3, cutoff=0.5) or schema.names
-            raise ColumnError(f"keep: the table has no column {name!r}, near it are: {', '.join(near)}")
+            raise ColumnError(f"keep: the table has no column {name!r}; {meant(name, schema.names)}")
     # The directories keep the partition columns; the files do not repeat them.
     return tuple(name for name in job.keep if name not in partitions)
 

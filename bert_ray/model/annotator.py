@@ -10,7 +10,6 @@ Shapes: B rows, U distinct rows, P pieces of tokens, T tokens of all of them, C 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.errors import BundleError, ColumnError, JobError, meant
 from bert_ray.model.bundle import Bundle, load_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.inference_encoder import InferenceEncoder
@@ -168,8 +167,7 @@ class Annotator:
             found = schema.get_all_field_indices(name)
             flag = "--column" if len(self.task.inputs) == 1 else f"--columns.{task_input}"
             if not found:
-                near = difflib.get_close_matches(name, schema.names, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {schema.names}."
+                hint = meant(name, schema.names)
                 raise ColumnError(f"no column {name!r} for the task's input {task_input!r}; {hint} Name it with {flag}")
             if len(found) > 1:
                 raise ColumnError(f"column {name!r} stands {len(found)} times in the table; rename all but one")

@@ -28,7 +28,7 @@ from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.files import sync, write_json
 from bert_ray.training.run_directory import RUN_FILE
 
@@ -147,7 +147,7 @@ class Checkpoints:
         """Whose checkpoints these are, as `begin` was told; {} where nothing says so, None where nothing lies here.
 
         Raises:
-            JobError: the store that they lie on does not answer.
+            LakeError: the store that they lie on does not answer.
         """
         try:
             if RUN_FILE in self._names():
@@ -155,7 +155,7 @@ class Checkpoints:
                 return dict(json.loads(text))
             return {} if self.names() else None
         except OSError as error:
-            raise JobError(f"the checkpoints in {self.where} cannot be listed: {error}") from error
+            raise LakeError(f"the checkpoints in {self.where} cannot be listed: {error}") from error
         except ValueError:
             return {}
 
@@ -163,7 +163,7 @@ class Checkpoints:
         """Say whose checkpoints will lie here, before there are any.
 
         Raises:
-            JobError: it cannot be written.
+            LakeError: it cannot be written.
         """
         try:
             if self._store is not None:
@@ -172,13 +172,13 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_json(self.directory / RUN_FILE, run)
         except OSError as error:
-            raise JobError(f"checkpoint.directory {self.where} cannot be written: {error}") from error
+            raise LakeError(f"checkpoint.directory {self.where} cannot be written: {error}") from error
 
     def save(self, step: int, state: dict[str, torch.Tensor], position: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all, also through a kill or a power cut; then drop damaged and oldest.
 
         Raises:
-            JobError: it cannot be written (the disk is full, say); those before it are as they were.
+            LakeError: it cannot be written (the disk is full, say); those before it are as they were.
         """
         name = f"step-{step:08d}"
         try:
@@ -194,24 +194,26 @@ class Checkpoints:
         except WRITE_ERRORS as error:
             raise self.failed(f"checkpoint {name} to {self.where}", error, name) from error
 
-    def failed(self, what: str, error: Exception, name: str | None = None) -> JobError:
+    def failed(self, what: str, error: Exception, name: str | None = None) -> LakeError:
         """The error that `what` could not be written, which says where the run goes on from; `name` is not whole."""
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         before = [other for other in self.whole() if other != name]
         last = f"the last whole checkpoint is {before[-1]}" if before else "there is no checkpoint before it"
-        return JobError(f"cannot write {what}: {why}; {last}. When that is mended, the same command goes on from there")
+        return LakeError(
+            f"cannot write {what}: {why}; {last}. When that is mended, the same command goes on from there"
+        )
 
     def latest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint; None where there is none. `damaged` then says what was passed over.
 
         Raises:
-            JobError: the disk or the store that they lie on does not answer, or there is no room for a copy.
+            LakeError: the disk or the store that they lie on does not answer, or there is no room for a copy.
         """
         self.damaged = {}
         try:
             names = self.names()
         except OSError as error:
-            raise JobError(f"the checkpoints in {self.where} cannot be listed: {error}") from error
+            raise LakeError(f"the checkpoints in {self.where} cannot be listed: {error}") from error
         for name in reversed(names):
             copy = None
             try:
@@ -227,7 +229,7 @@ class Checkpoints:
                 self.damaged[name] = f"checkpoint {self.where}/{name} is damaged and skipped: {error}"
                 continue
             except OSError as error:
-                raise JobError(
+                raise LakeError(
                     f"checkpoint {self.where}/{name} cannot be read: {error}; when that is mended, the same command "
                     "goes on from there (delete the checkpoint to go on from the one before)"
                 ) from error

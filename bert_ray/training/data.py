@@ -6,7 +6,6 @@ to say: its input columns and its truth columns.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from pyarrow import fs
 
-from bert_ray.errors import ColumnError, JobError
+from bert_ray.errors import ColumnError, JobError, meant
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
 from bert_ray.training.job import is_uri
@@ -388,9 +387,7 @@ def read_columns(
     names = {key: column for key, column in names.items() if column in known or key not in optional}
     for name, column in names.items():
         if column not in known:
-            near = difflib.get_close_matches(column, known, 3, 0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, known))}."
-            raise ColumnError(f"{path} has no column {column!r}; {hint} Name it with {key}.{name}")
+            raise ColumnError(f"{path} has no column {column!r}; {meant(column, known)} Name it with {key}.{name}")
     try:
         return dataset.to_table(columns=list(dict.fromkeys(names.values())))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:

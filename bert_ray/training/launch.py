@@ -102,7 +102,7 @@ def train(
         JobError: settings or data are at fault, the output is taken, or the loss or its gradient stopped being finite.
         ColumnError: a column is missing or of the wrong type.
         BundleError: the base cannot be used.
-        LakeError: a corpus is damaged, or another run works on the same output.
+        LakeError: a corpus is damaged, a checkpoint cannot be read or written, or another run works on the same output.
         Stopped: the run was asked to stop, and has written a checkpoint.
     """
     started = time.perf_counter()

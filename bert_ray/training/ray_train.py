@@ -6,6 +6,7 @@ the run's directory, as a run that was started again by hand does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -19,7 +20,8 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from bert_ray.errors import BertRayError, JobError
+from bert_ray.errors import BertRayError, BundleError, ColumnError, JobError
+from bert_ray.lake.files import write_json
 from bert_ray.ray_session import session
 from bert_ray.training.job import TrainJob
 from bert_ray.training.loop import Callback
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from bert_ray.training.data import Data
 
 OUTCOME_FILE = "outcome.json"
+# In a run's directory: the error that a worker met and another one in its place would meet too.
+FAULT_FILE = "fault.json"
+_FAULTS = {kind.__name__: kind for kind in (BundleError, ColumnError, JobError)}
 
 
 def run(
@@ -47,9 +52,12 @@ def run(
 
     Raises:
         JobError: Ray cannot be reached or has too little, or workers died more often than `max_failures`.
+        BundleError, ColumnError, JobError: a worker's, as it was.
+        LakeError: what a worker reads or writes does not answer, as often.
     """
-    outcome = directory / OUTCOME_FILE
-    outcome.unlink(missing_ok=True)
+    outcome, fault = directory / OUTCOME_FILE, directory / FAULT_FILE
+    for file in (outcome, fault):
+        file.unlink(missing_ok=True)
     # Workers beyond the machine's cores share them, rather than wait for ever.
     with session(job.ray, max(os.cpu_count() or 1, job.workers)):
         resources = ray.cluster_resources()
@@ -85,6 +93,9 @@ def run(
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise _as_ours(error) from error
+    if fault.exists():
+        found = json.loads(fault.read_text("utf-8"))
+        raise _FAULTS[found["kind"]](found["message"])
     return Position(**json.loads(outcome.read_text("utf-8")))
 
 
@@ -137,7 +148,21 @@ def _as_ours(error: Exception) -> BertRayError:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One worker's part; the whole of the loop."""
+    """One worker's part. Where the group before met a fault of the job's own, there is none: nobody is waited for."""
+    fault: Path = config["directory"] / FAULT_FILE
+    if fault.exists():
+        return
+    try:
+        _train(config)
+    except tuple(_FAULTS.values()) as error:
+        # To be raised all the same: only so are the others, who wait for this one, let go.
+        with contextlib.suppress(OSError):
+            write_json(fault, {"kind": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _train(config: dict[str, Any]) -> None:
+    """The whole of the loop."""
     import torch
 
     from bert_ray.model.bundle import load_bundle

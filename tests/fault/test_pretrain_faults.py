@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, LakeError
 from bert_ray.training.checkpoints import Checkpoints
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train
@@ -198,7 +198,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     # Room for two checkpoints and a half: the third has none.
     room = os.statvfs(small_disk)
     (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - size // 2))
-    with pytest.raises(JobError, match=r"cannot write checkpoint step-00000006 .*No space left.*step-00000004"):
+    with pytest.raises(LakeError, match=r"cannot write checkpoint step-00000006 .*No space left.*step-00000004"):
         train(job, tell=lambda _: None)
     assert sorted(path.name for path in where.glob("step-*")) == ["step-00000002", "step-00000004"]
     (small_disk / "other").unlink()
@@ -245,5 +245,5 @@ def test_a_store_that_does_not_answer(job: TrainJob, monkeypatch: pytest.MonkeyP
     # Port 9 (discard) of loopback: nobody listens.
     where = "s3://runs/pretraining?endpoint_override=127.0.0.1:9&scheme=http&connect_timeout=1&request_timeout=1"
     job = replace(job, checkpoint=CheckpointOptions(directory=where))
-    with pytest.raises(JobError, match="s3://runs/pretraining"):
+    with pytest.raises(LakeError, match="s3://runs/pretraining"):
         train(job, tell=lambda _: None)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, LakeError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
@@ -40,10 +40,14 @@ def job(tiny_encoder: Path, uci_sample: pa.Table, tmp_path: Path) -> TrainJob:
     )
 
 
-def fail_at(step: int) -> Callable[[StepEvent], None]:
+def fail_at(step: int, kind: type[Exception] = JobError) -> Callable[[StepEvent], None]:
+    """A callback that fails on the first worker, and notes it in the run's directory."""
+
     def callback(event: StepEvent) -> None:
-        if event.step == step:
-            raise JobError("the test's own error")
+        if event.step == step and event.rank == 0:
+            with (event.directory / "fired").open("a") as file:
+                file.write("once\n")
+            raise kind("the test's own error")
 
     return callback
 
@@ -70,6 +74,15 @@ def test_a_workers_error_arrives_as_it_was_and_the_run_goes_on_without_ray(ray_s
     whole = train(replace(job, engine="local", output=f"{job.output}-whole"), tell=lambda _: None)
     ours, theirs = ([entry["train_loss"] for entry in each.history] for each in (result, whole))
     assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [(JobError, 1), (LakeError, 2)])
+def test_a_fault_of_the_job_ends_the_run_and_one_of_the_store_costs_a_group(
+    ray_session: None, job: TrainJob, kind: type[Exception], groups: int
+) -> None:
+    with pytest.raises(kind, match=r"^the test's own error$"):
+        train(replace(job, max_failures=1), callbacks=[fail_at(2, kind)], tell=lambda _: None)
+    assert Path(f"{job.output}.run", "fired").read_text() == "once\n" * groups
 
 
 def test_more_workers_than_ray_has_cpus_is_an_error(ray_session: None, job: TrainJob) -> None:

@@ -10,7 +10,6 @@ S samples of a training batch.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.errors import BundleError, JobError
+from bert_ray.errors import BundleError, JobError, meant
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.sections import Case, Cases, Constant, Section, shown, texts_at
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
@@ -173,9 +172,7 @@ class Task(ABC):
         known = [item.name for item in fields(self.options_type)]
         for name in chosen:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-                raise JobError(f"options.{name}: task {self.kind} has no such option; {hint}")
+                raise JobError(f"options.{name}: task {self.kind} has no such option; {meant(name, known)}")
         return self.options_type(**chosen)
 
     @property

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert_ray.errors import ColumnError, JobError
+from bert_ray.errors import ColumnError, JobError, meant
 from bert_ray.model.tasks.base import Options, Outputs, one_of
 from bert_ray.model.tasks.faq_index import FaqIndex, Match
 from bert_ray.model.tasks.faq_report import faq_report
@@ -290,7 +290,7 @@ def build_index(
     if strange := sorted(set(named) - set(Faq.builds)):
         raise ColumnError(f"columns names {strange[0]!r}; task faq reads {', '.join(Faq.builds)}")
     if lacking := [column for column in named.values() if column not in table.column_names]:
-        raise ColumnError(f"the table has no column {lacking[0]!r}; it has {', '.join(table.column_names)}")
+        raise ColumnError(f"the table has no column {lacking[0]!r}; {meant(lacking[0], table.column_names)}")
     names = {item: named.get(item, item) for item in Faq.builds}
     card = Card(
         task=Faq.kind,

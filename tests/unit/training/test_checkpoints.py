@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_ray.errors import JobError
+from bert_ray.errors import LakeError
 from bert_ray.training.checkpoints import POSITION_FILE, STATE_FILE, Checkpoints
 
 
@@ -77,7 +77,7 @@ def test_one_that_the_disk_does_not_give_is_not_taken_for_damaged(
 
     with monkeypatch.context() as patch:
         patch.setattr("bert_ray.training.checkpoints._read", fail)
-        with pytest.raises(JobError, match=r"step-00000002 cannot be read: .*Input/output error"):
+        with pytest.raises(LakeError, match=r"step-00000002 cannot be read: .*Input/output error"):
             checkpoints.latest()
     assert not checkpoints.damaged
     found = checkpoints.latest()
