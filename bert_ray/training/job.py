@@ -271,7 +271,8 @@ class TrainJob:
             rows differ by more).
         trackers: where the run's figures go besides the screen: `tensorboard` (files in `<output>.tensorboard`),
             `mlflow` (where its own settings say).
-        max_failures: how often workers may die and be replaced before engine ray gives up.
+        max_failures: how often workers may die, or find their storage silent, and be replaced before engine ray gives
+            up; a fault of the job ends it at once.
         timeout_minutes: a worker that the others wait for so long is taken for dead.
         ray: see RayOptions.
     """
