@@ -3,8 +3,8 @@
 # make test    all tests (FAST=1: without the slow ones; ARGS="-k lake": any pytest arguments)
 # make lint    ruff, the directions of imports, types
 # make bench   the measured comparison with other libraries (installs them first)
-# make quality the model's accuracy on full data sets (needs ../shared/data)
-# make pretrain-proof  what pretraining here brings; ZeRO's memory, equal losses and gradients (needs ../shared/data)
+# make quality the model's accuracy on full data sets (data sets: benchmarks/DATA.md)
+# make pretrain-proof  what pretraining here brings; ZeRO's memory, equal losses and gradients (data sets: benchmarks/DATA.md)
 # make clean   takes back what the others made: .venv, demo_output, caches
 
 PY := .venv/bin/python

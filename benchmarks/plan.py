@@ -174,7 +174,7 @@ def work_of(case: Case, trainer: Trainer, workers: int = 1, **more: Any) -> Any:
         feed_forward=4 * case.hidden,
         vocabulary=case.vocabulary,
     )
-    count = parameters(dims, vocabulary_head=True)
+    count = parameters(dims, vocabulary_head=True, pair_head=True)
     assert count == trainer.parameters
     lengths = trainer.lengths.astype(float)
     return Workload(

@@ -206,7 +206,7 @@ def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
     tokens = options.pieces * lengths.sum() / len(batches.sizes)
     return Workload(
         dims=dims,
-        parameters=parameters(dims, vocabulary_head=True),
+        parameters=parameters(dims, pooler=False, vocabulary_head=True),
         step_tokens=tokens,
         steps=1,
         tokens=tokens,

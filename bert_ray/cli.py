@@ -5,7 +5,8 @@
 Exit status:
     0    done
     1    the work ended with rows or units that failed; they are listed
-    2    the command, the job file, the model or the table is at fault; nothing was started
+    2    the command, the job file, the model or the table is at fault, and nothing was started; or a training could
+         not go on, and says why and what the same command goes on from
     70   a bug in bert_ray: a traceback is shown (EX_SOFTWARE of sysexits.h; Python's own 1 would mean failed rows)
     130  stopped by Ctrl-C; what is done stays done, and the same command goes on
     141  the reader of the output went away before all of it was written (as SIGPIPE ends other programs)

@@ -79,14 +79,16 @@ def dims_of(config: PretrainedConfig) -> Dims:
     )
 
 
-def parameters(dims: Dims, *, pooler: bool = True, vocabulary_head: bool = False, outputs: int = 0) -> int:
+def parameters(
+    dims: Dims, *, pooler: bool = True, vocabulary_head: bool = False, pair_head: bool = False, outputs: int = 0
+) -> int:
     """Trainable numbers of a model.
 
     Args:
         dims: its dimensions.
         pooler: the dense layer over the first token (BERT; DistilBERT's classifier has one of the same size).
-        vocabulary_head: BERT's pretraining heads: transform, layer norm, bias, and the question about two parts. The
-            matrix itself is the embeddings'.
+        vocabulary_head: transform, layer norm and bias; the matrix itself is the embeddings'.
+        pair_head: the question that BERT's pretraining asks about two parts, of what the pooler gives.
         outputs: of a linear head over D.
     """
     width, wide = dims.hidden, dims.feed_forward
@@ -97,7 +99,9 @@ def parameters(dims: Dims, *, pooler: bool = True, vocabulary_head: bool = False
     if pooler:
         count += width**2 + width
     if vocabulary_head:
-        count += width**2 + width + _TWO * width + dims.vocabulary + _TWO * (width + 1)
+        count += width**2 + width + _TWO * width + dims.vocabulary
+    if pair_head:
+        count += _TWO * (width + 1)
     return count + outputs * (width + 1)
 
 

@@ -75,6 +75,8 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
         raise JobError(f"task {job.task} trains a decoder too, which the plan does not count")
     model = _model(job, asked, notes)
     pretrains = kind.reads_corpus
+    # A model that is asked about two parts has a head for that, over the first token.
+    pairs = pretrains and job.pretraining.sentences != "none"
     if pretrains and job.data.replay is not None:
         notes.append("replayed rows are taken to be as long as the corpus's own")
     rows = _corpus_rows(job, asked, model, notes) if pretrains else _table_rows(job, asked, model, notes)
@@ -94,7 +96,11 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
         Workload(
             dims=model.dims,
             parameters=parameters(
-                model.dims, vocabulary_head=pretrains, outputs=0 if pretrains else len(job.labels or ())
+                model.dims,
+                pooler=pairs or not pretrains,
+                vocabulary_head=pretrains,
+                pair_head=pairs,
+                outputs=0 if pretrains else len(job.labels or ()),
             ),
             step_tokens=step_tokens,
             steps=steps,

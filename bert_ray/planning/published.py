@@ -166,7 +166,7 @@ def _work(
 ) -> Workload:
     return Workload(
         dims=dims,
-        parameters=parameters(dims, vocabulary_head=True),
+        parameters=parameters(dims, vocabulary_head=True, pair_head=True),
         step_tokens=step_rows * tokens,
         steps=1,
         tokens=step_rows * tokens,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
     BertModel,
     DistilBertConfig,
@@ -44,8 +45,9 @@ def count(model: type, config: PretrainedConfig) -> int:
     [
         (BertModel, BertConfig(), {}),
         (BertModel, BertConfig(**TINY), {}),
-        (BertForPreTraining, BertConfig(), {"vocabulary_head": True}),
-        (BertForPreTraining, BertConfig(**TINY), {"vocabulary_head": True}),
+        (BertForPreTraining, BertConfig(), {"vocabulary_head": True, "pair_head": True}),
+        (BertForPreTraining, BertConfig(**TINY), {"vocabulary_head": True, "pair_head": True}),
+        (BertForMaskedLM, BertConfig(**TINY), {"vocabulary_head": True, "pooler": False}),
         (RobertaModel, RobertaConfig(**TINY, max_position_embeddings=70, type_vocab_size=1), {}),
         (DistilBertModel, DistilBertConfig(), {"pooler": False}),
     ],
