@@ -78,7 +78,7 @@ def read_rows(table: pads.Dataset, path: str, task: Task, columns: Mapping[str, 
             )
     try:
         read = table.to_table(columns=list(dict.fromkeys(columns.values())))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise LakeError(f"{path} cannot be read: {error}") from error
     try:
         truth, inputs = task.read_truth(

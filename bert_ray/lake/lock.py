@@ -30,7 +30,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         what: is worked on, for the message.
 
     Raises:
-        LakeError: another process holds it; the message says which.
+        LakeError: another process holds it; the message says which. Or it cannot be written.
     """
     handle = _take(path, what)
     try:
@@ -48,7 +48,10 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 def _take(path: Path, what: str) -> int | None:
     """The open lock file, locked; None where the file system has no locks."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise LakeError(f"cannot write {path}: {os.strerror(error.errno or 0)}; choose another output") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

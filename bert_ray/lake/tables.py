@@ -179,13 +179,14 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _is_data(name: str) -> bool:
+def is_data(name: str) -> bool:
+    """Whether a file or a directory holds data by its name, as Hadoop has it: not what begins with _ or a dot."""
     return not name.startswith(("_", "."))
 
 
 def _data_files(directory: Path) -> Iterator[Path]:
-    for path in walk(directory, _is_data):
-        if _is_data(path.name) and (path.name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)):
+    for path in walk(directory, is_data):
+        if is_data(path.name) and (path.name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)):
             yield path
 
 

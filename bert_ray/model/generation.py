@@ -223,8 +223,9 @@ class _Search:
         ends = token == self._end
         if position + 1 == self._longest:
             ends = torch.ones_like(ends)
-        # Only what is among the K likeliest may end a hypothesis; the others stand by for those that do.
-        ended = ends & (torch.arange(2 * beams, device=ends.device) < beams)
+        # Only what is among the K likeliest may end a hypothesis; the others stand by for those that do. A row that is
+        # done but still here has its answer: what it says depends on no other row.
+        ended = ends & (torch.arange(2 * beams, device=ends.device) < beams) & ~self._full[:, None]
         self._keep_ended(scores.masked_fill(~ended, -torch.inf) / (position + 1) ** self._penalty, said)
         self._running, kept = scores.masked_fill(token == self._end, _NEVER).topk(beams, dim=1)
         self._said = said.gather(1, kept[:, :, None].expand(-1, -1, position + 1))
@@ -251,6 +252,7 @@ class _Search:
         alive = (~self._full).nonzero()[:, 0]
         self._rows, self._running, self._said = self._rows[alive], self._running[alive], self._said[alive]
         self._ended_scores, self._ended = self._ended_scores[alive], self._ended[alive]
+        self._full = self._full[alive]
         self.last = self.last.view(-1, self._beams)[alive].view(-1)
         return alive
 

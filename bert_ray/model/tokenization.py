@@ -5,6 +5,7 @@ Shapes: B rows, P pieces, T tokens of all pieces together.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,8 +61,8 @@ class Pieces:
     Attributes:
         tokens: token ids of P pieces.
         rows: int64 (P,), the row that each piece belongs to, ascending; no row is without a piece.
-        spans: int32 (T, 2), for each token the code points [start, end) of the text it stems from; (0, 0) for special
-            tokens. None unless the task asks for them.
+        spans: int32 (T, 2), for each token the code points [start, end) of the text it stems from, combining marks
+            behind them included; (0, 0) for special tokens. None unless the task asks for them.
         sources: int8 (T,), which input a token stems from (0, 1, …), -1 for special tokens; None like `spans`.
     """
 
@@ -170,6 +171,7 @@ class Tokenizer:
             owners = np.repeat(owners, [1 + len(encoding.overflowing) for encoding in encodings])
             encodings = [piece for encoding in encodings for piece in (encoding, *encoding.overflowing)]
         pieces = self._pieces(encodings, owners, pair=len(columns) > 1)
+        _take_marks_along(pieces, columns)
         return _without_middle(pieces, self.max_length) if self.overflow == "head_tail" else pieces
 
     def cut(self, texts: pa.Array, tokens: int) -> pa.Array:
@@ -228,6 +230,45 @@ class Tokenizer:
                 return known
             size *= 4
         return text
+
+
+# Below this code point nothing combines.
+_FIRST_MARK = 0x300
+
+
+@lru_cache(maxsize=1)
+def _marks() -> np.ndarray:
+    """For each code point whether it combines with the one before it (Unicode's category M), bool."""
+    return np.array([unicodedata.category(chr(code))[0] == "M" for code in range(0x110000)])
+
+
+def _take_marks_along(pieces: Pieces, columns: Sequence[Sequence[str]]) -> None:
+    """Move the ends of spans on over combining marks that belong to no token.
+
+    Normalisers that strip accents drop marks, and the tokenizer's spans end before them: what is cut out of a text by
+    its spans would lose its last accent, or the vowel of a Hindi syllable.
+    """
+    spans, sources = pieces.spans, pieces.sources
+    if spans is None or sources is None:
+        return
+    piece = np.repeat(np.arange(len(pieces)), pieces.tokens.lengths)
+    for source, texts in enumerate(columns):
+        # A blank behind each text, so that none runs on into the next.
+        codes = np.frombuffer(" ".join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+        if codes.max(initial=0) < _FIRST_MARK or not (marks := _marks()[codes]).any():
+            continue
+        begins = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum([len(text) + 1 for text in texts], out=begins[1:])
+        # The first place from each one on where there is no mark.
+        places = np.where(marks, len(codes), np.arange(len(codes)))
+        plain = np.minimum.accumulate(places[::-1])[::-1]
+        token = np.flatnonzero((sources == source) & (spans[:, 0] < spans[:, 1]))
+        begin = begins[pieces.rows[piece[token]]]
+        end = plain[begin + spans[token, 1]] - begin
+        # Not past the next token: of a tokenizer that keeps marks, they are its own.
+        follows = np.flatnonzero(piece[token[1:]] == piece[token[:-1]])
+        end[follows] = np.minimum(end[follows], np.maximum(spans[token[follows + 1], 0], spans[token[follows], 1]))
+        spans[token, 1] = end
 
 
 def _without_middle(pieces: Pieces, max_length: int) -> Pieces:

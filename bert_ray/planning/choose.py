@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.errors import BertRayError, BundleError, JobError
+from bert_ray.errors import BertRayError, BundleError, ColumnError, JobError
 from bert_ray.planning import trial
 from bert_ray.planning.tfidf import fit_tfidf
 
@@ -296,7 +296,11 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
     table = read_labelled(job.table, task, job.columns, key="--columns")
     for note in table.notes:
         tell(f"note: {note}")
-    task.labels_in(table.truth)
+    column = (job.columns or {}).get("label", "label")
+    try:
+        task.labels_in(table.truth)
+    except ColumnError as error:
+        raise ColumnError(f"{job.table}: column {column!r}: {error}") from error
     texts = np.array(to_python_strings(table.inputs[0]), object)
     rows, different = len(texts), len(set(texts))
     if different < rows:

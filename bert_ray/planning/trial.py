@@ -103,6 +103,8 @@ def train_bundle(
                 output=str(new),
                 engine="local",
                 task="classification" if fine_tuned else "few-shot",
+                # Named, since the few rows of a first turn may look as if their column held no labels.
+                labels=sorted(set(labels)),
                 data=DataOptions(train=str(rows), validation_fraction=0.0),
                 epochs=job.epochs,
                 learning_rate=job.learning_rate,

@@ -44,6 +44,9 @@ _TORN = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, K
 # What a full disk raises, under Python's files and under safetensors'.
 WRITE_ERRORS = (OSError, SafetensorError)
 
+# What the name of a step's second checkpoint ends with; it is sorted behind the first.
+_AGAIN = ".again"
+
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -126,7 +129,8 @@ class Checkpoints:
         """Use `directory`, made at the first save; the `keep` newest checkpoints are kept.
 
         Raises:
-            JobError: it is on a store that cannot be reached.
+            JobError: it names no store that is known.
+            LakeError: it is on a store that does not answer.
         """
         self.where, self.keep = str(directory), keep
         # Name -> what `latest` found wrong with it.
@@ -135,8 +139,10 @@ class Checkpoints:
         if "://" in self.where:
             try:
                 system, root = fs.FileSystem.from_uri(self.where)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 raise JobError(f"checkpoint.directory {self.where} cannot be used: {error}") from error
+            except OSError as error:
+                raise LakeError(f"checkpoint.directory {self.where} does not answer: {error}") from error
             if isinstance(system, fs.LocalFileSystem):
                 directory = root
             else:
@@ -182,6 +188,10 @@ class Checkpoints:
         """
         name = f"step-{step:08d}"
         try:
+            # A run that was stopped between a step and what follows it comes to the same step again. Both stand, until
+            # the new one is whole.
+            if name in self.whole():
+                name += _AGAIN
             if self._store is None:
                 self._save(name, state, position)
             else:
@@ -197,8 +207,11 @@ class Checkpoints:
     def failed(self, what: str, error: Exception, name: str | None = None) -> LakeError:
         """The error that `what` could not be written, which says where the run goes on from; `name` is not whole."""
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        before = [other for other in self.whole() if other != name]
-        last = f"the last whole checkpoint is {before[-1]}" if before else "there is no checkpoint before it"
+        try:
+            before = [other for other in self.whole() if other != name]
+            last = f"the last whole checkpoint is {before[-1]}" if before else "there is no checkpoint before it"
+        except OSError as silent:
+            last = f"those before it cannot be listed ({silent})"
         return LakeError(
             f"cannot write {what}: {why}; {last}. When that is mended, the same command goes on from there"
         )
@@ -237,14 +250,24 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """Drop all checkpoints: the run has ended. Whose they are goes last: a kill in between can be made good."""
-        for name in self.names():
-            self._drop(name)
-        if RUN_FILE in self._names():
-            if self._store is not None:
-                self._store.unlink(RUN_FILE)
-            else:
-                (self.directory / RUN_FILE).unlink()
+        """Drop all checkpoints: the run has ended. Whose they are goes last: a kill in between can be made good.
+
+        Raises:
+            LakeError: the disk or the store that they lie on does not answer.
+        """
+        try:
+            for name in self.names():
+                self._drop(name)
+            if RUN_FILE in self._names():
+                if self._store is not None:
+                    self._store.unlink(RUN_FILE)
+                else:
+                    (self.directory / RUN_FILE).unlink()
+        except OSError as error:
+            raise LakeError(
+                f"the checkpoints in {self.where} cannot be removed: {error}; when that is mended, the same command "
+                "does it"
+            ) from error
 
     def _save(self, name: str, state: dict[str, torch.Tensor], position: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -255,7 +278,7 @@ class Checkpoints:
             fresh.mkdir()
             _write(fresh, state, position)
             final = self.directory / name
-            if final.exists():  # A resumed run saves again where a damaged one lies.
+            if final.exists():  # A damaged one.
                 shutil.rmtree(final)
             os.replace(fresh, final)
         sync(self.directory)
@@ -283,7 +306,11 @@ class Checkpoints:
     def _names(self) -> list[str]:
         if self._store is not None:
             return self._store.names()
-        return sorted(path.name for path in self.directory.glob("*"))
+        try:
+            # Not by glob, to which a directory that cannot be listed is an empty one.
+            return sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return []
 
 
 def checkpoints_of(job: TrainJob, directory: Path) -> Checkpoints:

@@ -390,7 +390,7 @@ def read_columns(
             raise ColumnError(f"{path} has no column {column!r}; {meant(column, known)} Name it with {key}.{name}")
     try:
         return dataset.to_table(columns=list(dict.fromkeys(names.values())))
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
 
 

@@ -110,7 +110,12 @@ def train(
         raise JobError(f"output {job.output} is no directory: give one, and copy the bundle there when it is finished")
     job = job.absolute()
     output, directory = Path(job.output), Path(f"{job.output}.run")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists() and not output.is_dir():
+        raise JobError(f"output {output} is a file: choose another")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"output {output} cannot be made: {error.strerror}; choose another") from error
     lock = output.with_name(f".{output.name}.lock")
     with exclusive(lock, f"the training run of {output}"), tracked(job, tell) as told:
         return _train(job, output, directory, callbacks, told, started)
@@ -160,10 +165,10 @@ def _train(
     except KeyboardInterrupt:
         tell({"what": "note", "text": f"stopped; the same command goes on from the last checkpoint in {kept}"})
         raise
-    if position.stopped:
-        raise Stopped(f"stopped as asked, at step {position.curve[-1][0]:.0f}; a checkpoint is in {kept}")
     if position.diverged is not None:
         raise JobError(_divergence(job, position, directory, identity))
+    if position.stopped:
+        raise Stopped(f"stopped as asked, at step {position.curve[-1][0]:.0f}; a checkpoint is in {kept}")
     seconds = time.perf_counter() - started
     publish(job, directory, output, identity, position, seconds)
     return TrainResult(

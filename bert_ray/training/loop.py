@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bert_ray.errors import JobError
+from bert_ray.errors import LakeError
 from bert_ray.model.bundle import save_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
@@ -156,7 +156,7 @@ class Loop:
         self.position = Position(**found.position) if found else Position()
         places = peers.gather((self.position.epoch, self.position.index))
         if len(set(places)) > 1:
-            raise JobError(
+            raise LakeError(
                 f"the workers see different checkpoints in {self.checkpoints.where} (epoch and step {places}): it must "
                 "be storage that all of them share"
             )

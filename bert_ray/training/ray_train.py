@@ -20,7 +20,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from bert_ray.errors import BertRayError, BundleError, ColumnError, JobError
+from bert_ray.errors import BertRayError, BundleError, ColumnError, JobError, LakeError
 from bert_ray.lake.files import write_json
 from bert_ray.ray_session import session
 from bert_ray.training.job import TrainJob
@@ -32,10 +32,9 @@ from bert_ray.training.progress import following, writer
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
     from bert_ray.training.data import Data
+    from bert_ray.training.peers import Peers
 
-OUTCOME_FILE = "outcome.json"
-# In a run's directory: the error that a worker met and another one in its place would meet too.
-FAULT_FILE = "fault.json"
+# What another worker in the place of one that met it would meet too.
 _FAULTS = {kind.__name__: kind for kind in (BundleError, ColumnError, JobError)}
 
 
@@ -55,9 +54,9 @@ def run(
         BundleError, ColumnError, JobError: a worker's, as it was.
         LakeError: what a worker reads or writes does not answer, as often.
     """
-    outcome, fault = directory / OUTCOME_FILE, directory / FAULT_FILE
-    for file in (outcome, fault):
-        file.unlink(missing_ok=True)
+    # Of a name of their own each time: a worker that outlives a killed driver says nothing to the next one's.
+    name = uuid.uuid4().hex[:8]
+    outcome, fault = (directory / f"{kind}-{name}.json" for kind in ("outcome", "fault"))
     # Workers beyond the machine's cores share them, rather than wait for ever.
     with session(job.ray, max(os.cpu_count() or 1, job.workers)):
         resources = ray.cluster_resources()
@@ -72,6 +71,8 @@ def run(
                 "card": card,
                 "data": ray.put(data),
                 "directory": directory,
+                "outcome": outcome,
+                "fault": fault,
                 "callbacks": tuple(callbacks),
                 "gpu": gpu,
             },
@@ -83,7 +84,7 @@ def run(
             ),
             run_config=RunConfig(
                 # A name of its own each time: what there is to resume stands in our checkpoints, not in Ray's.
-                name=f"bert-ray-{uuid.uuid4().hex[:8]}",
+                name=f"bert-ray-{name}",
                 storage_path=str(directory / "ray"),
                 failure_config=FailureConfig(max_failures=job.max_failures),
             ),
@@ -92,11 +93,18 @@ def run(
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
-                raise _as_ours(error) from error
-    if fault.exists():
-        found = json.loads(fault.read_text("utf-8"))
-        raise _FAULTS[found["kind"]](found["message"])
-    return Position(**json.loads(outcome.read_text("utf-8")))
+                raise _fault(fault) or _as_ours(error) from error
+    if found := _fault(fault):
+        raise found
+    try:
+        return Position(**json.loads(outcome.read_text("utf-8")))
+    except FileNotFoundError:
+        raise LakeError(
+            f"the workers have ended, but {outcome} does not show here: {directory} must be storage that all machines "
+            "share. Run the same command again"
+        ) from None
+    finally:
+        outcome.unlink(missing_ok=True)
 
 
 class _Trainer(TorchTrainer):
@@ -147,37 +155,60 @@ def _as_ours(error: Exception) -> BertRayError:
     return JobError(f"training on Ray failed: {first}\nRun the same command again to go on from the last checkpoint")
 
 
+def _fault(file: Path) -> BertRayError | None:
+    """The fault of the job that a worker has left word of."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    file.unlink(missing_ok=True)
+    return _FAULTS[found["kind"]](found["message"])
+
+
+def _of_the_job(error: BaseException | None) -> bool:
+    """Whether an error is the job's fault, and none of a disk, a store or a network behind it, which may pass."""
+    known = isinstance(error, tuple(_FAULTS.values()))
+    while error is not None:
+        if isinstance(error, OSError):
+            return False
+        error = error.__cause__
+    return known
+
+
 def _worker(config: dict[str, Any]) -> None:
-    """One worker's part. Where the group before met a fault of the job's own, there is none: nobody is waited for."""
-    fault: Path = config["directory"] / FAULT_FILE
-    if fault.exists():
+    """One worker's part. Where the group before met a fault of the job, there is none, as all see it or none."""
+    from bert_ray.training.peers import Peers
+
+    directory, fault, peers = config["directory"], config["fault"], Peers()
+    looks = peers.gather(((directory / "run.json").exists(), fault.exists()))
+    if any(faulty for _, faulty in looks):
         return
     try:
-        _train(config)
-    except tuple(_FAULTS.values()) as error:
-        # To be raised all the same: only so are the others, who wait for this one, let go.
-        with contextlib.suppress(OSError):
-            write_json(fault, {"kind": type(error).__name__, "message": str(error)})
+        if blind := [rank for rank, (sees, _) in enumerate(looks) if not sees]:
+            raise JobError(
+                f"worker {blind[0]} does not see {directory}: with several machines, put the output on storage that "
+                "all of them see"
+            )
+        _train(config, peers)
+    except BertRayError as error:
+        if _of_the_job(error):
+            # Written by one or by all, the same; a worker that does not see the directory cannot.
+            with contextlib.suppress(OSError):
+                write_json(fault, {"kind": type(error).__name__, "message": str(error)})
+        # To be raised all the same: only so are the others, who may wait for this one, let go.
         raise
 
 
-def _train(config: dict[str, Any]) -> None:
+def _train(config: dict[str, Any], peers: Peers) -> None:
     """The whole of the loop."""
     import torch
 
     from bert_ray.model.bundle import load_bundle
     from bert_ray.training.deepspeed import DeepSpeedStepper
     from bert_ray.training.loop import Loop
-    from bert_ray.training.peers import Peers
     from bert_ray.training.watchdog import watchdog
 
     job, directory = config["job"], config["directory"]
-    peers = Peers()
-    if not (directory / "run.json").exists():
-        raise JobError(
-            f"worker {peers.rank} does not see {directory}: with several machines, put the output on storage that all "
-            "of them see"
-        )
     context = ray.train.get_context()
     # Ray sets OMP_NUM_THREADS to the CPUs it gave the worker, one; the machine's cores are shared out instead.
     cores = os.cpu_count() or 1
@@ -199,6 +230,6 @@ def _train(config: dict[str, Any]) -> None:
             beat=beat,
         ).run()
     if peers.rank == 0:
-        (directory / OUTCOME_FILE).write_text(json.dumps(asdict(position)), "utf-8")
+        write_json(config["outcome"], asdict(position))
     # Ray's own record of the run: what its dashboard shows.
     ray.train.report({key: value for entry in position.history[-1:] for key, value in entry.items()})

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import JobError, LakeError
+from bert_ray.errors import BundleError, JobError, LakeError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
@@ -83,6 +83,22 @@ def test_a_fault_of_the_job_ends_the_run_and_one_of_the_store_costs_a_group(
     with pytest.raises(kind, match=r"^the test's own error$"):
         train(replace(job, max_failures=1), callbacks=[fail_at(2, kind)], tell=lambda _: None)
     assert Path(f"{job.output}.run", "fired").read_text() == "once\n" * groups
+
+
+def test_what_may_pass_is_no_fault_of_the_job() -> None:
+    """Where the error's cause is a disk, a store or a network, other workers may have more luck."""
+    from bert_ray.training.ray_train import _of_the_job
+
+    behind = BundleError("the model cannot be read")
+    behind.__cause__ = TimeoutError("no answer")
+    for error, expected in (
+        (JobError("x"), True),
+        (BundleError("x"), True),
+        (behind, False),
+        (LakeError("x"), False),
+        (ValueError("x"), False),
+    ):
+        assert _of_the_job(error) is expected
 
 
 def test_more_workers_than_ray_has_cpus_is_an_error(ray_session: None, job: TrainJob) -> None:

@@ -50,6 +50,8 @@ class Options:
     overlap: int = 64
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            _of_its_type(item.name, getattr(self, item.name), str(item.type).split(" | "))
         one_of("overflow", self.overflow, ("truncate", "head_tail", "windows"))
         if self.overlap < 0:
             raise JobError(f"options.overlap is {self.overlap}; give 0 or more tokens")
@@ -426,6 +428,27 @@ class Task(ABC):
     def tune(self, outputs: Outputs, examples: Any) -> dict[str, Any]:
         """Options for the card that validation rows decide (a threshold); called before `validate`."""
         return {}
+
+
+# Scalar types as annotations name them: what an option of them may be given as, and what an error asks for.
+_SCALARS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "str": (str, "a text"),
+    "None": (type(None), "null"),
+}
+
+
+def _of_its_type(name: str, value: Any, kinds: Sequence[str]) -> None:
+    """Check that an option's value is of one of its annotation's types, where these are scalars."""
+    if not set(kinds) <= set(_SCALARS):
+        return
+    # A whole number will do for a number, but true for neither.
+    if type(value) is int and "float" in kinds:
+        return
+    if type(value) not in [_SCALARS[kind][0] for kind in kinds]:
+        raise JobError(f"options.{name} is {value!r}; give {' or '.join(_SCALARS[kind][1] for kind in kinds)}")
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.base import Learning, Options, Outputs, one_of, set_dropout
-from bert_ray.model.tasks.numbers import correlations, numbers
+from bert_ray.model.tasks.numbers import correlations, not_finite, numbers
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
 from bert_ray.model.tasks.retrieval import Ranking, digests_of, ranking, ranking_report
 from bert_ray.model.tokenization import Pieces, is_blank
@@ -168,7 +168,7 @@ class Embedding(PooledTask):
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """Scores that are no numbers; without scores, blank texts and pairs of a text with itself."""
         if self.truths == ("label",):
-            return {"a label that is NaN or infinite": ~np.isfinite(truth[0].to_numpy(zero_copy_only=False))}
+            return not_finite(truth[0])
         first, second = (*inputs, *truth)
         blank = pc.or_(is_blank(first), is_blank(second))
         same = pc.and_not(pc.equal(first, second), blank)

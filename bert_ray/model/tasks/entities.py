@@ -243,6 +243,19 @@ class Entities(Task):
         """Tags that do not fit their words, spans outside the text or over each other."""
         return entity_truth.faults(inputs[0], truth[0])
 
+    def check_truth(self, truth: Sequence[pa.Array]) -> None:
+        """Types that the model does not have are missed ones; but not all of them.
+
+        Raises:
+            ColumnError: none of the table's types is the model's.
+        """
+        found = entity_truth.types_in(truth[0])
+        if found and not set(found) & set(self.card.labels):
+            raise ColumnError(
+                f"none of its entity types ({', '.join(found[:5])}) is one of the model's "
+                f"({', '.join(self.card.labels[:5])}): give them the model's names"
+            )
+
     def examples(self, tokenize: Tokenizer, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Examples:
         """Windows to learn from; each counts for as many as it has words."""
         pieces = self.encode(tokenize, inputs)

@@ -8,7 +8,7 @@ Shapes: B rows, P pieces, T tokens of a packed batch, D hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ import torch
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model.tasks.base import Options, Outputs, Task
 from bert_ray.model.tasks.sections import Case, Cases, Section, Table, texts_at
+from bert_ray.model.tokenization import as_strings, to_python_strings
 from bert_ray.model.vocabulary_head import vocabulary_logits
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class FillMaskOptions(Options):
 
     def __post_init__(self) -> None:
         Options.__post_init__(self)
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or not 1 <= self.top_k <= 100:
-            raise JobError(f"options.top_k is {self.top_k!r}; give a number from 1 to 100")
+        if not 1 <= self.top_k <= 100:
+            raise JobError(f"options.top_k is {self.top_k}; give a number from 1 to 100")
 
 
 class FillMask(Task):
@@ -59,6 +60,8 @@ class FillMask(Task):
 
     _mask: int = -1
     _tokens: list[str] | None = None
+    # A word -> its token's number, or -1.
+    _number: Callable[[str], int] | None = None
 
     def output_type(self) -> pa.DataType:
         """list<struct<token: string, score: float32>>."""
@@ -81,6 +84,17 @@ class FillMask(Task):
             raise BundleError(f"{annotator.bundle.reference}: the tokenizer has no mask token to fill")
         self._mask = tokenizer.mask_token_id
         self._tokens = tokenizer.batch_decode([[index] for index in range(annotator.bundle.config.vocab_size)])
+        known = {token.strip(): number for number, token in enumerate(self._tokens)}
+
+        def number(word: str) -> int:
+            # As it stands; as the tokenizer spells it (in lower case, say); as it does behind a blank (RoBERTa).
+            for text in (word, f" {word}"):
+                ids = tokenizer.encode(text, add_special_tokens=False)
+                if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                    return ids[0]
+            return known.get(word.strip(), -1)
+
+        self._number = number
 
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The K likeliest token ids and their probabilities, (P, 2K), fp32; NaN where a piece has no mask."""
@@ -118,6 +132,30 @@ class FillMask(Task):
         return pa.ListArray.from_arrays(pa.array(np.cumsum(offsets, dtype=np.int32)), structs, mask=pa.array(~known))
 
     # Evaluation.
+
+    def read_truth(
+        self, truth: Sequence[pa.Array], inputs: Sequence[pa.Array]
+    ) -> tuple[Sequence[pa.Array], Sequence[pa.Array]]:
+        """The right tokens as the vocabulary has them: `Paris` is `paris` to a model that knows no capitals.
+
+        A word that is no single token of it stays as it is.
+
+        Raises:
+            ColumnError: they are no texts.
+        """
+        assert self._tokens is not None and self._number is not None, "prepare comes first"
+        words = as_strings(truth[0], "token").dictionary_encode()
+        spelt = [
+            word if (number := self._number(word)) < 0 else self._tokens[number].strip()
+            for word in to_python_strings(words.dictionary)
+        ]
+        return [pa.array(spelt, pa.large_string()).take(words.indices)], super().read_truth(truth, inputs)[1]
+
+    def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
+        """Words that the model cannot say at all."""
+        assert self._tokens is not None, "prepare comes first"
+        known = pc.is_in(truth[0], pa.array([token.strip() for token in self._tokens], pa.large_string()))
+        return {"a word that is no single token of the vocabulary": ~known.to_numpy(zero_copy_only=False)}
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
         """Whether the right token comes first, or among the K; and 1 / its place, 0 where it is not among them.
@@ -176,7 +214,7 @@ def _places(annotations: pa.Array, truth: pa.Array) -> np.ndarray:
     for row, (items, token) in enumerate(
         zip(annotations.to_pylist(), pc.cast(truth, pa.string()).to_pylist(), strict=True)
     ):
-        tokens = [item["token"] for item in items or ()]
+        tokens = [item["token"].strip() for item in items or ()]
         if token in tokens:
             places[row] = tokens.index(token) + 1
     return places

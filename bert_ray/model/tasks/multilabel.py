@@ -61,9 +61,8 @@ class MultiLabelOptions(SequenceOptions):
 
     def __post_init__(self) -> None:
         SequenceOptions.__post_init__(self)
-        value = self.threshold
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-            raise JobError(f"options.threshold is {value!r}; give a probability from 0 to 1")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise JobError(f"options.threshold is {self.threshold}; give a probability from 0 to 1")
 
 
 class MultiLabel(SequenceTask):

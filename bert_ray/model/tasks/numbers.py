@@ -34,6 +34,17 @@ def numbers(column: pa.Array | pa.ChunkedArray, task: str) -> pa.Array:
     return pc.cast(column, pa.float64(), safe=False)
 
 
+def narrow(column: pa.Array) -> np.ndarray:
+    """float64 numbers as float32, (B,); too large ones become infinite."""
+    with np.errstate(over="ignore"):
+        return column.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def not_finite(column: pa.Array) -> dict[str, np.ndarray]:
+    """Rows whose number is none to go by, as `Task.faults` has it: NaN, infinity, and what is infinite in float32."""
+    return {"a label that is NaN or infinite": ~np.isfinite(narrow(column))}
+
+
 def correlations(said: np.ndarray, so: pa.Array) -> dict[str, float]:
     """Spearman's and Pearson's correlation, float (B,) each.
 

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import torch
 from torch.nn import functional as F
 
-from bert_ray.errors import JobError
 from bert_ray.model.tasks.base import Options, Task
 
 if TYPE_CHECKING:
@@ -38,11 +37,6 @@ class PromptOptions(Options):
     """
 
     prompt: str = ""
-
-    def __post_init__(self) -> None:
-        Options.__post_init__(self)
-        if not isinstance(self.prompt, str):
-            raise JobError(f"options.prompt is {self.prompt!r}; give a text")
 
 
 class PooledTask(Task):

@@ -19,7 +19,7 @@ from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.examples import Targets
 from bert_ray.model.tasks.base import Learning, Outputs
 from bert_ray.model.tasks.heads import SequenceTask, by_row, by_sample
-from bert_ray.model.tasks.numbers import correlations, numbers, numbers_report
+from bert_ray.model.tasks.numbers import correlations, narrow, not_finite, numbers, numbers_report
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,7 +72,7 @@ class Regression(SequenceTask):
 
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """NaN, infinity, and numbers that are infinite in float32."""
-        return {"a label that is NaN or infinite": ~np.isfinite(_values(truth[0]))}
+        return not_finite(truth[0])
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
         """None; but the numbers must differ.
@@ -83,7 +83,7 @@ class Regression(SequenceTask):
         """
         if self.card.labels:
             raise JobError("labels: task regression learns numbers and has no labels; leave them out")
-        values = _values(truth[0])
+        values = narrow(truth[0])
         if (values == values[0]).all():
             raise ColumnError(
                 f"it is {values[0]:g} in all {len(values)} rows; a model needs numbers that differ to learn from"
@@ -92,7 +92,7 @@ class Regression(SequenceTask):
 
     def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
         """The numbers, float32 (S,)."""
-        return Targets(values=_values(truth[0]))
+        return Targets(values=narrow(truth[0]))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Squared error of each sample, (S,); outputs (P, 1), targets float32 (S,)."""
@@ -120,9 +120,3 @@ class Regression(SequenceTask):
     ) -> list[Section]:
         """What was said over what is so, the errors along the scale, the largest ones."""
         return numbers_report(annotations, truth[0], self.inputs, inputs, most, same_units=True)
-
-
-def _values(truth: pa.Array) -> np.ndarray:
-    """float64 numbers as float32, (N,); too large ones become infinite."""
-    with np.errstate(over="ignore"):
-        return truth.to_numpy(zero_copy_only=False).astype(np.float32)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.model.tasks.base import Outputs
-from bert_ray.model.tasks.numbers import correlations, numbers, numbers_report
+from bert_ray.model.tasks.numbers import correlations, not_finite, numbers, numbers_report
 from bert_ray.model.tasks.pooled import PooledTask, unit
 from bert_ray.model.tokenization import Pieces, Tokenizer
 
@@ -63,6 +63,10 @@ class Similarity(PooledTask):
             ColumnError: they are no numbers.
         """
         return [numbers(truth[0], self.kind)], super().read_truth(truth, inputs)[1]
+
+    def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
+        """Scores that are no numbers to go by."""
+        return not_finite(truth[0])
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:
         """Rank and linear correlation with the scores in `label`, on any scale."""

@@ -333,9 +333,8 @@ class Translation(Task):
 
         said = [text or "" for text in to_python_strings(annotations)]
         so = to_python_strings(truth[0])
-        words = "zh" if self._is_chinese(so) else "13a"
         return {
-            "bleu": float(BLEU(tokenize=words).corpus_score(said, [so]).score),
+            "bleu": float(BLEU(tokenize=self._splitter(so)).corpus_score(said, [so]).score),
             "chrf": float(CHRF().corpus_score(said, [so]).score),
         }
 
@@ -350,8 +349,12 @@ class Translation(Task):
         values = [scorer.sentence_score(one, [other]).score / 100 for one, other in zip(said, so, strict=True)]
         return text_cases(self.inputs, inputs, said, so, values, most, "chrF")
 
-    def _is_chinese(self, texts: Sequence[str]) -> bool:
-        """Whether words cannot be told by blanks: as the language says, else where most translations hold hanzi."""
-        if self.options.target_language:
-            return self.options.target_language.startswith("zh")
-        return 2 * sum(bool(_CHINESE.search(text)) for text in texts) > len(texts)
+    def _splitter(self, texts: Sequence[str]) -> str:
+        """SacreBLEU's tokenizer: as the language says, else that for Chinese where most translations hold hanzi."""
+        language = self.options.target_language
+        if language.startswith("zh") or (
+            not language and 2 * sum(bool(_CHINESE.search(text)) for text in texts) > len(texts)
+        ):
+            return "zh"
+        # Where no blanks tell words, a character counts as one.
+        return "char" if language.startswith(_WITHOUT_BLANKS) else "13a"

@@ -142,15 +142,9 @@ class ZeroShotOptions(PromptOptions):
                 raise JobError(
                     f"options.template has {template!r}; give a text with one {{}} for the label, such as {TEMPLATE!r}"
                 )
-        for name in ("threshold", "temperature"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise JobError(f"options.{name} is {value!r}; give a number")
-        if not isinstance(self.multilabel, bool):
-            raise JobError(f"options.multilabel is {self.multilabel!r}; give true or false")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise JobError(f"options.threshold is {self.threshold}; a score is from 0 to 1")
-        if self.temperature is None or not 0.0 < self.temperature < float("inf"):
+        if not 0.0 < self.temperature < float("inf"):
             raise JobError(f"options.temperature is {self.temperature}; give a number above 0, such as {TEMPERATURE}")
         if self.multilabel and self.scores:
             raise JobError("options.scores and options.multilabel do not go together; threshold: 0 gives every label")

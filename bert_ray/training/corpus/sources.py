@@ -176,9 +176,12 @@ class _TextSource:
     def parts(self, number: int, unit_rows: int, unit_bytes: int) -> list[Part]:
         found = []
         for path in self._files:
-            status = path.stat()
-            unit = Unit.of(path.relative_to(self._root).as_posix(), None, None, status.st_size, status.st_mtime_ns)
-            found += [Part.of(number, unit, span) for span in spans_of(path, self._options, unit_bytes)]
+            try:
+                size, modified = (status := path.stat()).st_size, status.st_mtime_ns
+            except OSError:  # A dangling link, or a file removed since the listing: its unit will say so.
+                size = modified = 0
+            unit = Unit.of(path.relative_to(self._root).as_posix(), None, None, size, modified)
+            found += [Part.of(number, unit, span) for span in spans_of(path, size, self._options, unit_bytes)]
         return found
 
     def reader(self) -> Reader:

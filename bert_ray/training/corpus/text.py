@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from bert_ray.errors import LakeError
+from bert_ray.lake.tables import is_data, walk
 from bert_ray.lake.units import Unit
 from bert_ray.training.corpus.job import ReadingOptions
 
@@ -29,21 +30,18 @@ _STEP_BYTES = 64 * 2**10
 
 
 def text_files(place: Path) -> list[Path]:
-    """The plain-text files of a directory at any depth, in path order; or the one file, whatever its name."""
+    """The plain-text files of a directory at any depth, in path order; or the one file, whatever its name.
+
+    Raises:
+        LakeError: a directory below it cannot be listed.
+    """
     if place.is_file():
         return [place]
-    found = []
-    for folder, below, names in os.walk(place, followlinks=False):
-        below[:] = [name for name in below if not name.startswith(("_", "."))]
-        found += [
-            Path(folder, name) for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(("_", "."))
-        ]
-    return sorted(found)
+    return sorted(path for path in walk(place, is_data) if is_data(path.name) and path.name.lower().endswith(_SUFFIXES))
 
 
-def spans_of(path: Path, options: ReadingOptions, unit_bytes: int) -> list[tuple[int, int] | None]:
-    """The spans of bytes that a file is read in; [None]: whole."""
-    size = path.stat().st_size
+def spans_of(path: Path, size: int, options: ReadingOptions, unit_bytes: int) -> list[tuple[int, int] | None]:
+    """The spans of bytes that a file of `size` bytes is read in; [None]: whole."""
     # In a span's middle the next document is found by its line break, which has to be this one byte.
     splits = options.documents != "file" and not _packed(path) and _one_byte_lines(options.encoding)
     if not splits or size <= unit_bytes:

@@ -11,7 +11,8 @@ import pytest
 from bert_ray.errors import LakeError
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
 from bert_ray.model.bundle import Card
-from bert_ray.model.tasks import Answer, Regression
+from bert_ray.model.tasks import Answer, Regression, Similarity
+from bert_ray.model.tasks.base import Task
 
 QUESTIONS = {
     "question": ["q", None, "q", "q", "q", " "],
@@ -21,7 +22,7 @@ QUESTIONS = {
 }
 
 
-def read(tmp_path: Path, task: Answer | Regression, columns: dict[str, object]) -> Rows:
+def read(tmp_path: Path, task: Task, columns: dict[str, object]) -> Rows:
     path = tmp_path / "table.parquet"
     pq.write_table(pa.table(columns), path)
     return read_rows(open_table(str(path)), str(path), task, {name: name for name in (*task.inputs, *task.truths)})
@@ -46,7 +47,16 @@ def test_faults_are_told_where_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b", "c"], "text_pair": ["a", "b", "c"], "label": [1.0, float("nan"), None]}
+    for task in (Regression(Card(task="regression", inputs=["text"])), Similarity(Card(task="similarity"))):
+        rows = read(tmp_path, task, columns)
+        assert (rows.numbers.tolist(), rows.without_label) == ([0], 1)
+        assert rows.faulty == {"a label that is NaN or infinite": 1}
+
+
+def test_files_that_disagree_are_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [1.0]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [["a"]], "label": [1.0]}), tmp_path / "b.parquet")
     task = Regression(Card(task="regression", inputs=["text"]))
-    rows = read(tmp_path, task, {"text": ["a", "b", "c"], "label": [1.0, float("nan"), None]})
-    assert (rows.numbers.tolist(), rows.without_label) == ([0], 1)
-    assert rows.faulty == {"a label that is NaN or infinite": 1}
+    with pytest.raises(LakeError, match="cannot be read"):
+        read_rows(open_table(str(tmp_path)), str(tmp_path), task, {"text": "text", "label": "label"})

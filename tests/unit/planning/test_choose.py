@@ -196,6 +196,18 @@ def test_of_many_labels_the_first_turn_is_a_part_of_the_rows(
     assert choice.recommended.rows == 225
 
 
+def test_a_first_turn_of_few_rows_has_labels_all_the_same(tmp_path: Path, tiny_encoder: Path) -> None:
+    """60 labels in 100 rows look like no label; but the whole table says that they are."""
+    texts = [f"the film of day {row % 60} was number {row}" for row in range(100)]
+    labels = [f"day {row % 60}" for row in range(100)]
+    job = ChooseJob(table="t", models=[str(tiny_encoder)], output=str(tmp_path), epochs=1, threads=1)
+    for fine_tuned in (False, True):
+        model = trial.train_bundle(
+            job, str(tiny_encoder), fine_tuned, np.array(texts, object), np.array(labels, object), trial.clock() + 600
+        )
+        assert set(trial.annotate(model, np.array(texts[:5]), 1)) <= set(labels)
+
+
 def candidate(name: str, right: np.ndarray, speed: float) -> Candidate:
     reference = None if name == BASELINE else name
     return Candidate(name=name, reference=reference, rows=10, right=right, rows_per_second=speed, memory_mb=1.0)
@@ -232,7 +244,7 @@ def test_of_two_as_good_the_faster_is_recommended() -> None:
     [
         ({"text": ["a", "b"] * 100, "label": [0, 1] * 100}, JobError, "has 2 different texts .* at least 80"),
         ({"txt": ["a", "b"] * 100, "label": [0, 1] * 100}, ColumnError, "did you mean 'txt'"),
-        ({"text": ["a", "b"] * 100, "label": [1, 1] * 100}, ColumnError, "one label only"),
+        ({"text": ["a", "b"] * 100, "label": [1, 1] * 100}, ColumnError, "column 'label': it has one label only"),
     ],
 )
 def test_bad_tables(tmp_path: Path, tiny_encoder: Path, table: dict[str, object], error: type, message: str) -> None:

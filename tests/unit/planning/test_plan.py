@@ -228,7 +228,7 @@ def test_the_command_plans_a_pretraining(pretraining: Path, tmp_path: Path, caps
     words = ["plan", pretraining, "--gpu", "a100", "--price", 2, "--row-tokens", 128, "--output", page]
     assert cli.main([*map(str, words)]) == 0
     shown = capsys.readouterr().out
-    assert "110,106,428 parameters" in shown
+    assert "109,514,298 parameters" in shown
     assert "70,000 steps, 3.67e+10 tokens" in shown
     assert "on each of 8 GPUs 2 x 32,768 tokens in bf16" in shown
     assert "predicted" in shown

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import JobError, LakeError
+from bert_ray.training import checkpoints as checkpoints_module
 from bert_ray.training.checkpoints import POSITION_FILE, STATE_FILE, Checkpoints
 
 
@@ -119,3 +120,57 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path: Path) -> 
     assert found is not None and found.position == {"step": 1}
     checkpoints.save(2, {"weight/a": torch.zeros(1)}, {"step": 2})
     assert not list(tmp_path.glob(".new-*"))
+
+
+def test_a_step_that_is_saved_again_stands_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped before an epoch's end is evaluated, and its step saved once more."""
+    checkpoints = saved(tmp_path, 3, keep=1)
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_ray.training.checkpoints._write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 3, keep=1)
+    found = checkpoints.latest()
+    assert found is not None and found.position == {"step": 3}
+    checkpoints.save(3, {"weight/a": torch.zeros(1)}, {"step": 3, "evaluated": True})
+    found = checkpoints.latest()
+    assert found is not None and found.position == {"step": 3, "evaluated": True}
+    assert len(checkpoints.names()) == 1
+    checkpoints.save(4, {"weight/a": torch.zeros(1)}, {"step": 4})
+    assert checkpoints.names() == ["step-00000004"]
+
+
+def test_a_disk_that_does_not_answer_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the run would begin anew, and prune what it does not see."""
+    checkpoints = saved(tmp_path, 1, 2)
+
+    def fail(directory: Path) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        for ask in (checkpoints.latest, checkpoints.begun):
+            with pytest.raises(LakeError, match=r"cannot be listed: .*Input/output error"):
+                ask()
+        with pytest.raises(LakeError, match=r"cannot write checkpoint step-00000003 .*cannot be listed"):
+            saved(tmp_path, 3)
+        with pytest.raises(LakeError, match="cannot be removed"):
+            checkpoints.remove()
+    assert checkpoints.names() == ["step-00000001", "step-00000002"]
+
+
+def test_a_store_that_is_none_and_one_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(JobError, match="gopher://there cannot be used"):
+        Checkpoints("gopher://there", 1)
+
+    class Silent:
+        @staticmethod
+        def from_uri(uri: str) -> None:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(checkpoints_module.fs, "FileSystem", Silent)
+    with pytest.raises(LakeError, match="s3://there does not answer: no route to host"):
+        Checkpoints("s3://there", 1)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bert_ray.errors import JobError, Stopped
+from bert_ray.errors import JobError, LakeError, Stopped
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training import launch, loop, optim, run_directory
@@ -216,7 +216,7 @@ def test_a_disk_that_is_full_when_the_best_model_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_bundle", full)
-        with pytest.raises(JobError, match=r"cannot write the best model to .*best: No space left.*step-00000006"):
+        with pytest.raises(LakeError, match=r"cannot write the best model to .*best: No space left.*step-00000006"):
             quiet(job)
     told: list[dict[str, object]] = []
     resumed = train(job, tell=told.append)
@@ -522,3 +522,36 @@ def test_class_weights_and_smoothing_reach_the_loss(job_for: Jobs, tmp_path: Pat
     assert (card.provenance["job"]["label_smoothing"], card.provenance["job"]["class_weights"]) == (0.5, "none")
     with pytest.raises(JobError, match="class_weights names 'neutral'"):
         quiet(replace(job, class_weights={"neutral": 2}, output=str(tmp_path / "strange")))
+
+
+def test_an_output_that_is_none_is_told_before_anything_is_read(job_for: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, says in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "cannot be made")):
+        with pytest.raises(JobError, match=rf"output {output} {says}"):
+            quiet(job_for(output=str(output)))
+
+
+def test_a_loss_that_is_no_number_goes_before_a_stop_that_was_asked_for(job_for: Jobs) -> None:
+    """Nothing was saved of what came after the last checkpoint, so that it must not be said."""
+
+    def stop_and_poison(event: StepEvent) -> None:
+        if event.step == 5:
+            (event.directory / "stop").touch()
+
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2))
+    with pytest.raises(JobError, match="step-00000004"):
+        quiet(job, callbacks=[stop_and_poison, poison_at(5)])
+
+
+def test_a_run_that_is_stopped_at_an_epochs_last_step_goes_on(job_for: Jobs, tmp_path: Path) -> None:
+    job = job_for(checkpoint=CheckpointOptions(keep=1))
+    whole = quiet(replace(job, output=str(tmp_path / "whole")))
+    last = int(whole.history[0]["step"])
+
+    def stop(event: StepEvent) -> None:
+        if event.step == last - 1:
+            (event.directory / "stop").touch()
+
+    with pytest.raises(Stopped):
+        quiet(job, callbacks=[stop])
+    assert without_speed(quiet(job).history) == without_speed(whole.history)

@@ -175,6 +175,10 @@ def test_nothing_to_answer_from_is_null(bundle: Path) -> None:
         ({"max_answer_tokens": 0}, "max_answer_tokens is 0"),
         ({"max_question_tokens": 0}, "max_question_tokens is 0"),
         ({"null_windows": 0.0}, "null_windows is 0.0"),
+        ({"max_answer_tokens": 30.5}, r"max_answer_tokens is 30\.5; give a whole number"),
+        ({"null_threshold": "high"}, "null_threshold is 'high'; give a number or null"),
+        ({"scores": 1}, "scores is 1; give true or false"),
+        ({"overlap": True}, "overlap is True; give a whole number"),
         ({"null_treshold": 1.0}, "did you mean 'null_threshold'"),
     ],
 )

@@ -412,6 +412,28 @@ def test_odd_rows(bundle: Path) -> None:
     assert annotator(pa.table({"text": raw}))["entities"].to_pylist()[1] == annotate(bundle, ["bad"])[0]
 
 
+def test_a_name_keeps_its_last_accent(tmp_path: Path) -> None:
+    """The tokenizer drops accents; what stands in the text is told."""
+    text = "Jose\u0301 saw Zoe\u0308"
+    (found,) = annotate(make_bundle(tmp_path / "bundle", ["B-name", "I-name"]), [text])
+    ends = {entity["end"] for entity in found}
+    assert ends and ends <= {5, 9, 14}
+    assert all(text[entity["start"] : entity["end"]] == entity["text"] for entity in found)
+
+
+def test_types_of_other_names_are_told_before_annotating(bundle: Path) -> None:
+    task = AnnotatorSpec(model=str(bundle)).build().task
+
+    def truth(*types: str) -> list[pa.Array]:
+        spans = [{"start": 0, "end": 1, "label": name} for name in types]
+        return [pa.array([spans], pa.list_(pa.struct({"start": pa.int64(), "end": pa.int64(), "label": pa.string()})))]
+
+    with pytest.raises(ColumnError, match=r"entity types \(LOC, PER\) is one of the model's \(place, thing\)"):
+        task.check_truth(truth("PER", "LOC"))
+    task.check_truth(truth("PER", "place"))
+    task.check_truth(truth())
+
+
 def test_options_are_checked(bundle: Path) -> None:
     for options, says in (({"overlap": -1}, "overlap"), ({"overflow": "fold"}, "windows"), ({"over": 1}, "over")):
         with pytest.raises(JobError, match=says):

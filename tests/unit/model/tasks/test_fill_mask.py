@@ -84,7 +84,9 @@ def test_the_heads_of_other_architectures(kind: str, tmp_path: Path) -> None:
 def test_evaluate_counts_the_right_token(bundle: str, tmp_path: Path) -> None:
     texts = ["the [MASK] was good", "a [MASK] film", "no mask"]
     said = fill(bundle, texts, top_k=2)
-    truth = [said[0][0]["token"], said[1][1]["token"], "film"]
+    # In capitals, which the vocabulary does not know; and a word that it has no single token for.
+    truth = [said[0][0]["token"].upper(), said[1][1]["token"], "good", "qzqz"]
+    texts.append("one [MASK]")
     pq.write_table(pa.table({"text": texts, "token": truth}), tmp_path / "test.parquet")
     job = EvaluateJob(
         model=bundle, table=str(tmp_path / "test.parquet"), output=str(tmp_path / "out"), options={"top_k": 2}
@@ -93,6 +95,7 @@ def test_evaluate_counts_the_right_token(bundle: str, tmp_path: Path) -> None:
     assert "accuracy 0.3333" in text
     assert "recall@2 0.6667" in text
     assert "mrr 0.5000" in text
+    assert "rows_left_out_for_faults 1" in text
 
 
 @pytest.mark.parametrize("top_k", [0, 101, 1.5, True])

@@ -206,6 +206,7 @@ def test_patterns_on_any_bundle(tiny_encoder: Path, tiny_bundle: Path) -> None:
         ({"regions": ["UK"]}, "UK"),
         ({"kinds": [], "patterns": []}, "nothing to mask"),
         ({"least_score": 2}, "least_score"),
+        ({"mark": None}, "mark is None; give a text"),
     ],
 )
 def test_options_are_checked(bundle: Path, options: dict[str, Any], says: str) -> None:

@@ -118,7 +118,7 @@ def test_two_texts(bundle: str) -> None:
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "half", True, None])
 def test_a_threshold_is_a_probability(threshold: object) -> None:
-    with pytest.raises(JobError, match=r"options\.threshold is .*; give a probability"):
+    with pytest.raises(JobError, match=r"options\.threshold is .*; give a (probability|number)"):
         task(threshold=threshold)
 
 

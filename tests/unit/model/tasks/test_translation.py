@@ -15,10 +15,10 @@ import torch
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Bundle, load_bundle
+from bert_ray.model.bundle import Bundle, Card, load_bundle
 from bert_ray.model.decoder import decode_targets, decoder_of
 from bert_ray.model.encoder import encode, encoder_of
-from bert_ray.model.generation import Generator
+from bert_ray.model.generation import Generator, _Search
 from bert_ray.model.packing import pack_rows
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.translation import sentences
@@ -115,6 +115,32 @@ def test_says_what_transformers_generate_says(trained: Any, beams: int, penalty:
     ragged = Ragged(ids=np.concatenate(lists).astype(np.int32), types=None, offsets=offsets)
     # Rows end at different steps, so that some leave the batch while others go on.
     assert len(both_say(bundle.model(), ragged, beams, penalty)) > 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_a_row_says_depends_on_no_other(beams: int) -> None:
+    """A row that is done stays in the batch until others are: it goes on saying nothing."""
+    rows, words, longest, end = 12, 9, 14, 1
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (longest, rows, beams, words)).astype(np.float32)
+    logits[:, 1:, :, end] -= 8.0  # The others take long,
+    logits[2, 0, :, end] += 9.0  # the first one ends soon,
+    logits[3:, 0, :, 2] += 12.0  # and would be ever surer afterwards.
+
+    def said(which: list[int]) -> list[list[int]]:
+        search = _Search(len(which), beams, longest, 0, end, 1.0, torch.device("cpu"))
+        alive = np.array(which)
+        for position in range(longest):
+            search.step(torch.from_numpy(logits[position, alive].reshape(-1, words).copy()), position)
+            if search.done:
+                break
+            if (left := search.shrink()) is not None:
+                alive = alive[left.numpy()]
+        return search.result.tolist()
+
+    together = said(list(range(rows)))
+    assert together == [said([row])[0] for row in range(rows)]
+    assert together[0].index(end) < 5 < min(row.index(-1) if -1 in row else longest for row in together[1:])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -354,6 +380,16 @@ def test_rows_that_teach_nothing_are_left_out(tmp_path: Path, tiny_encoder: Path
     result = train(job(tmp_path, tiny_encoder, epochs=1), tell=told.append)
     assert result.train_rows + result.validation_rows == 60
     assert any("4 of 64 rows left out" in event.get("text", "") for event in told)
+
+
+def test_bleu_splits_as_the_language_does() -> None:
+    so, said = pa.array(["猫は魚を食べる", "犬が好き"]), pa.array(["猫は魚を食べた", "犬が好き"])
+    scores = {}
+    for language in ("ja", "th", "zh-TW", "en", ""):
+        task = get_task(Card(task="translation"), options={"target_language": language})
+        scores[language] = task.metrics(said, [], [so])["bleu"]
+    assert scores["ja"] == scores["th"] > 50 > scores["en"]
+    assert scores["zh-TW"] > 50 and scores[""] > 50
 
 
 def test_wrong_settings(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,25 @@ def test_no_text_there(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(LakeError, match=r"holds no files named \.txt"):
         read(tmp_path, format="text")
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake, other = tmp_path / "lake", tmp_path / "other"
+    for folder in (lake, other):
+        folder.mkdir()
+    (other / "b.txt").write_text("linked\n")
+    (lake / "folder").symlink_to(other)
+    assert read(lake) == (["linked\n"], 0)
+    (lake / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(LakeError, match=r"gone\.txt is gone"):
+        read(lake)
+    (lake / "gone.txt").unlink()
+    walk = os.walk
+
+    def unreadable(top: Path, onerror: Any, **more: Any) -> Any:
+        onerror(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(lake / "closed")))
+        return walk(top, **more)
+
+    monkeypatch.setattr(os, "walk", unreadable)
+    with pytest.raises(LakeError, match="closed cannot be listed: Permission denied"):
+        read(lake)
