@@ -373,6 +373,8 @@ def read_columns(
     try:
         system, place = fs.FileSystem.from_uri(path) if is_uri(path) else (fs.LocalFileSystem(), path)
         kind = system.get_file_info(place).type
+    except pa.ArrowInvalid as error:
+        raise JobError(f"{path} is no address of a store that is known: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be reached: {error}") from error
     if kind == fs.FileType.NotFound:

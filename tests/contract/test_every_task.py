@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from bert_ray.inference import local
 from bert_ray.model.annotator import AnnotatorSpec
@@ -21,6 +23,15 @@ def here(it: Tiny, table: pa.Table | None = None) -> pa.Table:
     return local.annotate(
         it.table if table is None else table, it.model, task=it.task, options=it.options, name="annotation"
     )
+
+
+def floats(value: Any) -> Iterator[float]:
+    """All floating-point numbers in an annotation, however deep."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from floats(item)
 
 
 def test_every_task_has_its_tiny_bundle() -> None:
@@ -56,7 +67,10 @@ def test_neighbours_make_no_difference(kind: str, tiny: Make) -> None:
 def test_half_precision_on_a_cpu(kind: str, dtype: str, tiny: Make) -> None:
     it = tiny(kind)
     spec = AnnotatorSpec(model=it.model, task=it.task, options=it.options, name="annotation", device="cpu", dtype=dtype)
-    found = spec.build()(it.table)
+    annotator = spec.build()
+    assert annotator.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    found = annotator(it.table)
+    assert all(math.isfinite(value) for value in floats(found["annotation"].to_pylist()))
     assert found.schema.field("annotation").type == it.type
     assert [item is None for item in found["annotation"].to_pylist()] == [
         item is None for item in here(it)["annotation"].to_pylist()

@@ -79,6 +79,7 @@ def test_an_overflow_lowers_the_scale_and_training_goes_on(runs: dict[str, Any],
     assert np.isfinite(found).all()
     scale = scaling(runs["root"] / f"overflow-{stage}")["scale" if stage == 0 else "cur_scale"]
     assert scale < TOO_LARGE, "nothing overflowed"
+    assert found != losses(runs[f"fp16 {stage}"]), "no step was left out"
     assert found[-2] < 0.95 * found[0]
     assert found == pytest.approx(losses(runs["overflow 0"]), abs=1e-3)
 

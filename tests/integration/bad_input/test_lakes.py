@@ -277,7 +277,7 @@ def test_an_altered_bundle_starts_nothing(tmp_path: Path, out: Path, tiny_bundle
         bulk.run(job(lake, saved, tmp_path / "again"))
     assert not (tmp_path / "again").exists()
     (saved / "model.safetensors").unlink()
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match=r"(missing: |no )model\.safetensors"):
         bulk.run(job(lake, saved, tmp_path / "again"))
 
 

@@ -161,11 +161,15 @@ def test_a_second_run_at_the_same_time_is_refused(job: AnnotateJob) -> None:
 
 
 def test_a_file_system_without_locks_is_no_obstacle(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
     def flock(handle: int, how: int) -> None:
+        asked.append(how)
         raise OSError(lock.errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     assert bulk.run(job).exit_status == 0
+    assert asked
 
 
 def test_new_files_are_annotated(job: AnnotateJob, lake: Path) -> None:
