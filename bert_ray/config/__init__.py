@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from bert_ray.config.files import JobFile, peek, read_job_file
+from bert_ray.config.files import Dumper, JobFile, peek, read_job_file
 from bert_ray.config.flags import DOT, Arguments
 from bert_ray.config.keys import (
     Key,
@@ -96,7 +96,7 @@ def load_job(
 
 def dump_job(job: Any) -> str:
     """A job as the text of a job file that `load_job` reads back to an equal job."""
-    return yaml.safe_dump(asdict(job), sort_keys=False, allow_unicode=True)
+    return yaml.dump(asdict(job), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def help_text(

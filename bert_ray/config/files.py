@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from bert_ray.errors import JobError
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of version 1.2: `no` and `on` are text, `1e-5` is a number."""
 
+    close = yaml.SafeLoader.dispose
+
+
+class Dumper(yaml.SafeDumper):
+    """The way back: puts in quotes what `_Loader` would take for something else than text."""
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("bool", "float", "timestamp")]
@@ -27,6 +34,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^(?:[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     "-+0123456789.",
 )
+Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass(kw_only=True)
@@ -65,16 +73,17 @@ def _load_yaml(path: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
         raise JobError(f"{path} is a directory, not a job file; give data with --input") from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path} cannot be read as a job file: {error}") from error
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else None
+        with contextlib.closing(_Loader(text)) as loader:
+            node = loader.get_single_node()
+            values = loader.construct_document(node) if node is not None else None
+    except yaml.reader.ReaderError as error:
+        place = f"{path}:{text[: error.position].count(chr(10)) + 1}"
+        raise JobError(f"{place}: not YAML: it holds the character {error.character:#04x}, which is no text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise JobError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
     if values is None:
         raise JobError(f"{path} is empty; a job file is YAML with one `key: value` a line (see the jobs/ directory)")
     if not isinstance(node, yaml.MappingNode):

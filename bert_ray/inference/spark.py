@@ -112,12 +112,12 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
     Raises:
         EngineError: Spark gave up.
     """
-    with _session(plan.job.spark, plan.job.workers) as (session, ours):
+    with _session(plan.job.spark, plan.job.workers) as (session, held):
         job = plan.job
         threads = job.threads or worker_threads(session, tasks=len(plan.todo))
         work = dataclasses.replace(plan.work, annotator=dataclasses.replace(plan.work.annotator, threads=threads))
-        # In a session of our own the master holds the workers to their number; in another the tasks must.
-        tasks = min(len(plan.todo), _MOST_TASKS, (job.workers if not ours else None) or _MOST_TASKS)
+        # Where the master is ours too it holds the workers to their number; elsewhere the tasks must.
+        tasks = min(len(plan.todo), _MOST_TASKS, (job.workers if not held else None) or _MOST_TASKS)
         # From Arrow: rows of Python's would each go through Python workers that do nothing else.
         turns = pa.array([place % tasks for place in range(len(plan.todo))], pa.int32())
         units = pa.table({"unit": [unit.to_json() for unit in plan.todo], "task": turns})
@@ -192,13 +192,13 @@ def _why(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _session(options: SparkOptions, workers: int | None) -> Iterator[tuple[SparkSession, bool]]:
-    """The session in use, or one of our own that is stopped at the end; and whether it is ours."""
+    """The session in use, or one of our own that is stopped at the end; and whether its master has `workers` cores."""
     if (active := _active()) is not None:
         yield active, False
         return
     session = new_session(options, workers)
     try:
-        yield session, True
+        yield session, not options.master and not _submitted()
     finally:
         with contextlib.suppress(Exception):  # Java may be gone: why the run ends is what counts.
             session.stop()
@@ -211,6 +211,11 @@ def _active() -> SparkSession | None:
     return SparkSession.builder.getOrCreate() if SparkContext._active_spark_context is not None else None
 
 
+def _submitted() -> bool:
+    """Whether spark-submit has started Java, and said the master."""
+    return "PYSPARK_GATEWAY_PORT" in os.environ
+
+
 def new_session(options: SparkOptions, workers: int | None = None) -> SparkSession:
     """Start a SparkSession.
 
@@ -221,7 +226,7 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     Raises:
         JobError: there is no Java, or the master cannot be reached.
     """
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # By spark-submit, which has started Java and said the master.
+    submitted = _submitted()
     if not (submitted or shutil.which("java") or os.environ.get("JAVA_HOME")):
         raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
     # Executors on this machine must run this interpreter, not the first "python3" on the PATH.

@@ -17,12 +17,11 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bert_ray.errors import LakeError
 from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import merge, plain
-from bert_ray.lake.units import ParquetReader, Unit, partition_values
+from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
@@ -197,8 +196,10 @@ def _begins_as_parquet(path: Path) -> bool:
             return False
         with path.open("rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:  # Its unit will say why it cannot be read: passed over, its rows would be missing in silence.
+        return True
 
 
 def _look_at(path: Path, root: Path) -> _File:
@@ -209,8 +210,8 @@ def _look_at(path: Path, root: Path) -> _File:
         return _File(relative, 0, 0, None, None)
     try:
         with pa.OSFile(os.fsencode(path)) as file:  # As bytes: Arrow takes no str whose name is not UTF-8.
-            footer = pq.read_metadata(file)
-        schema = footer.schema.to_arrow_schema()
+            opened = open_parquet(file)
+            schema, footer = opened.schema_arrow, opened.metadata
         groups = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
     except (pa.ArrowException, OSError):
         return _File(relative, status.st_size, status.st_mtime_ns, None, None)

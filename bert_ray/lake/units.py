@@ -126,7 +126,7 @@ class ParquetReader:
             if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
                 raise LakeError(f"{told} changed after the run had begun: run again to take it as it is now")
             # As bytes: Arrow takes no str whose name is not UTF-8.
-            with pa.OSFile(os.fsencode(path)) as source, pq.ParquetFile(source) as file:
+            with pa.OSFile(os.fsencode(path)) as source, open_parquet(source) as file:
                 found = file.schema_arrow
                 self._check(told, found, target, constants, required)
                 wanted = [name for name in columns if name in found.names]
@@ -170,6 +170,15 @@ class ParquetReader:
                         f"{path}: column {field.name!r} is {kind}, in the rest of the table it is {field.type}: "
                         "rewrite the file with that type"
                     )
+
+
+def open_parquet(source: pa.NativeFile) -> pq.ParquetFile:
+    """A file as planning and workers read it, with the same types.
+
+    INT96 timestamps, as Spark and Hive write them, are read in microseconds: in nanoseconds, Arrow's own way, years
+    before 1678 and after 2261 wrap around, and Spark does not read what is written of them.
+    """
+    return pq.ParquetFile(source, coerce_int96_timestamp_unit="us")
 
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:

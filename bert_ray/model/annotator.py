@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -101,9 +102,12 @@ def _stamp(reference: str) -> tuple[tuple[str, int, int], ...]:
     """What tells the bundle in a directory from one that took its place; the same for all that is no directory."""
     if not os.path.isdir(reference):
         return ()
+    found = []
     with os.scandir(reference) as entries:
-        found = [(entry.name, entry.stat()) for entry in entries]
-    return tuple(sorted((name, stat.st_mtime_ns, stat.st_ino) for name, stat in found))
+        for entry in entries:
+            with suppress(FileNotFoundError):  # It is being replaced, or is a link to nothing.
+                found.append((entry.name, (status := entry.stat()).st_mtime_ns, status.st_ino))
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=16)
@@ -289,10 +293,16 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtyp
         chosen = torch.device(device)
     except RuntimeError as error:
         raise JobError(f"device is {device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise JobError(f"device is {device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BundleError(f"device is {device!r}, but torch finds no GPU here: use device: cpu or auto")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise BundleError(
+            f"device is {device!r}, but torch finds {torch.cuda.device_count()} GPUs here, from cuda:0 on"
+        )
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype == "auto":
-        half = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        half = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         dtype = half if chosen.type == "cuda" else "fp32"
     return chosen, names[dtype]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _SHORT_ROW = 64
 # On a GPU it is the other way round: a hundred launches cost more than the largest rectangle.
 _SHORT_ROW_GPU = 2**30
+# What FlashAttention has kernels for.
+_WIDEST_HEAD = 256
 # What torch's flash kernel is the fastest in on a CPU.
 _FULL = (torch.float32, torch.float64)
 # Scores of a head that a group on a CPU has at most, unless one row alone has more: what twelve heads make of them
@@ -130,7 +132,7 @@ def packed_attention(
     Returns:
         (T, D), the heads side by side.
     """
-    if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    if dropout == 0.0 and flash_serves(qkv, qkv.shape[1] // 3 // heads):
         return _variable_length(qkv, max(lengths), cu_seqlens, heads)
     groups = group_rows(lengths, qkv.device)
     if dropout == 0.0 and qkv.device.type == "cpu" and qkv.dtype in _FULL:
@@ -160,6 +162,20 @@ def attend(qkv: torch.Tensor, lengths: Sequence[int], heads: int, scale: float |
         parts.append(mixed.transpose(1, 2).reshape(stop - start, width))
         start = stop
     return torch.cat((*parts, qkv.new_zeros(len(qkv) - start, width)))
+
+
+def flash_serves(tensor: torch.Tensor, width: int) -> bool:
+    """Whether FlashAttention's kernel takes heads of this width: on an Ampere GPU or a newer one, in half precision.
+
+    `mha_varlen_fwd` in torch's flash_api.cpp refuses anything else; what stands in for it here computes the same.
+    """
+    return (
+        tensor.is_cuda
+        and tensor.dtype in (torch.float16, torch.bfloat16)
+        and width % 8 == 0
+        and width <= _WIDEST_HEAD
+        and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    )
 
 
 def _variable_length(qkv: torch.Tensor, longest: int, cu_seqlens: torch.Tensor, heads: int) -> torch.Tensor:

@@ -151,8 +151,8 @@ class Bundle:
         """
         task = task or self.task
         model, report = read_model(task.auto_class(), self.directory)
-        # Position ids are a buffer in old checkpoints; a pooler that the task does not use may be missing.
-        missing = [key for key in report["missing_keys"] if "pooler" not in key]
+        # A pooler that the task does not use may be missing.
+        missing = [key for key in report["missing_keys"] if "pooler" not in key or task.reads_pooler]
         if missing:
             raise BundleError(
                 f"{self.reference}: the weights lack {', '.join(sorted(missing)[:4])} that a "
@@ -184,7 +184,13 @@ def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
         card = _read_card(reference, card_path)
         _verify(reference, directory, card)
     else:
-        card = _infer_card(directory, raw, config)
+        try:
+            card = _infer_card(directory, raw, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"{reference}: modules.json, or another file beside the model's own, is malformed: "
+                f"{type(error).__name__} {error}"
+            ) from error
         card.fingerprint = _fingerprint(_hash_files(directory), None)
     limit = max_positions(config)
     if card.max_length > limit:
@@ -287,13 +293,20 @@ def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None
         raise BundleError(
             f"{reference}: config.json asks to run code from the repository (auto_map); remote code is refused"
         )
-    kind = raw.get("model_type")
-    if kind == ENCODER_DECODER:
-        kind, decoder = ((raw.get(part) or {}).get("model_type") for part in ("encoder", "decoder"))
-        if decoder != "bert":
-            raise BundleError(f"{reference}: a decoder of architecture {decoder!r} is not supported; known is bert")
+    encoder: Any = raw
+    if raw.get("model_type") == ENCODER_DECODER:
+        encoder, decoder = (part if isinstance(part := raw.get(name), dict) else {} for name in ("encoder", "decoder"))
+        if decoder.get("model_type") != "bert":
+            raise BundleError(
+                f"{reference}: a decoder of architecture {decoder.get('model_type')!r} is not supported; known is bert"
+            )
+    kind, positions = encoder.get("model_type"), encoder.get("position_embedding_type") or "absolute"
     if kind not in ARCHITECTURES:
         raise BundleError(f"{reference}: architecture {kind!r} is not supported; known are {', '.join(ARCHITECTURES)}")
+    if positions != "absolute":
+        raise BundleError(f"{reference}: position_embedding_type {positions!r} is not supported; known is absolute")
+    if encoder.get("is_decoder"):
+        raise BundleError(f"{reference}: its tokens see those before them alone (is_decoder), as in no encoder")
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
@@ -323,7 +336,10 @@ def _read_card(reference: str, path: Path) -> Card:
     if unknown or "task" not in raw:
         what = f"unknown keys {unknown}" if unknown else "no task"
         raise BundleError(f"{reference}: {CARD_FILE} has {what}; was it written by a newer version?")
-    return Card(**raw)
+    try:
+        return Card(**raw)
+    except TypeError as error:
+        raise BundleError(f"{reference}: {CARD_FILE} has a value of a wrong type: {error}") from error
 
 
 def _verify(reference: str, directory: Path, card: Card) -> None:

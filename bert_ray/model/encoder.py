@@ -147,8 +147,8 @@ def encode_with(encoder: Encoder, batch: PackedBatch, training: bool, recompute:
     words = lookup(encoder.words.weight, batch.input_ids)
     hidden = words + encoder.positions(batch.position_ids + encoder.first_position)
     if encoder.types is not None:
-        # Without a second text every token is of type 0: one row, added to all.
-        types = batch.token_type_ids
+        # Without a second text every token is of type 0: one row, added to all. So it is where the model has but one.
+        types = batch.token_type_ids if encoder.types.num_embeddings > 1 else None
         hidden = hidden + (encoder.types.weight[0] if types is None else encoder.types(types))
     tokens = len(hidden)
     hidden = filled(dropout(encoder.norm(hidden), drop))

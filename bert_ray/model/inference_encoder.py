@@ -99,6 +99,6 @@ class InferenceEncoder:
         hidden = F.embedding(batch.input_ids, encoder.words.weight)
         hidden += F.embedding(batch.position_ids + encoder.first_position, encoder.positions.weight)
         if encoder.types is not None:
-            types = batch.token_type_ids
+            types = batch.token_type_ids if encoder.types.num_embeddings > 1 else None
             hidden += encoder.types.weight[0] if types is None else F.embedding(types, encoder.types.weight)
         return encoder.norm(hidden)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from bert_ray.model.attention import filled_up
+from bert_ray.model.attention import filled_up, flash_serves
 
 # The scores of a rectangle are at most so many times those of its pairs; filled-up ones are computed in vain.
 _MOST_FILLED = 2.0
@@ -88,7 +88,7 @@ class RaggedAttention:
         Returns:
             (Tq, D), the heads side by side.
         """
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+        if dropout == 0.0 and flash_serves(q, q.shape[1] // heads):
             return self._variable_length(q, k, v, heads)
         if self._rectangles is None:
             self._rectangles = self._lay_out()

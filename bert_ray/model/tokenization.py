@@ -233,11 +233,11 @@ class Tokenizer:
 
 
 # Below this code point nothing combines.
-_FIRST_MARK = 0x300
+FIRST_MARK = 0x300
 
 
 @lru_cache(maxsize=1)
-def _marks() -> np.ndarray:
+def combining() -> np.ndarray:
     """For each code point whether it combines with the one before it (Unicode's category M), bool."""
     return np.array([unicodedata.category(chr(code))[0] == "M" for code in range(0x110000)])
 
@@ -255,7 +255,7 @@ def _take_marks_along(pieces: Pieces, columns: Sequence[Sequence[str]]) -> None:
     for source, texts in enumerate(columns):
         # A blank behind each text, so that none runs on into the next.
         codes = np.frombuffer(" ".join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
-        if codes.max(initial=0) < _FIRST_MARK or not (marks := _marks()[codes]).any():
+        if codes.max(initial=0) < FIRST_MARK or not (marks := combining()[codes]).any():
             continue
         begins = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(text) + 1 for text in texts], out=begins[1:])
@@ -312,6 +312,8 @@ def as_strings(array: pa.Array | pa.ChunkedArray, column: str) -> pa.LargeString
 def is_text(kind: pa.DataType) -> bool:
     """Whether Arrow type `kind` can stand as an input: a string form, or the null type of an all-null column."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if isinstance(kind, pa.BaseExtensionType):  # Parquet's JSON is text by another name.
+        kind = kind.storage_type
     return (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)

@@ -24,6 +24,8 @@ from bert_ray.training.optim import (
     make_optimizer,
     named_state,
     restore_moments,
+    restore_scaling,
+    scaling_of,
     set_rate,
 )
 from bert_ray.training.order import pieces_of_step
@@ -215,23 +217,21 @@ class DeepSpeedStepper:
         if self._scaler is None:
             return {}
         if not self._stage:
-            return dict(self._scaler.state_dict())
-        return {key: value for key, value in vars(self._scaler).items() if _is_number(value)}
+            return scaling_of(self._scaler)
+        good = self._scaler.cur_iter - self._scaler.last_overflow_iter - 1
+        return {"scale": self._scaler.cur_scale, "good_steps": good}
 
     def restore_scaling(self, state: dict[str, float]) -> None:
         """See Stepper."""
         if self._scaler is None or not state:
             return
         if not self._stage:
-            self._scaler.load_state_dict(state)
+            restore_scaling(self._scaler, state)
         else:
-            vars(self._scaler).update(state)
+            self._scaler.cur_scale = state["scale"]
+            self._scaler.cur_iter, self._scaler.last_overflow_iter = int(state["good_steps"]), -1
 
 
 def weight_shape(weight: torch.Tensor) -> torch.Size:
     """The whole shape of a parameter that ZeRO 3 may have cut to a share."""
     return getattr(weight, "ds_shape", weight.shape)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -104,7 +104,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """What `auto` means on a device."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 class Loop:

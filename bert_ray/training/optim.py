@@ -123,7 +123,10 @@ class Stepper(Protocol):
         """Take over the moments of a `state()` after `steps` steps; the weights were loaded before (`load_weights`)."""
 
     def scaling(self) -> dict[str, float]:
-        """State of fp16's loss scaling, numbers; empty without."""
+        """State of fp16's loss scaling, the same for all steppers; empty without.
+
+        `scale`, and `good_steps` since the last one that overflowed.
+        """
 
     def restore_scaling(self, state: dict[str, float]) -> None:
         """Take it over."""
@@ -286,12 +289,24 @@ class PlainStepper:
 
     def scaling(self) -> dict[str, float]:
         """See Stepper."""
-        return dict(self._scaler.state_dict())
+        return scaling_of(self._scaler)
 
     def restore_scaling(self, state: dict[str, float]) -> None:
         """See Stepper."""
-        if state:
-            self._scaler.load_state_dict(state)
+        restore_scaling(self._scaler, state)
+
+
+def scaling_of(scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """What a checkpoint keeps of torch's scaler; nothing where it is disabled. See Stepper.scaling."""
+    state = scaler.state_dict()
+    return {"scale": state["scale"], "good_steps": state["_growth_tracker"]} if state else {}
+
+
+def restore_scaling(scaler: torch.amp.GradScaler, state: dict[str, float]) -> None:
+    """Take over `scaling_of`, of this stepper or of another."""
+    if state and (own := scaler.state_dict()):
+        good = int(state["good_steps"]) % own["growth_interval"]
+        scaler.load_state_dict(own | {"scale": state["scale"], "_growth_tracker": good})
 
 
 def clip(weights: list[nn.Parameter], largest: float) -> torch.Tensor:

@@ -18,6 +18,8 @@ needs("deepspeed", "train")
 STAGES = (0, 1, 2, 3)
 # Far above what fp16 can hold of a gradient.
 TOO_LARGE = 2.0**28
+# A run that begins at one stage and goes on at another.
+MOVES = ((2, 0), (0, 3))
 
 
 def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, float]]]:
@@ -38,6 +40,10 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
             deepspeed._FIRST_SCALE = usual  # What a resumed run scales by stands in its checkpoint.
             found[f"cut {stage}"] = run_loop(run, root / f"cut-{stage}")
             deepspeed._FIRST_SCALE = TOO_LARGE
+        for before, after in MOVES:
+            place = root / f"moved-{before}-{after}"
+            run_loop(replace(job, zero_stage=before, precision="fp16"), place, stop=17)
+            found[f"moved {before} {after}"] = run_loop(replace(job, zero_stage=after, precision="fp16"), place)
     finally:
         deepspeed._FIRST_SCALE = usual
     return found
@@ -77,7 +83,7 @@ def test_every_stage_learns_as_one_process_does(runs: dict[str, Any], precision:
 def test_an_overflow_lowers_the_scale_and_training_goes_on(runs: dict[str, Any], stage: int) -> None:
     found = losses(runs[f"overflow {stage}"])
     assert np.isfinite(found).all()
-    scale = scaling(runs["root"] / f"overflow-{stage}")["scale" if stage == 0 else "cur_scale"]
+    scale = scaling(runs["root"] / f"overflow-{stage}")["scale"]
     assert scale < TOO_LARGE, "nothing overflowed"
     assert found != losses(runs[f"fp16 {stage}"]), "no step was left out"
     assert found[-2] < 0.95 * found[0]
@@ -89,3 +95,11 @@ def test_a_run_that_overflowed_and_was_cut_off_goes_on_to_the_same_bits(runs: di
     assert losses(runs[f"cut {stage}"]) == losses(runs[f"overflow {stage}"])
     root = runs["root"]
     assert scaling(root / f"cut-{stage}") == scaling(root / f"overflow-{stage}")
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_the_scale_goes_on_at_another_stage(runs: dict[str, Any], before: int, after: int) -> None:
+    """Its own first scale would overflow some ten times over."""
+    assert losses(runs[f"moved {before} {after}"]) == pytest.approx(losses(runs["overflow 0"]), abs=1e-3)
+    root = runs["root"]
+    assert scaling(root / f"moved-{before}-{after}") == scaling(root / "overflow-0")

@@ -107,8 +107,9 @@ def test_an_empty_group_is_its_defaults(tmp_path: Path) -> None:
 def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
     job = load("input=ä", "keep=a,b", "cluster.config.spark.a.b=c", "rate=3e-5", "name=12", "scores=true", "level=2")
     path = tmp_path / "dumped.yaml"
-    path.write_text(dump_job(job), "utf-8")
-    assert load(str(path)) == job
+    for one in (job, load("input=1e5", "name=7e1", "keep=no,x"), load("input=true", "name=null")):
+        path.write_text(dump_job(one), "utf-8")
+        assert load(str(path)) == one
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,8 @@ def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
         ("- a\n- b\n", "job.yaml holds a list, not keys"),
         ("hello\n", "job.yaml holds text, not keys"),
         ("input: [a\nrows: 3\n", "job.yaml:2: not YAML:"),
+        ("input: a\nrows: 3\x1b[0m\n", "job.yaml:2: not YAML: it holds the character 0x1b, which is no text"),
+        ("input: a\n\0\0\0", "job.yaml:2: not YAML: it holds the character 0x00, which is no text"),
         ("input: a\n---\ninput: b\n", "job.yaml:2: not YAML:"),
         ("input: a\nzzz: 1\n", "unknown key 'zzz'; the keys here are input, engine,"),
     ],

@@ -102,6 +102,7 @@ class Task(ABC):
         spans: whether decoding needs to know which code points a token stems from.
         least_labels: how many labels a job must name, if it names any: an entity's one type, or one label that a text
             has or not, is something to learn.
+        reads_pooler: whether its head reads BERT's pooler; else the weights may lack that.
         piece_is_sample: whether training takes each piece as a sample of its own; else all pieces of a row are one.
         builds: the table columns that `build` reads, where a bundle is made from a table without training; else none.
         split_by: the input whose hash decides about validation; rows that share it stay on one side.
@@ -136,6 +137,7 @@ class Task(ABC):
     generates: ClassVar[bool] = False
     spans: ClassVar[bool] = False
     least_labels: ClassVar[int] = 1
+    reads_pooler: ClassVar[bool] = False
     piece_is_sample: ClassVar[bool] = False
     builds: ClassVar[tuple[str, ...]] = ()
     split_by: ClassVar[str] = "text"

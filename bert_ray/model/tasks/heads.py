@@ -50,6 +50,7 @@ class SequenceTask(Task):
     blank_is_null: ClassVar[bool] = True
     options_type: ClassVar[type[Options]] = SequenceOptions
     architecture: ClassVar[str | None] = "ForSequenceClassification"
+    reads_pooler: ClassVar[bool] = True
 
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None

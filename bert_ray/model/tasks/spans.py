@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert_ray.model.tokenization import Pieces
+from bert_ray.model.tokenization import FIRST_MARK, Pieces, combining
 
 # Ends each word of a row whose words are given. Medium mathematical space: one code point, white space, and in no text.
 WORD_END = "\u205f"
@@ -83,6 +83,11 @@ def read_texts(texts: Sequence[str]) -> Texts:
     # A blank at the end, so that one past the last code point can be asked for as well.
     codes = np.frombuffer("".join([*texts, " "]).encode("utf-32-le", "surrogatepass"), np.uint32)
     blank, ends = (table[codes] for table in _classes())
+    if codes.max() >= FIRST_MARK:
+        # A mark is of the character that it combines with: a word ends at it or does not, as at that one.
+        marks = combining()[codes]
+        marks[offsets[:-1]] = False  # At a row's beginning there is none.
+        ends = ends[np.maximum.accumulate(np.where(marks, 0, np.arange(len(codes))))]
     given = np.flatnonzero([text.endswith(WORD_END) for text in texts])
     for row in given.tolist():
         part = slice(offsets[row], offsets[row + 1])

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import datetime as dt
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +13,7 @@ import pytest
 from bert_ray.errors import LakeError
 from bert_ray.lake.tables import open_table
 from bert_ray.lake.units import Unit, partition_values
+from bert_ray.model.tokenization import as_strings
 from tests.lakes import make_lake
 
 
@@ -121,3 +125,39 @@ def test_a_column_with_a_dot_is_not_a_field_of_another(tmp_path: Path) -> None:
     table = open_table(path)
     batch = next(table.reader().read(table.units(9)[0], ["a.b"]))
     assert batch.to_pylist() == [{"a.b": "plain"}]
+
+
+def test_types_that_parquet_has_by_other_names(tmp_path: Path) -> None:
+    """INT96 timestamps of any year, UUIDs and JSON: planned and read alike, and unchanged."""
+    times = [dt.datetime(9999, 12, 31), dt.datetime(1, 1, 1), dt.datetime(2020, 2, 29, 12, 30, 1, 5)]
+    identities = [bytes([number]) * 16 for number in range(3)]
+    table = pa.table(
+        {
+            "time": pa.array(times, pa.timestamp("us")),
+            "id": pa.array(identities, pa.uuid()),
+            "json": pa.array(['{"a": 1}', None, "[]"], pa.json_()),
+        }
+    )
+    path = tmp_path / "f.parquet"
+    pq.write_table(table, path, use_deprecated_int96_timestamps=True, store_schema=False)
+    opened = open_table(path)
+    (batch,) = opened.reader().read(opened.units(9)[0], ["time", "id", "json"])
+    assert batch.schema.equals(opened.schema)
+    assert batch.column("time").to_pylist() == times
+    assert batch.column("id").cast(pa.binary(16)).to_pylist() == identities
+    assert as_strings(batch.column("json"), "json").to_pylist() == ['{"a": 1}', None, "[]"]
+
+
+def test_a_file_that_cannot_be_looked_into_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hive's files have no suffix: what they are is told by their first bytes."""
+    for name in ("000000_0", "000001_0"):
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / name)
+    plain = Path.open
+
+    def closed(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == "000001_0":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", closed)
+    assert [unit.path for unit in open_table(tmp_path).units(9)] == ["000000_0", "000001_0"]

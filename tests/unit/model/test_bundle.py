@@ -217,3 +217,54 @@ def test_a_model_in_an_object_store_is_copied_once_for_each_state(
 def test_errors_pickle() -> None:
     error = pickle.loads(pickle.dumps(BundleError("what, where, remedy")))
     assert str(error) == "what, where, remedy"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
+        ({"is_decoder": True}, "see those before them alone"),
+        ({"model_type": "encoder-decoder", "encoder": "bert"}, "a decoder of architecture None"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
+    (copy / "bert_ray.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BundleError, match=message):
+        load_bundle(copy)
+
+
+def test_a_card_with_values_of_other_types_is_told(copy: Path) -> None:
+    card = json.loads((copy / "bert_ray.json").read_text())
+    for change in ({"max_length": "128"}, {"labels": None}):
+        (copy / "bert_ray.json").write_text(json.dumps(card | change))
+        with pytest.raises(BundleError, match=r"bert_ray\.json has a value of a wrong type"):
+            load_bundle(copy)
+
+
+@pytest.mark.parametrize("content", ["[", "{}", "[{}]", '[{"type": 1, "path": ""}]'])
+def test_sentence_transformers_files_that_are_malformed(tiny_encoder: Path, tmp_path: Path, content: str) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_encoder, place)
+    (place / "bert_ray.json").unlink(missing_ok=True)
+    (place / "modules.json").write_text(content)
+    if content == "{}":  # Nothing is no module.
+        assert load_bundle(place).card.task == "embedding"
+        return
+    with pytest.raises(BundleError, match=r"modules\.json, or another file .* is malformed"):
+        load_bundle(place)
+
+
+def test_a_head_without_the_pooler_that_it_reads_is_refused(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (copy / "bert_ray.json").unlink()
+    weights = load_file(copy / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    bundle = load_bundle(copy)
+    with pytest.raises(BundleError, match=r"lack bert\.pooler\.dense"):
+        bundle.model()
+    bundle.model(bundle.bind(kind="embedding"))

@@ -73,6 +73,27 @@ def test_probabilities_are_transformers_own(bundle: str, pair_bundle: str, texts
     assert len({item["label"] for item in found}) > 1
 
 
+def test_a_model_of_one_token_type_reads_pairs(tmp_path: Path) -> None:
+    """A RoBERTa with BERT's tokenizer: that numbers the second text 1, for which the model has no row."""
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    from tests.conftest import tiny_tokenizer
+
+    tokenizer, sizes = tiny_tokenizer(), {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=1, pad_token_id=0, num_labels=3, **sizes)
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    columns = {"text": ["a film", "the food"], "text_pair": ["good", "so very bad"]}
+    found = annotate(str(tmp_path), columns, pair=True, scores=True)
+    rows = tokenizer(*columns.values(), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.softmax(1)
+    for one, other in zip(found, expected, strict=True):
+        assert [score for _, score in one["scores"]] == pytest.approx(other.tolist(), abs=1e-5)
+
+
 def test_the_order_of_a_pair_matters(pair_bundle: str) -> None:
     one, other = annotate(pair_bundle, {"text": ["a film", "the food"], "text_pair": ["the food", "a film"]})
     assert one != other
