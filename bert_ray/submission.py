@@ -198,13 +198,14 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
             return int(code[1])
         if re.search(r"Job '.*' (failed|was stopped)", said):
             return 1
-        if time.monotonic() > deadline and re.search(r"RUNNING|PENDING", said):
+        now = time.monotonic()
+        if now > deadline and re.search(r"RUNNING|PENDING", said):
             # The log's connection was cut (a proxy, a laptop asleep), the job was not.
-            deadline = time.monotonic() + _STATUS_TIMEOUT_SECONDS
+            deadline = now + _STATUS_TIMEOUT_SECONDS
             if not told:
                 print(f"the log of {name} is no longer followed; waiting for its end", file=sys.stderr, flush=True)
                 told = True
-        if time.monotonic() > deadline:
+        if now > deadline:
             raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
         time.sleep(1.0)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.evaluation.leakage import rows_also_trained_on
@@ -127,10 +128,15 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     annotator.check(table.schema)
     rows = read_rows(table, job.table, task, _columns(job, task))
     warnings = _warnings(annotator, rows, job)
-    output = _place(job)
+    output = writable(job.output)
     started = time.perf_counter()
     annotations = _annotate(annotator, rows.inputs)
     seconds = time.perf_counter() - started
+    if _any_not_finite(annotations):
+        raise BundleError(
+            f"{job.model} gives scores that are no numbers (NaN): train it again, or if it computes in fp16 here, give "
+            "--dtype fp32"
+        )
     figures = task.metrics(annotations, rows.inputs, rows.truth)
     sections = task.report(annotations, rows.inputs, rows.truth, job.mistakes)
     evaluation = Evaluation(
@@ -148,21 +154,45 @@ def evaluate(job: EvaluateJob) -> Evaluation:
         metrics=output / "metrics.json",
     )
     value = json.dumps(_as_json(evaluation, annotator, job), indent=2, ensure_ascii=False)
-    evaluation.metrics.write_text(value + "\n", "utf-8")
-    write_report(evaluation, annotator, job.table)
+    try:
+        evaluation.metrics.write_text(value + "\n", "utf-8")
+        write_report(evaluation, annotator, job.table)
+    except OSError as error:
+        raise _unwritable(output, error) from error
     return evaluation
 
 
-def _place(job: EvaluateJob) -> Path:
-    """The output directory, made and found to be writable before an hour of annotating."""
-    output = Path(job.output)
+def writable(place: str) -> Path:
+    """An output directory, made and found to be writable before an hour of work.
+
+    Raises:
+        JobError: it is not.
+    """
+    output = Path(place)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             return output
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error
-        raise JobError(f"output {output} cannot be written: {why}; name another directory with --output") from error
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> JobError:
+    why = os.strerror(error.errno) if error.errno else error
+    return JobError(f"output {output} cannot be written: {why}; name another directory with --output")
+
+
+def _any_not_finite(values: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether any number in some annotations, however deep, is none."""
+    if isinstance(values, pa.ChunkedArray):
+        return any(map(_any_not_finite, values.chunks))
+    if pa.types.is_floating(values.type):
+        return bool(pc.any(pc.invert(pc.is_finite(values))).as_py())
+    if pa.types.is_map(values.type):
+        return _any_not_finite(values.items)
+    if pa.types.is_struct(values.type):
+        return any(map(_any_not_finite, values.flatten()))
+    return pa.types.is_nested(values.type) and _any_not_finite(values.flatten())
 
 
 def _annotator(job: EvaluateJob) -> Annotator:

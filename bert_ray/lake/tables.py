@@ -174,7 +174,8 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
             below.clear()
             continue
         seen.add(real)
-        below[:] = filter(enter, below)
+        # Links last: what stands here also by a name of its own is found by that one, on every file system.
+        below[:] = sorted(filter(enter, below), key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         yield from (Path(folder, name) for name in names)
 
 

@@ -188,7 +188,7 @@ def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
             card = _infer_card(directory, raw, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
-                f"{reference}: modules.json, or another file beside the model's own, is malformed: "
+                f"{reference}: config.json, modules.json or another file beside them is malformed: "
                 f"{type(error).__name__} {error}"
             ) from error
         card.fingerprint = _fingerprint(_hash_files(directory), None)

@@ -138,7 +138,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         tell: called with lines of progress.
 
     Raises:
-        JobError: the table has too few rows to learn from and to compare on, or `first_rows` fewer than it has labels.
+        JobError: the table has too few rows to learn from and to compare on, or `first_rows` fewer than it has labels;
+            or the output cannot be written.
         ColumnError: a column is missing or of the wrong type.
         BundleError: none of the models can be used.
     """
@@ -149,6 +150,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         raise JobError(
             f"first_rows is {job.first_rows}, but {job.table} has {kinds} labels: give at least a row for each"
         )
+    from bert_ray.evaluation.evaluate import writable
+
     test, rest = split(texts, labels, job.test_rows, job.seed)
     if len(test) < _LEAST_TESTED:
         raise JobError(
@@ -156,8 +159,7 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
             "together and no label may lose all of its rows; give more different texts for each label, or raise "
             "test_rows"
         )
-    output = Path(job.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = writable(job.output)
     candidates = _candidates(job, texts, tell)
     # Of many labels a quarter of the rows: halving saves time only where it begins with few.
     first = job.first_rows or max(200, min(20 * kinds, len(rest) // 4), kinds)

@@ -188,9 +188,13 @@ def _rows_of_corpus(job: TrainJob, longest: int) -> Rows | None:
 
 def _table_rows(job: TrainJob, asked: PlanJob, model: _Model, notes: list[str]) -> Rows:
     """The rows of a labelled table, a sample of them tokenised; or what the flags say."""
+    from bert_ray.training.job import is_uri
+
     place = Path(job.data.train)
     if asked.rows is not None and asked.row_tokens is not None:
         return Rows(count=asked.rows, tokens=asked.row_tokens, squares=asked.row_tokens**2)
+    if is_uri(job.data.train):
+        raise JobError(f"{job.data.train} lies on a store, where the plan does not look: give --rows and --row-tokens")
     if not place.exists():
         raise JobError(f"{place} does not exist: give --rows and --row-tokens, or the table of the training job")
     count, windows, lengths = _sample(job, model)

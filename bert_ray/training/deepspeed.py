@@ -223,13 +223,13 @@ class DeepSpeedStepper:
 
     def restore_scaling(self, state: dict[str, float]) -> None:
         """See Stepper."""
-        if self._scaler is None or not state:
+        if self._scaler is None or "scale" not in state:
             return
         if not self._stage:
             restore_scaling(self._scaler, state)
         else:
             self._scaler.cur_scale = state["scale"]
-            self._scaler.cur_iter, self._scaler.last_overflow_iter = int(state["good_steps"]), -1
+            self._scaler.cur_iter, self._scaler.last_overflow_iter = int(state.get("good_steps", 0)), -1
 
 
 def weight_shape(weight: torch.Tensor) -> torch.Size:

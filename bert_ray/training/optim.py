@@ -304,8 +304,8 @@ def scaling_of(scaler: torch.amp.GradScaler) -> dict[str, float]:
 
 def restore_scaling(scaler: torch.amp.GradScaler, state: dict[str, float]) -> None:
     """Take over `scaling_of`, of this stepper or of another."""
-    if state and (own := scaler.state_dict()):
-        good = int(state["good_steps"]) % own["growth_interval"]
+    if "scale" in state and (own := scaler.state_dict()):
+        good = int(state.get("good_steps", 0)) % own["growth_interval"]
         scaler.load_state_dict(own | {"scale": state["scale"], "_growth_tracker": good})
 
 

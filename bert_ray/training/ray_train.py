@@ -177,22 +177,27 @@ def _of_the_job(error: BaseException | None) -> bool:
 
 def _worker(config: dict[str, Any]) -> None:
     """One worker's part. Where the group before met a fault of the job, there is none, as all see it or none."""
+    import torch
+
     from bert_ray.training.peers import Peers
 
+    if config["gpu"]:  # Ray shows each worker all of its machine's GPUs, and NCCL asks for one to each.
+        torch.cuda.set_device(ray.train.torch.get_device())
     directory, fault, peers = config["directory"], config["fault"], Peers()
     looks = peers.gather(((directory / "run.json").exists(), fault.exists()))
     if any(faulty for _, faulty in looks):
         return
     try:
         if blind := [rank for rank, (sees, _) in enumerate(looks) if not sees]:
-            raise JobError(
+            # It may be seen late: of storage that is mounted when it is asked for, say.
+            raise LakeError(
                 f"worker {blind[0]} does not see {directory}: with several machines, put the output on storage that "
                 "all of them see"
             )
         _train(config, peers)
     except BertRayError as error:
         if _of_the_job(error):
-            # Written by one or by all, the same; a worker that does not see the directory cannot.
+            # Written by one or by all, the same.
             with contextlib.suppress(OSError):
                 write_json(fault, {"kind": type(error).__name__, "message": str(error)})
         # To be raised all the same: only so are the others, who may wait for this one, let go.

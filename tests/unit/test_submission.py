@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import zipfile
@@ -108,3 +109,29 @@ def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(archive)!r}); import bert_ray; print(bert_ray.__file__)"
     found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.startswith(str(archive))
+
+
+def said_in_turn(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+    """`ray job status` says these things, the last one from then on; an hour passes between two of them."""
+    left, clock = list(answers), itertools.count(step=3600)
+
+    def asked(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 0, left.pop(0) if len(left) > 1 else left[0], "")
+
+    monkeypatch.setattr(submission.subprocess, "run", asked)
+    monkeypatch.setattr(submission.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(submission.time, "sleep", lambda seconds: None)
+
+
+def test_a_job_whose_log_was_cut_off_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = "Status for job 'one': RUNNING"
+    said_in_turn(monkeypatch, running, running, running, "Job 'one' succeeded")
+    assert submission._ray_status(["ray"], [], "one") == 0
+    assert capsys.readouterr().err.count("the log of one is no longer followed; waiting for its end") == 1
+    said_in_turn(monkeypatch, running, "failed with exit code 3")
+    assert submission._ray_status(["ray"], [], "one") == 3
+    said_in_turn(monkeypatch, running, "no connection")
+    with pytest.raises(JobError, match="Ray does not say how one ended: no connection"):
+        submission._ray_status(["ray"], [], "one")

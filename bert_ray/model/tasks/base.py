@@ -446,10 +446,9 @@ def _of_its_type(name: str, value: Any, kinds: Sequence[str]) -> None:
     """Check that an option's value is of one of its annotation's types, where these are scalars."""
     if not set(kinds) <= set(_SCALARS):
         return
-    # A whole number will do for a number, but true for neither.
-    if type(value) is int and "float" in kinds:
-        return
-    if type(value) not in [_SCALARS[kind][0] for kind in kinds]:
+    # A whole number will do for a number, but true for neither, though it is an int to Python.
+    allowed = tuple(_SCALARS[kind][0] for kind in kinds) + ((int,) if "float" in kinds else ())
+    if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in kinds):
         raise JobError(f"options.{name} is {value!r}; give {' or '.join(_SCALARS[kind][1] for kind in kinds)}")
 
 

@@ -141,9 +141,11 @@ class FillMask(Task):
         A word that is no single token of it stays as it is.
 
         Raises:
+            BundleError: this is a training; its task is pretraining.
             ColumnError: they are no texts.
         """
-        assert self._tokens is not None and self._number is not None, "prepare comes first"
+        if self._tokens is None or self._number is None:
+            raise BundleError("task 'fill-mask' has nothing to train by rows: pretrain on a corpus (task: pretraining)")
         words = as_strings(truth[0], "token").dictionary_encode()
         spelt = [
             word if (number := self._number(word)) < 0 else self._tokens[number].strip()

@@ -66,7 +66,7 @@ def make_start(
     model, _ = read_model(AutoModel, base.directory)
     draw = torch.Generator().manual_seed(_SEED)
     plain = base.tokenizer()
-    tokenizer, added = spelling(plain, texts)
+    tokenizer, added = spelling(plain, characters_of(plain, texts))
     if added:
         _widen(model, len(tokenizer), draw)
     backend = target_vocabulary(to_python_strings(target[:_VOCABULARY_TEXTS]), vocabulary)
@@ -89,8 +89,24 @@ def make_start(
     return save_bundle(output, both, tokenizer, card, add=add)
 
 
-def spelling(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    """A WordPiece tokenizer that can spell the texts: with characters that stand in them and that it lacked.
+def characters_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Counter[str]:
+    """How often each character stands in the texts as the tokenizer normalises them."""
+    backend = tokenizer.backend_tokenizer
+    often: Counter[str] = Counter()
+    for text in texts:
+        often.update(backend.normalizer.normalize_str(text) if backend.normalizer else text)
+    return often
+
+
+def spelling(
+    tokenizer: PreTrainedTokenizerFast, often: Counter[str], least: int = _LEAST_OFTEN
+) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    """A WordPiece tokenizer that can spell texts: with characters that stand in them and that it lacked.
+
+    Args:
+        tokenizer: to add to.
+        often: of the texts' characters.
+        least: how often one has to stand there.
 
     Returns:
         the tokenizer, and what was added: a character by itself, and one that goes on a word unless it always stands
@@ -100,12 +116,9 @@ def spelling(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[PreT
     if not is_wordpiece(tokenizer):
         return tokenizer, []
     words = tokenizer.get_vocab()
-    often: Counter[str] = Counter()
-    for text in texts:
-        often.update(backend.normalizer.normalize_str(text) if backend.normalizer else text)
     added: list[str] = []
     for character in sorted(often):
-        if often[character] < _LEAST_OFTEN or character.isspace():
+        if often[character] < least or character.isspace():
             continue
         alone = stands_alone(backend, character)
         tokens = (character, *(() if alone else (backend.model.continuing_subword_prefix + character,)))

@@ -7,6 +7,7 @@ Shapes: D documents that were cleaned, K of a split that stay.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,8 @@ def decide_duplicates(work: Work, parts: Sequence[str], exact: bool) -> None:
     with journal.temporary(name) as temporary:
         with output_errors(Path(work.output)), temporary.open("wb") as file:
             np.save(file, verdicts)
+            file.flush()
+            os.fsync(file.fileno())
         receipt = {"unit": name, **found, "seconds": round(time.perf_counter() - clock, 3), "session": work.session}
         journal.commit(name, temporary, work.verdicts, receipt)
 

@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -49,6 +50,10 @@ def signer(options: NearOptions) -> Callable[[str], np.ndarray]:
     orders = start.permutations
 
     def sign(text: str) -> np.ndarray:
+        if (said := _short(text, options.words)) is not None:
+            # As exact as bands can be: the run's 32 bits would make some of many different texts look alike.
+            parts = [number.to_bytes(4, "little") + said for number in range(count)]
+            return np.frombuffer(b"".join(hashlib.blake2b(part, digest_size=8).digest() for part in parts), "<u8")
         signature = MinHash(
             num_perm=options.permutations, seed=_SEED, scheme="affine32", permutations=orders, hashfunc=_as_it_is
         )
@@ -66,7 +71,7 @@ def signer(options: NearOptions) -> Callable[[str], np.ndarray]:
 
 
 def decide(ids: np.ndarray, band: Callable[[int], np.ndarray] | None, count: int) -> np.ndarray:
-    """Which documents stay: of equal or nearly equal ones the first.
+    """Which documents stay: those that no earlier one equals or, by a band of its own, nearly equals.
 
     Args:
         ids: hashes of the texts as two numbers each, uint64 (D, 2).
@@ -85,14 +90,11 @@ def decide(ids: np.ndarray, band: Callable[[int], np.ndarray] | None, count: int
     exact = order[1:][again]
     del order, again
     if band is not None:
-        parent = np.arange(len(ids), dtype=np.int64)
         for number in range(count):
             hashes = band(number)
             order = np.argsort(hashes, kind="stable")
             hashes = hashes[order]
-            same = hashes[1:] == hashes[:-1]
-            _join(parent, order[:-1][same], order[1:][same])
-        verdict[_roots(parent, np.arange(len(parent))) != np.arange(len(parent))] = NEAR
+            verdict[order[1:][hashes[1:] == hashes[:-1]]] = NEAR
     verdict[exact] = EXACT
     return verdict
 
@@ -105,25 +107,23 @@ def _bands(threshold: float, permutations: int) -> tuple[int, int]:
     return found.b, found.r
 
 
+def _short(text: str, words: int) -> bytes | None:
+    """All that a text of one run or less says: its words, or where it has none the text; None for a longer one."""
+    lower = text.lower()
+    found = [match.group() for match in islice(_WORD.finditer(lower), words + 1)]
+    return None if len(found) > words else (" ".join(found) or lower).encode()
+
+
 def _runs(text: str, words: int) -> Iterator[np.ndarray]:
-    """The hashes of a text's runs of words, 32 bits each; of a shorter text, one run of all it has."""
+    """The hashes of a text's runs of words, 32 bits each."""
     held = np.empty(0, np.uint64)
-    told = False
     for piece in slices(text.lower(), _SLICE_CHARACTERS):
         found = _WORD.findall(piece)
         fresh = np.fromiter(map(crc32, map(str.encode, found)), np.uint64, len(found))
         held = np.concatenate([held, fresh])
         if len(held) >= words:
-            told = True
             yield _mix([held[place : len(held) - words + 1 + place] for place in range(words)])
             held = held[len(held) - words + 1 :]
-    if not told:
-        # Texts of marks alone have no words, and are the same only if they are equal.
-        yield _mix([held[place : place + 1] for place in range(len(held))] or [_whole(text)])
-
-
-def _whole(text: str) -> np.ndarray:
-    return np.array([crc32(text.encode())], np.uint64)
 
 
 def _mix(columns: list[np.ndarray]) -> np.ndarray:
@@ -137,21 +137,3 @@ def _mix(columns: list[np.ndarray]) -> np.ndarray:
 
 def _as_it_is(value: int) -> int:
     return value
-
-
-def _join(parent: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
-    """Union-find over arrays: the sets of `one[i]` and `other[i]` become one, whose root is its smallest number."""
-    while len(one):
-        one, other = _roots(parent, one), _roots(parent, other)
-        apart = one != other
-        one, other = one[apart], other[apart]
-        np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
-
-
-def _roots(parent: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """The roots of some items, which are then hung right below them."""
-    roots = parent[items]
-    while not np.array_equal(roots, above := parent[roots]):
-        roots = above
-    parent[items] = roots
-    return roots

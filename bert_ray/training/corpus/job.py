@@ -152,7 +152,7 @@ class VocabularyJob:
         alphabet: characters of a new vocabulary, the most frequent ones; the others are unknown. Chinese takes some
             thousands.
         lowercase: whether letters lose case and accents, as in BERT uncased. With `extend` the model's own rule holds.
-        min_count: how often a word or a piece has to stand in the texts to be taken in.
+        min_count: how often a word, a piece or a character has to stand in the texts to be taken in.
         extend: reference of a bundle whose vocabulary is to be extended; None: a new vocabulary.
         words: with `extend`: how many words to add, the most frequent of those that the model has to spell in pieces.
     """

@@ -12,6 +12,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from bert_ray.errors import ColumnError, JobError, LakeError
+from bert_ray.lake.files import printable
 from bert_ray.lake.tables import ParquetTable, local_path, local_target
 from bert_ray.lake.units import ParquetReader, Unit
 from bert_ray.model.tokenization import is_text, to_python_strings
@@ -103,7 +104,8 @@ class _TableReader:
                 return to_python_strings(column), len(bad)
             path = Path(self.parquet.root, str(part.unit))
             raise LakeError(
-                f"{path}: column {name!r} holds bytes that are no UTF-8 (0x{error.object[error.start]:02x} in row "
+                f"{printable(path)}: column {name!r} holds bytes that are no UTF-8 "
+                f"(0x{error.object[error.start]:02x} in row "
                 f"{row + bad[0]:,} of these, counted from 0): write it as UTF-8, or give reading.bad_bytes=replace to "
                 "have U+FFFD in its place"
             ) from None

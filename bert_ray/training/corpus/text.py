@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from bert_ray.errors import LakeError
+from bert_ray.lake.files import printable
 from bert_ray.lake.tables import is_data, walk
 from bert_ray.lake.units import Unit
 from bert_ray.training.corpus.job import ReadingOptions
@@ -30,7 +31,7 @@ _STEP_BYTES = 64 * 2**10
 
 
 def text_files(place: Path) -> list[Path]:
-    """The plain-text files of a directory at any depth, in path order; or the one file, whatever its name.
+    """The plain-text files of a directory at any depth, links followed, in path order; or one file, whatever its name.
 
     Raises:
         LakeError: a directory below it cannot be listed.
@@ -72,7 +73,7 @@ class TextReader:
         try:
             status = path.stat()
             if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
-                raise LakeError(f"{path} changed after the run had begun: run again to take it as it is now")
+                raise LakeError(f"{printable(path)} changed after the run had begun: run again to take it as it is now")
             texts: list[str | None] = []
             replaced = size = 0
             with self._open(path) as file:
@@ -87,10 +88,10 @@ class TextReader:
             if texts:
                 yield texts, replaced
         except FileNotFoundError:
-            raise LakeError(f"{path} is gone, or this machine does not see it") from None
+            raise LakeError(f"{printable(path)} is gone, or this machine does not see it") from None
         except (OSError, EOFError, zlib.error) as error:
             why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            raise LakeError(f"{path} cannot be read: {why}. Replace the file and run again") from error
+            raise LakeError(f"{printable(path)} cannot be read: {why}. Replace the file and run again") from error
 
     def _open(self, path: Path) -> IO[bytes]:
         file: IO[bytes] = gzip.open(path) if _packed(path) else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
@@ -133,7 +134,10 @@ def _by_paragraph(path: Path, file: IO[bytes], span: tuple[int, int] | None) -> 
             if held:
                 yield first, b"".join(held)
             held, foreign = [], False
-        elif not foreign:
+        elif foreign:
+            if stop is not None and begins >= stop:  # One long paragraph: none begins here.
+                return
+        else:
             if not held:
                 first, size = begins, 0
                 if stop is not None and begins >= stop:
@@ -192,15 +196,15 @@ def _decode(path: Path, start: int, raw: bytes, encoding: str, bad_bytes: str) -
             return raw.decode(encoding, errors="replace"), True
         unpacked = " of what it unpacks to" if _packed(path) else ""
         raise LakeError(
-            f"{path}: byte {start + error.start:,}{unpacked} (0x{raw[error.start]:02x}) is no {encoding}: give "
-            "reading.encoding, or reading.bad_bytes=replace to have U+FFFD in its place"
+            f"{printable(path)}: byte {start + error.start:,}{unpacked} (0x{raw[error.start]:02x}) is no {encoding}: "
+            "give reading.encoding, or reading.bad_bytes=replace to have U+FFFD in its place"
         ) from None
 
 
 def _too_long(path: Path, start: int) -> LakeError:
     return LakeError(
-        f"{path}: the document at byte {start:,} has more than {_MOST_DOCUMENT_BYTES // 2**30} GiB: give another "
-        "reading.documents (line, paragraph), or break it up"
+        f"{printable(path)}: the document at byte {start:,} has more than {_MOST_DOCUMENT_BYTES // 2**30} GiB: give "
+        "another reading.documents (line, paragraph), or break it up"
     )
 
 

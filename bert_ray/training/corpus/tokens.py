@@ -44,7 +44,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or a bundle, checked for what pretraining needs of it.
 
     Raises:
-        JobError: there is none, it is not a fast one, or it lacks a token without which nothing can be masked.
+        JobError: there is none, it is not a fast one, or it lacks a token that masks, begins a row or ends one.
         BundleError: nothing lies at the reference.
     """
     from transformers import AutoTokenizer
@@ -69,6 +69,15 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerFast:
             f"the vocabulary of tokenizer {reference} has no [MASK], without which nothing can be masked: train one "
             "with `bert-ray vocabulary`, or name another"
         )
+    for name, token in (
+        ("[CLS]", tokenizer.cls_token or tokenizer.bos_token),
+        ("[SEP]", tokenizer.sep_token or tokenizer.eos_token),
+    ):
+        if token is None or token not in known:
+            raise JobError(
+                f"the vocabulary of tokenizer {reference} has no {name}, which every row has at its "
+                f"{'beginning' if name == '[CLS]' else 'end'}: train one with `bert-ray vocabulary`, or name another"
+            )
     return tokenizer
 
 

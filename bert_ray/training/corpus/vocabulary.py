@@ -225,9 +225,9 @@ def _extend(
     old = bundle.tokenizer()
     if not is_wordpiece(old):
         raise JobError(f"extend: the vocabulary of {bundle.reference} is not one of WordPiece, and spells every text")
-    words = _count_words(old.backend_tokenizer, texts)
+    words, characters = _count_words(old.backend_tokenizer, texts)
     # Characters first: a word with one that is unknown would be unknown whole.
-    tokenizer, added = spelling(old, [word for word, count in words.items() for _ in range(min(count, 2))])
+    tokenizer, added = spelling(old, characters, job.min_count)
     if chosen := _frequent(tokenizer, words, job):
         tokenizer = add_tokens(tokenizer, chosen)
         added = [*added, *chosen]
@@ -258,24 +258,26 @@ def _extend(
     return old, tokenizer, added
 
 
-def _count_words(backend: Backend, texts: _Texts) -> Counter[str]:
-    """How often each word stands in the texts, as the tokenizer parts them."""
+def _count_words(backend: Backend, texts: _Texts) -> tuple[Counter[str], Counter[str]]:
+    """How often each word that may be added stands in the texts, as the tokenizer parts them; and each character.
+
+    Of letters alone, for numbers and codes are not a domain's, and their number grows with the texts.
+    """
     words: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
     for text in texts.read("count words"):
         if backend.normalizer:
             text = backend.normalizer.normalize_str(text)
-        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-    return words
+        characters.update(text)
+        parts = (word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+        words.update(word for word in parts if 1 < len(word) <= _LONGEST_WORD and word.isalpha())
+    return words, characters
 
 
 def _frequent(tokenizer: PreTrainedTokenizerFast, words: Counter[str], job: VocabularyJob) -> list[str]:
-    """The most frequent words that take several tokens; of letters alone, for numbers and codes are not a domain's."""
+    """The most frequent words that take several tokens."""
     known = tokenizer.get_vocab()
-    found = sorted(
-        (-count, word)
-        for word, count in words.items()
-        if count >= job.min_count and word.isalpha() and 1 < len(word) <= _LONGEST_WORD and word not in known
-    )
+    found = sorted((-count, word) for word, count in words.items() if count >= job.min_count and word not in known)
     return [word for _, word in found[: job.words]]
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.errors import BertRayError, LakeError
-from bert_ray.lake.files import file_sha256, sync
+from bert_ray.lake.files import file_sha256, printable, sync
 from bert_ray.lake.journal import FOLDER, Journal, OutputError, output_errors
 from bert_ray.lake.outputs import writing
 from bert_ray.training.corpus.cleaning import clean
@@ -174,7 +174,7 @@ def _clean(work: Work, task: Task, temporary: Path, watch: Callable[[int], None]
     near = work.near
     sign = _signer(near.threshold, near.words, near.permutations) if near else None
     schema = clean_schema(work.near)
-    with writing(Path(work.output), temporary, schema, {"bert_ray.source": part.unit.path}) as writer:
+    with writing(Path(work.output), temporary, schema, {"bert_ray.source": printable(part.unit.path)}) as writer:
         for texts, bad in work.readers[part.source].read(part):
             read += len(texts)
             replaced += bad

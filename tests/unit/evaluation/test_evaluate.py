@@ -173,3 +173,21 @@ def test_a_model_that_nothing_here_measures_is_refused(tmp_path: Path, tiny_enco
     learned = save_bundle(tmp_path / "model", bundle.model(), bundle.tokenizer(), card)
     with pytest.raises(BundleError, match=r"annotates with embedding.*--task similarity"):
         run(tmp_path, learned.directory, {"text": TEXTS, "label": LABELS})
+
+
+def test_a_report_that_cannot_be_written_is_no_bug(tmp_path: Path, tiny_bundle: Path) -> None:
+    (tmp_path / "report" / "report.html").mkdir(parents=True)
+    with pytest.raises(JobError, match="report cannot be written: Is a directory"):
+        run(tmp_path, tiny_bundle, {"text": TEXTS, "label": LABELS})
+
+
+def test_scores_that_are_no_numbers_are_told(tmp_path: Path, tiny_bundle: Path) -> None:
+    import torch
+
+    bundle = load_bundle(tiny_bundle)
+    model = bundle.model()
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    broken = save_bundle(tmp_path / "model", model, bundle.tokenizer(), replace(bundle.card, files={}, fingerprint=""))
+    with pytest.raises(BundleError, match="gives scores that are no numbers"):
+        run(tmp_path, broken.directory, {"text": TEXTS, "label": LABELS})

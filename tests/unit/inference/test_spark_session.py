@@ -33,6 +33,19 @@ def test_the_session_of_another_thread_is_used_and_not_stopped(spark: SparkSessi
     assert spark.range(3).count() == 3
 
 
+@pytest.mark.parametrize(
+    ("master", "submitted", "held"), [(None, False, True), ("spark://head:7077", False, False), (None, True, False)]
+)
+def test_tasks_hold_the_workers_to_their_number_where_the_master_does_not(
+    monkeypatch: pytest.MonkeyPatch, master: str | None, submitted: bool, held: bool
+) -> None:
+    monkeypatch.setattr(engine, "_active", lambda: None)
+    monkeypatch.setattr(engine, "new_session", lambda *_: SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr(engine, "_submitted", lambda: submitted)
+    with engine._session(SparkOptions(master=master), 3) as (_, found):
+        assert found is held
+
+
 def test_an_end_without_java_does_not_hide_why(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

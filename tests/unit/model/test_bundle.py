@@ -252,7 +252,7 @@ def test_sentence_transformers_files_that_are_malformed(tiny_encoder: Path, tmp_
     if content == "{}":  # Nothing is no module.
         assert load_bundle(place).card.task == "embedding"
         return
-    with pytest.raises(BundleError, match=r"modules\.json, or another file .* is malformed"):
+    with pytest.raises(BundleError, match=r"modules\.json or another file .* is malformed"):
         load_bundle(place)
 
 

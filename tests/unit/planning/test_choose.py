@@ -252,6 +252,12 @@ def test_bad_tables(tmp_path: Path, tiny_encoder: Path, table: dict[str, object]
         run(table, tmp_path, models=[str(tiny_encoder)])
 
 
+def test_an_output_that_is_a_file_is_told(tmp_path: Path, tiny_encoder: Path) -> None:
+    (tmp_path / "choose").touch()
+    with pytest.raises(JobError, match=r"choose cannot be written: .*--output"):
+        run(word_decides(200), tmp_path, models=[str(tiny_encoder)])
+
+
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="none of the models"):
         run(word_decides(200), tmp_path, models=[str(tmp_path / "nothing")])

@@ -384,7 +384,7 @@ def test_penalties_pull_weights_to_nought(job_for: Jobs, tmp_path: Path) -> None
 def test_bf16_trains(job_for: Jobs, tmp_path: Path) -> None:
     result = quiet(job_for(precision="bf16"))
     losses = [entry["train_loss"] for entry in result.history]
-    exact = [entry["train_loss"] for entry in quiet(job_for(output=str(tmp_path / "fp32"))).history]
+    exact = [entry["train_loss"] for entry in quiet(job_for(output=str(tmp_path / "fp32"), precision="fp32")).history]
     assert losses[-1] < losses[0]
     assert losses != exact, "it was computed in fp32"
     assert losses == pytest.approx(exact, abs=0.05)

@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import BertRayError
+from bert_ray.errors import BertRayError, BundleError
 from bert_ray.evaluation.evaluate import evaluate
 from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.inference import local
 from bert_ray.model.bundle import load_bundle
+from bert_ray.training.job import DataOptions, TrainJob
+from bert_ray.training.launch import train
 from tests.conftest import TINY_SEED, tiny_config, tiny_tokenizer
 from tests.tiny_tasks import save
 
@@ -107,3 +109,16 @@ def test_top_k_is_checked(bundle: str, top_k: Any) -> None:
 def test_a_tiny_vocabulary_has_no_more_to_give(bundle: str) -> None:
     vocabulary = tiny_config(len(tiny_tokenizer())).vocab_size
     assert len(fill(bundle, ["a [MASK]"], top_k=100)[0]) == min(100, vocabulary)
+
+
+def test_it_is_not_trained_by_rows(bundle: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a [MASK]"], "token": ["film"]}), tmp_path / "train.parquet")
+    job = TrainJob(
+        model=bundle,
+        output=str(tmp_path / "model"),
+        task="fill-mask",
+        engine="local",
+        data=DataOptions(train=str(tmp_path / "train.parquet")),
+    )
+    with pytest.raises(BundleError, match="nothing to train by rows: pretrain on a corpus"):
+        train(job, tell=lambda _: None)

@@ -22,7 +22,7 @@ from bert_ray.model.generation import Generator, _Search
 from bert_ray.model.packing import pack_rows
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.translation import sentences
-from bert_ray.model.tasks.translation_start import make_start, spelling, target_vocabulary
+from bert_ray.model.tasks.translation_start import characters_of, make_start, spelling, target_vocabulary
 from bert_ray.model.tokenization import Ragged
 from bert_ray.training.job import AugmentationOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
@@ -236,12 +236,12 @@ def test_characters_that_the_source_lacks_are_added(tiny_encoder: Path) -> None:
     tokenizer = load_bundle(tiny_encoder).tokenizer()
     text = "电影 good жж film"
     assert tokenizer.unk_token_id in tokenizer(text)["input_ids"]
-    wider, added = spelling(tokenizer, [text, text])
+    wider, added = spelling(tokenizer, characters_of(tokenizer, [text, text]))
     # Chinese characters always stand alone; a Cyrillic letter may also go on a word.
     assert set(added) == {"电", "影", "ж", "##ж"}
     assert wider.unk_token_id not in wider(text)["input_ids"]
     assert wider("good film")["input_ids"] == tokenizer("good film")["input_ids"]
-    assert spelling(tokenizer, ["a good film", "电"])[1] == []
+    assert spelling(tokenizer, characters_of(tokenizer, ["a good film", "电"]))[1] == []
 
 
 def test_a_vocabulary_gives_texts_back() -> None:

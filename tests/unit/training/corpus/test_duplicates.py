@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from zlib import crc32
+
 import numpy as np
 import pytest
 
@@ -68,21 +70,17 @@ def test_a_long_text_is_signed_in_slices(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (signer(OPTIONS)(text) == whole).all()
 
 
-def test_sets_join_to_the_smallest_number() -> None:
-    draw = np.random.default_rng(1)
-    parent = np.arange(500)
-    edges = [draw.integers(0, 500, (100, 2)) for _ in range(3)]
-    for edge in edges:
-        duplicates._join(parent, edge[:, 0].copy(), edge[:, 1].copy())
-    roots = duplicates._roots(parent, np.arange(500))
-    slow = list(range(500))
-    for _ in range(500):
-        before = list(slow)
-        for one, other in np.concatenate(edges).tolist():
-            slow[one] = slow[other] = min(slow[one], slow[other])
-        if slow == before:
-            break
-    assert roots.tolist() == slow
+def test_a_document_is_like_an_earlier_one_or_stays() -> None:
+    """What a later one has in common with two does not make these two alike."""
+    bands_of = np.array([[1, 2], [3, 4], [1, 4], [5, 4]], np.uint64)
+    ids = np.arange(8, dtype=np.uint64).reshape(4, 2)
+    assert decide(ids, lambda band: bands_of[:, band].copy(), 2).tolist() == [KEPT, KEPT, NEAR, NEAR]
+
+
+def test_short_texts_are_told_apart_by_all_they_say() -> None:
+    """Two of them with the same 32 bits: words whose checksums are equal."""
+    assert crc32(b"plumless") == crc32(b"buckeroo")
+    assert verdicts(["plumless", "buckeroo", "Plumless!"]) == [KEPT, KEPT, NEAR]
 
 
 def test_nothing_to_decide() -> None:

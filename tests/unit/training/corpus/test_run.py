@@ -263,3 +263,14 @@ def test_a_part_over_which_workers_die_is_given_up(job_for: Make, monkeypatch: p
     monkeypatch.setattr(work_room.Journal, "start", lambda self, unit, session: 3)
     summary = run(job_for())
     assert "3 workers died over f0.parquet" in summary.failures[0]
+
+
+def test_a_file_whose_name_is_no_utf_8(job_for: Make, tmp_path: Path) -> None:
+    place = tmp_path / "texts"
+    place.mkdir()
+    (Path(os.fsdecode(os.fsencode(place) + b"/caf\xe9.txt"))).write_text("\n".join(sentence(row) for row in range(9)))
+    assert "9 documents" in str(run(job_for(input=str(place))))
+    Path(os.fsdecode(os.fsencode(place) + b"/bad\xe9.txt")).write_bytes(b"caf\xe9\n")
+    summary = run(job_for(input=str(place), output=str(tmp_path / "other")))
+    assert summary.exit_status == 1
+    assert str(summary).encode() and "bad\\xe9.txt: byte 3" in str(summary)

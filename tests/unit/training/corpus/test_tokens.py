@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from bert_ray.errors import JobError
 from bert_ray.training.corpus import tokens
@@ -124,3 +125,13 @@ def test_another_tokenizer_in_the_same_place_is_read_anew(
     after = second.take(np.array([0]), np.array([0]), second.lengths[:1].astype(np.int64))[0]
     swapped = {ids["good"]: ids["bad"], ids["bad"]: ids["good"]}
     assert after.tolist() == [swapped.get(token, token) for token in before.tolist()]
+
+
+@pytest.mark.parametrize("name", ["[CLS]", "[SEP]", "[MASK]"])
+def test_a_tokenizer_that_lacks_a_token_is_refused_before_the_corpus_is_made(tmp_path: Path, name: str) -> None:
+    backend = tiny_tokenizer().backend_tokenizer
+    roles = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    known = {role: token for role, token in roles.items() if token != name}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **known).save_pretrained(tmp_path)
+    with pytest.raises(JobError, match=rf"has no \{name}"):
+        load_tokenizer(str(tmp_path))

@@ -168,3 +168,11 @@ def test_what_cannot_be_extended_is_refused(place: Path, tmp_path: Path, tiny_bu
     (tmp_path / "plain.txt").write_text("the film was good\n" * 3)
     with pytest.raises(JobError, match="suits them as it is"):
         run(make(tmp_path / "plain.txt", tmp_path / "v", extend=str(tiny_encoder)))
+
+
+def test_an_extension_takes_what_stands_often_enough(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Characters as well as words; numbers and codes are counted by nobody."""
+    texts = ["remdesivir 好 42x42"] * 5 + ["remdesivir 坏 ebola"] * 2
+    (tmp_path / "medical.txt").write_text("\n".join(texts), "utf-8")
+    summary = run(make(tmp_path / "medical.txt", tmp_path / "v", extend=str(tiny_encoder), min_count=3))
+    assert summary.added == ["好", "remdesivir"]
