@@ -281,9 +281,10 @@ def main() -> None:
     options = parser.parse_args()
     path = common.RESULTS / "pretrain_gpu.json"
     figures = json.loads(path.read_text()).get("shapes", {}) if path.exists() else {}
-    for shape in options.shape or list(SHAPES):
-        figures[shape] = measure(shape, options)
-    if not options.profile and any(figure["device"] != "cpu" for figure in figures.values()):
+    measured = {shape: measure(shape, options) for shape in options.shape or list(SHAPES)}
+    figures |= measured
+    # What is no GPU's, or lacks the peer, does not take the place of what is whole.
+    if not (options.profile or options.alone) and all(figure["device"] != "cpu" for figure in measured.values()):
         common.keep("pretrain_gpu", {"shapes": figures})
 
 

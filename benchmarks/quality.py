@@ -81,18 +81,30 @@ def ours(name: str, case: Case, train: pa.Table, test: pa.Table, how: Run, base:
     began, cpu_began = time.monotonic(), time.process_time()
     trained = run_job(job)
     seconds = time.monotonic() - began
-    return {
-        "train_rows": trained.train_rows,
-        "attention_dropout": job.attention_dropout,
+    # A model that stood there already took its time when nobody looked.
+    spent = {
         "train_seconds": round(seconds) + tuning.get("seconds", 0),
         "train_cpu_minutes": round((time.process_time() - cpu_began) / 60, 1),
         "tokens_per_second": round(trained.tokens_per_second),
+    }
+    return {
+        "train_rows": trained.train_rows,
+        "attention_dropout": job.attention_dropout,
+        **(spent if trained.trained else {}),
         **(
             tested(case, str(place), str(paths["test"]), how, {})
             if rest is None
             else told_apart(case, str(place), rest, test, how)
         ),
     }
+
+
+def forget(name: str, how: Run) -> None:
+    """Remove what was trained for a case, begun or finished."""
+    for kind in (name, f"{name}-base", f"{name}-random"):
+        place = how.place(kind)
+        for old in (place, place.with_name(f"{place.name}.run")):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def tuned(name: str, case: Case, how: Run) -> tuple[str, dict[str, Any]]:
@@ -292,9 +304,11 @@ def main() -> None:
                     continue
                 if kind == "ours":
                     if options.fresh:
-                        shutil.rmtree(how.place(name), ignore_errors=True)
+                        forget(name, how)
                     found = ours(name, case, train, test, how)
                 else:
+                    if options.fresh:
+                        forget(f"{name}-random", how)
                     found = reference(name, case, train, test, how, kind)
                 today = datetime.date.today().isoformat()
                 done[str(seed)] = found | {"settings": case.settings, "precision": how.precision, "date": today}

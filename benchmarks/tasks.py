@@ -20,6 +20,7 @@ Results: benchmarks/results/tasks.json, tasks_bf16.json.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -281,11 +282,18 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     figures: dict[str, Any] = {}
+    result = common.RESULTS / f"{common.result_name('tasks', options.dtype)}.json"
+    if options.task and result.exists():
+        figures = json.loads(result.read_text())["tasks"]  # The others stay as they were.
     kept = {"rounds": options.rounds, "threads": options.threads, "dtype": options.dtype}
     lines = []
     with tempfile.TemporaryDirectory(prefix="bert_ray-bench-") as scratch:
         for task in (options.task,) if options.task else TASKS:
-            runs, rows = contestants(task, options.rows, Path(scratch), options.dtype)
+            try:
+                runs, rows = contestants(task, options.rows, Path(scratch), options.dtype)
+            except FileNotFoundError as error:
+                print(f"{task}: left out, {error}", flush=True)
+                continue
             for run in runs.values():
                 run()  # Warm-up.
             measured = common.interleaved(runs, options.rounds)

@@ -40,6 +40,7 @@ def ours(texts: list[str], labels: list[int], case: Case, scratch: Path) -> floa
     """Real tokens per second of one epoch by the plain loop."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import torch
 
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train
@@ -51,6 +52,7 @@ def ours(texts: list[str], labels: list[int], case: Case, scratch: Path) -> floa
         model=common.MODEL,
         output=str(scratch / "model"),
         engine="local",
+        threads=torch.get_num_threads(),
         data=DataOptions(train=str(scratch / "train.parquet"), validation_fraction=0.0),
         epochs=1,
         batch_size=case.batch,

@@ -67,7 +67,8 @@ fi
 python=$(find_python)
 [ -n "$python" ] || fail "Python 3.11 is needed (3.12 and 3.13 may do) and none was found: install it (Debian, Ubuntu: python3.11 python3.11-venv), or name one with PYTHON=/path/to/python3.11"
 started=$SECONDS
-if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+# pip does not write the scripts of what is installed already: after a move they would go on naming the old place.
+if ! "$venv/bin/python" -c 'import pip' 2>/dev/null || { [ -s "$stamp" ] && [ "$(cut -d ' ' -f 2- "$stamp")" != "$PWD" ]; }; then
   say "making $venv with $("$python" --version)"
   "$python" -m venv --clear "$venv" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
 fi
@@ -77,7 +78,8 @@ install_java
 # pip's output goes to the log; on a terminal its current step is shown in one line that is written over.
 pip_install() {
   local line status
-  { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" 2>&1; echo "exit status $?"; } |
+  # In an `if`, or a pip that fails would end the script right here, without a word.
+  { if "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" 2>&1; then echo "exit status 0"; else echo "exit status $?"; fi; } |
     while IFS= read -r line; do
       printf '%s\n' "$line" >>"$log"
       case $line in

@@ -29,6 +29,8 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads and forked workers do not mix
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # several processes share two cores
         "DS_ACCELERATOR": "cpu",
+        # A GPU would compute in bf16 what is compared with a CPU: test_gpu.py alone is for it, run by itself.
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0") if "test_gpu" in " ".join(sys.argv) else "",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; unset, every worker warns about it
         "RAY_worker_niceness": "0",  # else whatever else runs here (Spark, another pytest) goes before Ray's workers

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch, ray or pyspark is imported: what they would say about themselves is no part of a demo.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same on every machine: two workers, and engines that agree
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for this process; training workers say their own
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -80,7 +80,7 @@ def test_without_wait_the_driver_runs_on_in_the_background(master: Cluster, tmp_
     assert "bert-ray runs status" in done.stdout
     log = Path(re.search(r"follow  tail -f (\S+)", done.stdout)[1])
     driver = int(re.search(r"stop    kill (\d+)", done.stdout)[1])
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while "/nowhere/lake" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.3)
     assert "error: there is no /nowhere/lake" in log.read_text()

@@ -31,7 +31,9 @@ def test_rows_under_way_count(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     with Progress(what="x", units=1, rows=10, stream=stream) as shown:
         shown.watch(4)
-        time.sleep(0.3)
+        deadline = time.monotonic() + 30
+        while ", 4 rows," not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
         shown.ended(10, 0.3, failed=False)
     assert ", 4 rows," in stream.getvalue()
     assert ", 10 rows," in stream.getvalue().splitlines()[-1]

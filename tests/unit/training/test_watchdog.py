@@ -11,11 +11,11 @@ from bert_ray.training.watchdog import watchdog
 
 def test_who_gets_on_is_left_alone() -> None:
     ended: list[bool] = []
-    with watchdog(0.4, lambda: ended.append(True)) as beat:
-        time.sleep(0.8)  # Before the first beat nothing is counted: a model is being built.
+    with watchdog(2.0, lambda: ended.append(True)) as beat:
+        time.sleep(2.5)  # Before the first beat nothing is counted: a model is being built.
         for _ in range(8):
             beat()
-            time.sleep(0.1)
+            time.sleep(0.4)
     assert not ended
 
 
