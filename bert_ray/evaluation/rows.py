@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, LakeError, meant
-from bert_ray.training.data import one_array, usable_rows
+from bert_ray.training.data import of_one_schema, one_array, usable_rows
 
 if TYPE_CHECKING:
     from bert_ray.model.tasks.base import Task
@@ -41,7 +41,7 @@ class Rows:
 
 
 def open_table(path: str) -> pads.Dataset:
-    """A Parquet file or directory.
+    """A Parquet file or directory, with the columns of all of its files.
 
     Raises:
         LakeError: there is none.
@@ -49,8 +49,8 @@ def open_table(path: str) -> pads.Dataset:
     if not Path(path).exists():
         raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
     try:
-        table = pads.dataset(path, format="parquet", partitioning="hive")
-    except (pa.ArrowInvalid, OSError) as error:
+        table = of_one_schema(pads.dataset(path, format="parquet", partitioning="hive"))
+    except (pa.ArrowException, OSError) as error:
         raise LakeError(f"{path} cannot be read as Parquet: {error}") from error
     if not table.files:
         raise LakeError(f"no Parquet file in {path}")

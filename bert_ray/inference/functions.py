@@ -29,7 +29,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.functions import arrow_udf
 from pyspark.sql.pandas.types import from_arrow_type
 
-from bert_ray.errors import JobError
+from bert_ray.errors import BundleError, JobError
 from bert_ray.inference.spark import spark_array, worker_threads
 from bert_ray.inference.specs import annotator_of
 
@@ -72,6 +72,8 @@ def register(
     spec, annotator = annotator_of(references[_SENTIMENT], scores=True, **options)
     if annotator.task.kind != "classification":
         raise JobError(f"{references[_SENTIMENT]} is a model for {annotator.task.kind}; sentiment wants classification")
+    if len(annotator.task.inputs) != 1:
+        raise JobError(f"{references[_SENTIMENT]} reads {', '.join(annotator.task.inputs)}; sentiment is of one text")
     spec = dataclasses.replace(spec, threads=threads or worker_threads(session))
     kinds: dict[str, tuple[Callable[[pa.Array], pa.Array], pa.DataType]] = {
         "bert_sentiment": (spark_array, annotator.output_field.type),
@@ -116,13 +118,22 @@ def _bundles(directory: Path) -> dict[str, str]:
     from bert_ray.model.bundle import load_bundle
 
     directory = directory.expanduser()
-    alone = [directory] if _is_bundle(directory) else []
+    if _is_bundle(directory):
+        return {load_bundle(directory).card.name or directory.name: str(directory)}
     found: dict[str, str] = {}
-    for path in alone or sorted(path for path in directory.iterdir() if path.is_dir() and _is_bundle(path)):
-        name = load_bundle(path).card.name or path.name
+    unusable = []
+    # Names with a dot in front are of directories that are being made, or were when their process was killed.
+    for path in sorted(path for path in directory.iterdir() if path.name[0] != "." and _is_bundle(path)):
+        try:
+            name = load_bundle(path).card.name or path.name
+        except BundleError as error:
+            unusable.append(error)
+            continue
         if name in found:
             raise JobError(f"{found[name]} and {path} are both named {name!r}: give references by name instead")
         found[name] = str(path)
+    if unusable and _SENTIMENT not in found:
+        raise unusable[0]
     return found
 
 

@@ -74,8 +74,9 @@ class AnnotatorSpec:
         if isinstance(self.columns, Mapping):
             object.__setattr__(self, "columns", tuple(self.columns.items()))
         if isinstance(self.options, Mapping):
-            # A description is hashed and compared: JSON is both, and says the same on every worker.
-            object.__setattr__(self, "options", json.dumps(self.options, sort_keys=True) if self.options else "")
+            # A description is hashed and compared: JSON is both, and says the same on every worker. In the order that
+            # was given: labels have one.
+            object.__setattr__(self, "options", json.dumps(self.options) if self.options else "")
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise JobError(f"dtype is {self.dtype!r}; it is one of auto, fp32, bf16, fp16")
         if self.batch_tokens is not None and self.batch_tokens < 1:

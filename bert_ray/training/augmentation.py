@@ -140,11 +140,12 @@ class Augmentation:
         left = self._chosen(words, options.deletion, draw)
         if left:
             gone = set(left)
-            for kind in {word[1] for word in words}:
-                mine = [
-                    index for index, word in enumerate(words) if word[1] == kind and word[0][0] not in self._special
-                ]
-                if mine and gone.issuperset(mine):  # A text keeps at least one word.
+            # Texts are told apart by the special tokens between them: RoBERTa's are all of one type.
+            special = np.array([word[0][0] in self._special for word in words])
+            text = np.cumsum(special)
+            for number in np.unique(text[~special]):
+                mine = np.flatnonzero((text == number) & ~special).tolist()
+                if gone.issuperset(mine):  # A text keeps at least one word.
                     gone.discard(mine[int(draw.integers(len(mine)))])
             words = [word for index, word in enumerate(words) if index not in gone]
         return words

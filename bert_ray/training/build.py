@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import os
 import shutil
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
-from bert_ray.training.data import LabelledTable, read_columns, read_labelled
+from bert_ray.model.tokenization import is_blank
+from bert_ray.training.data import LabelledTable, one_array, read_columns, read_labelled
 from bert_ray.training.launch import TrainResult, new_task, versions
 from bert_ray.training.run_directory import ended
 
@@ -98,6 +100,15 @@ def _validation(job: TrainJob, task: Task) -> LabelledTable:
     return read_labelled(str(job.data.validation), task, named)
 
 
+def _taught(task: Task, columns: Columns) -> list[pa.Array]:
+    """The truth of the rows that the bundle was made from: those that have it, and texts that are not blank."""
+    truth = {name: one_array(columns[name]) for name in task.truths if name in columns}
+    texts = [task.read(name, columns[name], name) for name in task.inputs if name in columns]
+    keep = [array.is_valid() for array in truth.values()]
+    keep += [pc.invert(pc.fill_null(is_blank(text), True)) for text in texts]
+    return [array.filter(functools.reduce(pc.and_, keep)) for array in truth.values()]
+
+
 def _make(
     job: TrainJob,
     base: Bundle,
@@ -143,8 +154,7 @@ def _make(
                 tell({"what": "note", "text": f"{validation.path}: {what}"})
             card.metrics = _measure(made, validation)
             data["validation_rows"] = len(validation.inputs[0])
-            truth = [columns[name].drop_null().combine_chunks() for name in task.truths if name in columns]
-            card.provenance["majority_baseline"] = task.baseline(truth, validation.truth)
+            card.provenance["majority_baseline"] = task.baseline(_taught(task, columns), validation.truth)
         card.provenance["data"] = data
         save_card(made, card)
         os.replace(made, output)

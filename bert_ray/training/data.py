@@ -380,9 +380,9 @@ def read_columns(
     if kind == fs.FileType.NotFound:
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
     try:
-        dataset = pads.dataset(place, filesystem=system, format="parquet", partitioning="hive")
+        dataset = of_one_schema(pads.dataset(place, filesystem=system, format="parquet", partitioning="hive"))
         known = dataset.schema.names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
     if not dataset.files:
         raise JobError(f"{path} holds no Parquet file")
@@ -394,6 +394,21 @@ def read_columns(
         return dataset.to_table(columns=list(dict.fromkeys(names.values())))
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
+    """A directory with the columns of all of its files, where Arrow alone takes the first file's for the others'.
+
+    Raises:
+        pa.ArrowException: a column's types do not go together.
+    """
+    schemas = [fragment.physical_schema for fragment in dataset.get_fragments()]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return dataset
+    # The first file may have a column as null, or not at all.
+    files = pa.unify_schemas(schemas, promote_options="permissive")
+    partitions = [field for field in dataset.schema if field.name not in files.names]
+    return dataset.replace_schema(pa.schema([*files, *partitions]))
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from bert_ray.errors import JobError
+from bert_ray.errors import BundleError, JobError
 from bert_ray.inference import functions, local
 
 ROWS = [(0, "a", "the film was good"), (1, "a", None), (2, "b", ""), (3, "b", "terrible service"), (4, "b", "🎬 great")]
@@ -87,6 +87,15 @@ def test_a_directory_of_bundles(spark: Any, tiny_bundle: Path, tmp_path: Path) -
     for name in ("one", "other"):
         shutil.copytree(tiny_bundle, tmp_path / name)
     with pytest.raises(JobError, match=r"one and .*other are both named"):
+        functions.register(spark, tmp_path)
+    # What is no bundle of ours, and what a killed process left, are passed over.
+    shutil.rmtree(tmp_path / "other")
+    shutil.copytree(tiny_bundle, tmp_path / ".one.123.old")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "bert_sentiment" in functions.register(spark, tmp_path)
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(BundleError, match="'gpt2' is not supported"):
         functions.register(spark, tmp_path)
 
 

@@ -296,7 +296,7 @@ class Task(ABC):
 
         Args:
             base: that the job names.
-            inputs: of all rows to train on.
+            inputs: of all rows, also of those that will be held out: what may be taken from them is how they are spelt.
             truth: likewise.
             output: the bundle's directory, to be written with `save_bundle`.
 

@@ -72,15 +72,19 @@ class Classification(SequenceTask):
         )
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Cross-entropy of each sample (S,), times the weight of its label; outputs (P, C), targets int64 (S,)."""
-        weights = self.learning.label_weights
-        return F.cross_entropy(
+        """Cross-entropy of each sample (S,), times the weight of its label; outputs (P, C), targets int64 (S,).
+
+        Not by the weights of torch's function, which count for what smoothing spreads too: with one label in a hundred
+        rows, balanced, a tenth spread would make that label the likeliest for all rows.
+        """
+        losses = F.cross_entropy(
             by_sample(outputs, batch, len(targets)),
             targets,
-            weight=None if weights is None else torch.tensor(weights, dtype=outputs.dtype, device=outputs.device),
             label_smoothing=self.learning.label_smoothing,
             reduction="none",
         )
+        weights = self.learning.label_weights
+        return losses if weights is None else losses * losses.new_tensor(weights)[targets]
 
     def learning_for(
         self, label_smoothing: float, class_weights: str | Mapping[str, float], truth: Sequence[pa.Array]
@@ -92,7 +96,7 @@ class Classification(SequenceTask):
         """
         labels = self.card.labels
         counts = np.bincount(self.indices(truth[0]), minlength=len(labels))
-        # A label of the job that no row has: its weight matters to smoothing alone.
+        # A label of the job that no row has is weighed in no loss.
         balanced = np.where(counts > 0, counts.sum() / (len(labels) * np.maximum(counts, 1)), 1.0)
         return Learning(label_smoothing=label_smoothing, label_weights=weights_of(class_weights, labels, balanced))
 
@@ -182,8 +186,13 @@ class Classification(SequenceTask):
         return one_label_report(self.card.labels, annotations, so, self.inputs, inputs, most)
 
 
-def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str]) -> np.ndarray:
-    """Labels -> their indices in `known`, int64. Integers and booleans are indices, or names where labels are numbers.
+def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str], *, by_position: bool = True) -> np.ndarray:
+    """Labels -> their indices in `known`, int64.
+
+    Args:
+        labels: names; `by_position`: or integers or booleans that are indices, where none of them is a name.
+        known: the model's labels.
+        by_position: whether they may be.
 
     Raises:
         ColumnError: a null, or a value that is none of the labels.
@@ -194,7 +203,7 @@ def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str]) -> n
         raise ColumnError(f"the label column has {labels.null_count} nulls; remove or fill those rows")
     texts = label_texts(labels)
     indices = pc.index_in(texts, pa.array(known, pa.string()))
-    if indices.null_count == len(texts):
+    if by_position and indices.null_count == len(texts):
         indices = pc.index_in(texts, pa.array([str(index) for index in range(len(known))], pa.string()))
     if indices.null_count:
         strange = pc.unique(texts.filter(pc.is_null(indices))).to_pylist()[:5]

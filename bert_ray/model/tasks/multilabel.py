@@ -183,12 +183,15 @@ class MultiLabel(SequenceTask):
         it.
         """
         smoothing, weights = self.learning.label_smoothing, self.learning.label_weights
-        return F.binary_cross_entropy_with_logits(
+        losses = F.binary_cross_entropy_with_logits(
             by_sample(outputs, batch, len(targets)),
             targets.to(outputs.dtype) * (1.0 - smoothing) + 0.5 * smoothing,
-            pos_weight=None if weights is None else torch.tensor(weights, dtype=outputs.dtype, device=outputs.device),
             reduction="none",
-        ).mean(dim=1)
+        )
+        if weights is not None:
+            # Not by torch's `pos_weight`, which counts for the half that smoothing gives to what a sample has not.
+            losses = losses * torch.where(targets.bool(), losses.new_tensor(weights), 1.0)
+        return losses.mean(dim=1)
 
     def learning_for(
         self, label_smoothing: float, class_weights: str | Mapping[str, float], truth: Sequence[pa.Array]

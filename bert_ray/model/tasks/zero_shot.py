@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tasks.base import Options, Outputs
-from bert_ray.model.tasks.classification import Classification
+from bert_ray.model.tasks.classification import Classification, label_indices
 from bert_ray.model.tasks.label_report import SCORED_LABELS, label_sets_report, majority, one_label_report
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
 from bert_ray.model.tokenization import Pieces, Ragged
@@ -236,6 +236,10 @@ class ZeroShot(LabelsByEmbedding):
         kind = self.output_type()
         values = pa.StructArray.from_arrays([labels, pa.array(ranked[keep])], fields=list(kind.value_type))
         return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
+
+    def indices(self, labels: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """By name alone: a call's labels have no numbers that a table could mean."""
+        return label_indices(labels, self.names, by_position=False)
 
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
         """Refuses: there is nothing to train."""

@@ -67,6 +67,17 @@ def test_deletion_leaves_words_out_and_at_least_one() -> None:
     assert min(lengths) >= 3
 
 
+def test_each_text_of_a_pair_keeps_a_word_where_both_are_of_one_type() -> None:
+    """As RoBERTa has them: the special tokens between them tell them apart."""
+    pieces = encoded(["the film was great and nice"] * 200, ["food"] * 200)
+    assert pieces.tokens.types is not None
+    pieces.tokens.types[:] = 0
+    found = distorted(pieces, deletion=0.5)
+    food, end = tiny_tokenizer().convert_tokens_to_ids(["food", "[SEP]"])
+    assert all(row[-3:] == [end, food, end] for row in found)
+    assert len(set(map(len, found))) > 2
+
+
 def test_swapping_keeps_the_words() -> None:
     pieces = encoded(TEXTS)
     found = distorted(pieces, swap=0.5)

@@ -14,7 +14,7 @@ from pyarrow import fs
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.bundle import Card, load_bundle
 from bert_ray.model.tasks import get_task
-from bert_ray.training.data import read_labelled
+from bert_ray.training.data import read_columns, read_labelled
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import prepare
 from bert_ray.training.order import held_out
@@ -231,3 +231,20 @@ def test_a_label_that_is_the_text_is_told(tmp_path: Path) -> None:
     assert "in 3 of 4 rows column 'label' is the text in 'text'" in notes[0]
     write(path, text=["good", "a", "b", "c"], label=["good", "bad", "good", "bad"])
     assert read_labelled(str(path), CLASSIFICATION).notes == []
+
+
+def test_a_directory_has_the_columns_of_all_its_files(tmp_path: Path) -> None:
+    """pandas writes a column without a value as null, and the first file may lack one."""
+    place = tmp_path / "lake" / "part=x"
+    place.mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["a", "b"], "label": pa.nulls(2)}), place / "a.parquet")
+    pq.write_table(pa.table({"text": ["c"]}), place / "b.parquet")
+    pq.write_table(pa.table({"label": ["no", "yes"], "text": ["d", "e"]}), place / "c.parquet")
+    columns = {"text": "text", "label": "label", "part": "part"}
+    found = read_columns(str(tmp_path / "lake"), columns, key="data.columns")
+    assert found["text"].to_pylist() == ["a", "b", "c", "d", "e"]
+    assert found["label"].to_pylist() == [None, None, None, "no", "yes"]
+    assert found["part"].to_pylist() == ["x"] * 5
+    pq.write_table(pa.table({"label": [[1]], "text": ["f"]}), place / "d.parquet")
+    with pytest.raises(JobError, match=r"lake cannot be read as Parquet: .*label"):
+        read_columns(str(tmp_path / "lake"), columns, key="data.columns")

@@ -202,8 +202,11 @@ def test_the_loss_is_torch_s_with_smoothing_and_weights() -> None:
     outputs, targets = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0] * 2)
     found = it.loss(outputs, targets, batch_of(None))
     weights = torch.tensor([1.0, 2.0, 0.5])
-    expected = F.cross_entropy(outputs, targets, weight=weights, label_smoothing=0.1)  # Over the sum of the weights.
-    torch.testing.assert_close(found.sum() / weights[targets].sum(), expected)
+    plain = F.cross_entropy(outputs, targets, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(found, plain * weights[targets])
+    it.learning = Learning(label_weights=[1.0, 2.0, 0.5])
+    expected = F.cross_entropy(outputs, targets, weight=weights)  # Over the sum of the weights.
+    torch.testing.assert_close(it.loss(outputs, targets, batch_of(None)).sum() / weights[targets].sum(), expected)
     it.learning = Learning()
     torch.testing.assert_close(it.loss(outputs, targets, batch_of(None)).mean(), F.cross_entropy(outputs, targets))
 

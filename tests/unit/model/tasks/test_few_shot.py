@@ -200,9 +200,13 @@ def test_validation_rows_measure_the_bundle(tiny_encoder: Path, uci_sample: pa.T
 def test_rows_without_text_or_label_are_left_out(tiny_encoder: Path, uci_sample: pa.Table, tmp_path: Path) -> None:
     examples = few(uci_sample, 8).select(["text", "label"])
     odd = pa.table({"text": [None, "", " \n", "a film"], "label": ["negative", "positive", "negative", None]})
-    result, notes = run(job_for(str(tiny_encoder), pa.concat_tables([examples, odd]), tmp_path))
+    blank = pa.table({"text": pa.nulls(40, pa.string()), "label": ["other"] * 40})
+    pq.write_table(examples, tmp_path / "held.parquet")
+    data = {"validation": str(tmp_path / "held.parquet")}
+    result, notes = run(job_for(str(tiny_encoder), pa.concat_tables([examples, odd, blank]), tmp_path, data=data))
     assert result.train_rows == 16
-    assert any("4 of 20 rows left out: without a text or a label" in note for note in notes)
+    assert result.baseline == 0.5, "the label of rows without a text is none"
+    assert any("44 of 60 rows left out: without a text or a label" in note for note in notes)
     (plain,) = local.annotate(pa.table({"text": ["", None, " \t"]}), str(result.bundle))["few-shot"].chunks
     assert plain.to_pylist() == [None, None, None]
 

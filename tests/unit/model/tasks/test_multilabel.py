@@ -221,7 +221,11 @@ def test_smoothing_and_weights() -> None:
     outputs = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.uint8)
     smoothed = torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.9, 0.1]])
-    expected = BCEWithLogitsLoss(pos_weight=torch.tensor([4.0, 0.25, 1.0]))(outputs, smoothed)
+    plain = BCEWithLogitsLoss(reduction="none")(outputs, smoothed)
+    weights = torch.tensor([[4.0, 1.0, 1.0], [1.0, 0.25, 1.0]])  # Of what a row has.
+    torch.testing.assert_close(it.loss(outputs, targets, batch_of(None)), (plain * weights).mean(1))
+    it.learning = it.learning_for(0.0, "balanced", [counts])
+    expected = BCEWithLogitsLoss(pos_weight=torch.tensor([4.0, 0.25, 1.0]))(outputs, targets.float())
     torch.testing.assert_close(it.loss(outputs, targets, batch_of(None)).mean(), expected)
     it.learning = Learning()
     windows = it.loss(torch.cat([outputs, outputs]), targets, batch_of([0, 1, 0, 1]))

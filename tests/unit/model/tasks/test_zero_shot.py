@@ -291,3 +291,13 @@ def test_real_news(shared_data: Path) -> None:
     annotations = annotator.annotate([table["text"]])
     truth = table["label"].combine_chunks()
     assert annotator.task.metrics(annotations, [table["text"]], [truth])["accuracy"] >= 0.65
+
+
+def test_truth_is_compared_by_name_alone() -> None:
+    """A table's numbers are no places in the call's labels, which may be a mapping."""
+    task = AnnotatorSpec(model=MINILM, task="zero-shot", options={"labels": {name: f"about {name}" for name in TOPICS}})
+    task = task.build().task
+    assert task.names == list(TOPICS)
+    with pytest.raises(ColumnError, match=r"unknown labels \['0', '1'\]"):
+        task.check_truth([pa.array([0, 1])])
+    task.check_truth([pa.array(list(TOPICS))])
