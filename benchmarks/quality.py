@@ -101,7 +101,7 @@ def ours(name: str, case: Case, train: pa.Table, test: pa.Table, how: Run, base:
 
 def forget(name: str, how: Run) -> None:
     """Remove what was trained for a case, begun or finished."""
-    for kind in (name, f"{name}-base", f"{name}-random"):
+    for kind in (name, f"{name}-base"):
         place = how.place(kind)
         for old in (place, place.with_name(f"{place.name}.run")):
             shutil.rmtree(old, ignore_errors=True)
@@ -302,13 +302,11 @@ def main() -> None:
                 how = Run(seed, "fp64" if kind == "tfidf" else precision, options.threads)
                 if not wanted or (done.get(str(seed), {}).get("precision") == how.precision and not options.fresh):
                     continue
+                if options.fresh:
+                    forget(name if kind == "ours" else f"{name}-random", how)
                 if kind == "ours":
-                    if options.fresh:
-                        forget(name, how)
                     found = ours(name, case, train, test, how)
                 else:
-                    if options.fresh:
-                        forget(f"{name}-random", how)
                     found = reference(name, case, train, test, how, kind)
                 today = datetime.date.today().isoformat()
                 done[str(seed)] = found | {"settings": case.settings, "precision": how.precision, "date": today}

@@ -199,14 +199,14 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
         if re.search(r"Job '.*' (failed|was stopped)", said):
             return 1
         now = time.monotonic()
-        if now > deadline and re.search(r"RUNNING|PENDING", said):
+        if now > deadline:
+            if not re.search(r"RUNNING|PENDING", said):
+                raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
             # The log's connection was cut (a proxy, a laptop asleep), the job was not.
             deadline = now + _STATUS_TIMEOUT_SECONDS
             if not told:
                 print(f"the log of {name} is no longer followed; waiting for its end", file=sys.stderr, flush=True)
                 told = True
-        if now > deadline:
-            raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
         time.sleep(1.0)
 
 

@@ -29,6 +29,7 @@ from bert_ray.model.bundle import Bundle, load_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.inference_encoder import InferenceEncoder
 from bert_ray.model.packing import pack_rows, plan
+from bert_ray.model.peak import multiplies_bf16
 from bert_ray.model.tasks import Task
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tokenization import Pieces, is_blank
@@ -292,10 +293,10 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtyp
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"nothing here computes on {chosen.type}")
     except RuntimeError as error:
         raise JobError(f"device is {device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise JobError(f"device is {device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BundleError(f"device is {device!r}, but torch finds no GPU here: use device: cpu or auto")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -304,6 +305,6 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtyp
         )
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype == "auto":
-        half = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        half = "bf16" if multiplies_bf16(chosen) else "fp16"
         dtype = half if chosen.type == "cuda" else "fp32"
     return chosen, names[dtype]

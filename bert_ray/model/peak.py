@@ -35,6 +35,11 @@ def matmul_rate(
     return 2 * size**3 / min(times)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device is a GPU that multiplies bf16 itself: older ones have it emulated, slower than fp32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

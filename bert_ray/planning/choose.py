@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.errors import BertRayError, BundleError, ColumnError, JobError
+from bert_ray.errors import BertRayError, BundleError, JobError
 from bert_ray.planning import trial
 from bert_ray.planning.tfidf import fit_tfidf
 
@@ -143,6 +143,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         ColumnError: a column is missing or of the wrong type.
         BundleError: none of the models can be used.
     """
+    from bert_ray.evaluation.evaluate import writable
+
     deadline = trial.clock() + 60.0 * job.budget_minutes
     texts, labels = _read(job, tell)
     kinds = len(set(labels))
@@ -150,8 +152,6 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         raise JobError(
             f"first_rows is {job.first_rows}, but {job.table} has {kinds} labels: give at least a row for each"
         )
-    from bert_ray.evaluation.evaluate import writable
-
     test, rest = split(texts, labels, job.test_rows, job.seed)
     if len(test) < _LEAST_TESTED:
         raise JobError(
@@ -292,17 +292,13 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
     from bert_ray.model.tasks import get_task
     from bert_ray.model.tasks.classification import label_texts
     from bert_ray.model.tokenization import to_python_strings
-    from bert_ray.training.data import read_labelled
+    from bert_ray.training.data import labels_in, read_labelled
 
     task = get_task(Card(task="classification"))
     table = read_labelled(job.table, task, job.columns, key="--columns")
     for note in table.notes:
         tell(f"note: {note}")
-    column = (job.columns or {}).get("label", "label")
-    try:
-        task.labels_in(table.truth)
-    except ColumnError as error:
-        raise ColumnError(f"{job.table}: column {column!r}: {error}") from error
+    labels_in(task, table, job.columns)
     texts = np.array(to_python_strings(table.inputs[0]), object)
     rows, different = len(texts), len(set(texts))
     if different < rows:

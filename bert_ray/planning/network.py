@@ -69,8 +69,8 @@ def half_ring_sec(size: float, workers: int, fabric: Fabric) -> float:
         seconds += (inside - 1) * fabric.inside_sec
     if machines > 1:
         seconds += (machines - 1) / machines * size / (fabric.between * fabric.line_share)
-        # A ring has m - 1 rounds; NCCL takes a tree, log2 m up and as many down, where that is faster for the latency.
-        seconds += min(machines - 1, math.ceil(math.log2(machines))) * fabric.between_sec
+        # A ring would have m - 1 rounds; NCCL takes a tree where that is faster: log2 m up, and as many down.
+        seconds += math.ceil(math.log2(machines)) * fabric.between_sec
     return seconds
 
 

@@ -22,7 +22,7 @@ import torch
 from bert_ray.errors import JobError
 from bert_ray.model.examples import ranges
 from bert_ray.model.packing import PackedBatch
-from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, uniform
+from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, special_ids, uniform
 from bert_ray.training.order import SMALLEST_BATCH, epoch_order, mean_batch
 from bert_ray.training.shards import Documents
 
@@ -61,28 +61,16 @@ def marks_of(tokenizer: PreTrainedTokenizerFast, name: str) -> Marks:
     """What pretraining needs of a tokenizer.
 
     Raises:
-        JobError: it has no mask token, or none that begins or ends a row.
+        JobError: see `special_ids`.
     """
-    found = {
-        "mask": tokenizer.mask_token_id,
-        "begin": tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id,
-        "end": tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id,
-    }
-    if lacking := [what for what, value in found.items() if value is None]:
-        names = {"mask": "[MASK]", "begin": "[CLS]", "end": "[SEP]"}
-        raise JobError(
-            f"the tokenizer of {name} has no {' and no '.join(names[what] for what in lacking)} token, without which "
-            "nothing can be masked: train one with `bert-ray vocabulary`"
-        )
+    mask, begin, end = special_ids(tokenizer, name)
     special = set(tokenizer.all_special_ids)
     known = tokenizer.get_vocab()
     ordinary = np.array(sorted(value for value in known.values() if value not in special), np.int64)
-    if not len(ordinary):
-        raise JobError(f"the tokenizer of {name} knows no token but special ones: train one with `bert-ray vocabulary`")
     return Marks(
-        begin=found["begin"],
-        end=found["end"],
-        vocabulary=Vocabulary(mask=found["mask"], ordinary=ordinary),
+        begin=begin,
+        end=end,
+        vocabulary=Vocabulary(mask=mask, ordinary=ordinary),
         ends=np.array([known[token] for token in _ENDS if token in known], np.int64),
     )
 

@@ -247,17 +247,22 @@ def _usable(table: LabelledTable, task: Task) -> LabelledTable:
 
 
 def labels_for(job: TrainJob, task: Task, table: LabelledTable) -> list[str]:
-    """The labels to train: the job's, else those that stand in the table.
+    """The labels to train: the job's, else those that stand in the table; see `labels_in`."""
+    found = labels_in(task, table, job.data.columns)
+    return job.labels if job.labels is not None else found
+
+
+def labels_in(task: Task, table: LabelledTable, columns: Mapping[str, str] | None) -> list[str]:
+    """The labels that stand in a table, where its columns are called `columns` or as the task has it.
 
     Raises:
         ColumnError: fewer than two, or so many that the column cannot be a label.
     """
     try:
-        found = task.labels_in(table.truth)
+        return task.labels_in(table.truth)
     except ColumnError as error:
-        column = (job.data.columns or {}).get(task.truths[0], task.truths[0])
+        column = (columns or {}).get(task.truths[0], task.truths[0])
         raise ColumnError(f"{table.path}: column {column!r}: {error}") from error
-    return job.labels if job.labels is not None else found
 
 
 def training_data(

@@ -24,7 +24,7 @@ from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
 from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import plan
-from bert_ray.model.peak import matmul_rate
+from bert_ray.model.peak import matmul_rate, multiplies_bf16
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import WRITE_ERRORS, checkpoints_of
 from bert_ray.training.notice import stop_asked
@@ -104,7 +104,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """What `auto` means on a device."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if multiplies_bf16(device) else "fp32"
 
 
 class Loop:

@@ -10,8 +10,14 @@ Shapes: R rows, T tokens of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from bert_ray.errors import JobError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # The target of a token that need not be guessed; torch's cross_entropy ignores it.
 NOT_ASKED = -100
@@ -32,6 +38,32 @@ class Vocabulary:
 
     mask: int
     ordinary: np.ndarray
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast, name: str) -> tuple[int, int, int]:
+    """Ids of the tokens that mask, that begin a row, and that end one or a part of it.
+
+    Raises:
+        JobError: it lacks one of them, or has no others; `name` is what the user calls it.
+    """
+    known = tokenizer.get_vocab()
+    if len(known) <= len(tokenizer.all_special_ids):
+        raise JobError(
+            f"the tokenizer of {name} knows no token but special ones: train one with `bert-ray vocabulary`, or name "
+            "the directory that has its files"
+        )
+    tokens = {
+        "[MASK]": tokenizer.mask_token,
+        "[CLS]": tokenizer.cls_token or tokenizer.bos_token,
+        "[SEP]": tokenizer.sep_token or tokenizer.eos_token,
+    }
+    if lacking := [what for what, token in tokens.items() if token is None or token not in known]:
+        raise JobError(
+            f"the tokenizer of {name} has no {' and no '.join(lacking)} token, without which nothing can be masked: "
+            "train one with `bert-ray vocabulary`, or name another"
+        )
+    mask, begin, end = (known[token] for token in tokens.values())
+    return mask, begin, end
 
 
 def mix(value: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ Shapes: B rows, P pieces, T tokens of a packed batch, D hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,7 @@ from bert_ray.model.tokenization import as_strings, to_python_strings
 from bert_ray.model.vocabulary_head import vocabulary_logits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from bert_ray.model.annotator import Annotator
     from bert_ray.model.packing import PackedBatch
@@ -60,8 +60,7 @@ class FillMask(Task):
 
     _mask: int = -1
     _tokens: list[str] | None = None
-    # A word -> its token's number, or -1.
-    _number: Callable[[str], int] | None = None
+    _tokenizer: PreTrainedTokenizerFast | None = None
 
     def output_type(self) -> pa.DataType:
         """list<struct<token: string, score: float32>>."""
@@ -84,17 +83,7 @@ class FillMask(Task):
             raise BundleError(f"{annotator.bundle.reference}: the tokenizer has no mask token to fill")
         self._mask = tokenizer.mask_token_id
         self._tokens = tokenizer.batch_decode([[index] for index in range(annotator.bundle.config.vocab_size)])
-        known = {token.strip(): number for number, token in enumerate(self._tokens)}
-
-        def number(word: str) -> int:
-            # As it stands; as the tokenizer spells it (in lower case, say); as it does behind a blank (RoBERTa).
-            for text in (word, f" {word}"):
-                ids = tokenizer.encode(text, add_special_tokens=False)
-                if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-                    return ids[0]
-            return known.get(word.strip(), -1)
-
-        self._number = number
+        self._tokenizer = tokenizer
 
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The K likeliest token ids and their probabilities, (P, 2K), fp32; NaN where a piece has no mask."""
@@ -144,14 +133,23 @@ class FillMask(Task):
             BundleError: this is a training; its task is pretraining.
             ColumnError: they are no texts.
         """
-        if self._tokens is None or self._number is None:
+        if self._tokenizer is None:
             raise BundleError("task 'fill-mask' has nothing to train by rows: pretrain on a corpus (task: pretraining)")
         words = as_strings(truth[0], "token").dictionary_encode()
-        spelt = [
-            word if (number := self._number(word)) < 0 else self._tokens[number].strip()
-            for word in to_python_strings(words.dictionary)
-        ]
+        spelt = [self._spelt(word) for word in to_python_strings(words.dictionary)]
         return [pa.array(spelt, pa.large_string()).take(words.indices)], super().read_truth(truth, inputs)[1]
+
+    def _spelt(self, word: str) -> str:
+        """A word as its one token reads: as the tokenizer spells it (in lower case, say), or behind a blank (RoBERTa).
+
+        One that has none, or is a piece of a word, as it stands.
+        """
+        assert self._tokens is not None and self._tokenizer is not None, "prepare comes first"
+        for text in (word, f" {word}"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id:
+                return self._tokens[ids[0]].strip()
+        return word.strip()
 
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """Words that the model cannot say at all."""

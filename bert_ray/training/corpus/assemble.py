@@ -7,7 +7,6 @@ Shapes: D documents that were cleaned, K of a split that stay.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 
 from bert_ray import __version__
 from bert_ray.errors import LakeError
-from bert_ray.lake.files import file_sha256
+from bert_ray.lake.files import file_sha256, sync
 from bert_ray.lake.journal import Journal, output_errors
 from bert_ray.training.corpus.duplicates import EXACT, KEPT, NEAR, bands, decide
 from bert_ray.training.corpus.work import Work
@@ -64,8 +63,7 @@ def decide_duplicates(work: Work, parts: Sequence[str], exact: bool) -> None:
     with journal.temporary(name) as temporary:
         with output_errors(Path(work.output)), temporary.open("wb") as file:
             np.save(file, verdicts)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(temporary)
         receipt = {"unit": name, **found, "seconds": round(time.perf_counter() - clock, 3), "session": work.session}
         journal.commit(name, temporary, work.verdicts, receipt)
 

@@ -50,14 +50,15 @@ def signer(options: NearOptions) -> Callable[[str], np.ndarray]:
     orders = start.permutations
 
     def sign(text: str) -> np.ndarray:
-        if (said := _short(text, options.words)) is not None:
+        lower = text.lower()
+        if (said := _short(lower, options.words)) is not None:
             # As exact as bands can be: the run's 32 bits would make some of many different texts look alike.
             parts = [number.to_bytes(4, "little") + said for number in range(count)]
             return np.frombuffer(b"".join(hashlib.blake2b(part, digest_size=8).digest() for part in parts), "<u8")
         signature = MinHash(
             num_perm=options.permutations, seed=_SEED, scheme="affine32", permutations=orders, hashfunc=_as_it_is
         )
-        for runs in _runs(text, options.words):
+        for runs in _runs(lower, options.words):
             for first in range(0, len(runs), _RUNS):
                 signature.update_batch(runs[first : first + _RUNS].tolist())
         values = signature.hashvalues.astype("<u4")
@@ -109,15 +110,14 @@ def _bands(threshold: float, permutations: int) -> tuple[int, int]:
 
 def _short(text: str, words: int) -> bytes | None:
     """All that a text of one run or less says: its words, or where it has none the text; None for a longer one."""
-    lower = text.lower()
-    found = [match.group() for match in islice(_WORD.finditer(lower), words + 1)]
-    return None if len(found) > words else (" ".join(found) or lower).encode()
+    found = [match.group() for match in islice(_WORD.finditer(text), words + 1)]
+    return None if len(found) > words else (" ".join(found) or text).encode()
 
 
 def _runs(text: str, words: int) -> Iterator[np.ndarray]:
     """The hashes of a text's runs of words, 32 bits each."""
     held = np.empty(0, np.uint64)
-    for piece in slices(text.lower(), _SLICE_CHARACTERS):
+    for piece in slices(text, _SLICE_CHARACTERS):
         found = _WORD.findall(piece)
         fresh = np.fromiter(map(crc32, map(str.encode, found)), np.uint64, len(found))
         held = np.concatenate([held, fresh])

@@ -70,10 +70,11 @@ class TextReader:
                 1 GiB, or bytes that are no text.
         """
         path = Path(self.root, unit.path)
+        told = printable(path)
         try:
             status = path.stat()
             if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
-                raise LakeError(f"{printable(path)} changed after the run had begun: run again to take it as it is now")
+                raise LakeError(f"{told} changed after the run had begun: run again to take it as it is now")
             texts: list[str | None] = []
             replaced = size = 0
             with self._open(path) as file:
@@ -88,10 +89,10 @@ class TextReader:
             if texts:
                 yield texts, replaced
         except FileNotFoundError:
-            raise LakeError(f"{printable(path)} is gone, or this machine does not see it") from None
+            raise LakeError(f"{told} is gone, or this machine does not see it") from None
         except (OSError, EOFError, zlib.error) as error:
             why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            raise LakeError(f"{printable(path)} cannot be read: {why}. Replace the file and run again") from error
+            raise LakeError(f"{told} cannot be read: {why}. Replace the file and run again") from error
 
     def _open(self, path: Path) -> IO[bytes]:
         file: IO[bytes] = gzip.open(path) if _packed(path) else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115
@@ -134,18 +135,17 @@ def _by_paragraph(path: Path, file: IO[bytes], span: tuple[int, int] | None) -> 
             if held:
                 yield first, b"".join(held)
             held, foreign = [], False
-        elif foreign:
-            if stop is not None and begins >= stop:  # One long paragraph: none begins here.
+            continue
+        if not held:
+            if stop is not None and begins >= stop:  # None begins in the span any more.
                 return
-        else:
-            if not held:
-                first, size = begins, 0
-                if stop is not None and begins >= stop:
-                    return
-            held.append(line)
-            size += len(line)
-            if size > _MOST_DOCUMENT_BYTES:
-                raise _too_long(path, first)
+            if foreign:
+                continue
+            first, size = begins, 0
+        held.append(line)
+        size += len(line)
+        if size > _MOST_DOCUMENT_BYTES:
+            raise _too_long(path, first)
     if held:
         yield first, b"".join(held)
 

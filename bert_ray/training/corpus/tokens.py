@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from bert_ray.errors import JobError
 from bert_ray.training.corpus.cleaning import CHINESE, slices
+from bert_ray.training.masking import special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +45,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or a bundle, checked for what pretraining needs of it.
 
     Raises:
-        JobError: there is none, it is not a fast one, or it lacks a token that masks, begins a row or ends one.
+        JobError: there is none, it is not a fast one, or see `special_ids`.
         BundleError: nothing lies at the reference.
     """
     from transformers import AutoTokenizer
@@ -58,26 +59,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerFast:
         raise JobError(f"tokenizer {reference} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise JobError(f"tokenizer {reference} is no fast one (it has no tokenizer.json): save it with transformers")
-    known = tokenizer.get_vocab()
-    if len(known) <= len(tokenizer.all_special_ids):
-        raise JobError(
-            f"tokenizer {reference} knows no token but special ones: train one with `bert-ray vocabulary`, or name "
-            "the directory that has its files"
-        )
-    if tokenizer.mask_token is None or tokenizer.mask_token not in known:
-        raise JobError(
-            f"the vocabulary of tokenizer {reference} has no [MASK], without which nothing can be masked: train one "
-            "with `bert-ray vocabulary`, or name another"
-        )
-    for name, token in (
-        ("[CLS]", tokenizer.cls_token or tokenizer.bos_token),
-        ("[SEP]", tokenizer.sep_token or tokenizer.eos_token),
-    ):
-        if token is None or token not in known:
-            raise JobError(
-                f"the vocabulary of tokenizer {reference} has no {name}, which every row has at its "
-                f"{'beginning' if name == '[CLS]' else 'end'}: train one with `bert-ray vocabulary`, or name another"
-            )
+    special_ids(tokenizer, reference)
     return tokenizer
 
 
