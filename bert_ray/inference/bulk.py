@@ -284,7 +284,7 @@ def prepare(job: AnnotateJob) -> Plan:
         batch_tokens=job.batch_tokens,
         threads=job.threads,
         device=job.device,
-        dtype=job.dtype,
+        dtype=_precision(job, journal),
         elsewhere=job.engine != "local",
     )
     keep = _kept(job, schema, table.partitions)
@@ -335,6 +335,15 @@ def prepare(job: AnnotateJob) -> Plan:
     )
     todo = [unit for unit in units if unit.id not in done]
     return Plan(job=job, work=work, units=units, todo=todo, warnings=_warnings(annotator, work.reader, todo))
+
+
+def _precision(job: AnnotateJob, journal: Journal) -> str:
+    """What the model is to compute in: where that is left open, what it did in the units that are done."""
+    if job.dtype != "auto":
+        return job.dtype
+    done = next(iter(journal.receipts()), None)
+    # Earlier versions did not note it.
+    return str(journal.receipt(done).get("dtype", "auto")) if done else "auto"
 
 
 def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:

@@ -155,6 +155,7 @@ def _annotate(work: Work, unit: Unit, journal: Journal, watch: Callable[[int], N
             "file": unit.path,
             "row_groups": unit.row_groups,
             "rows": rows,
+            "dtype": annotator.precision,
             "began": began,
             "seconds": round(seconds, 3),
             "engine": work.engine,

@@ -39,6 +39,7 @@ from bert_ray.model.tokenization import Pieces, is_blank
 _FIRST_WINDOW_TEXTS, _LAST_WINDOW_TEXTS = 64, 2048
 # A window also ends at this much text, which bounds memory where rows are huge.
 _WINDOW_BYTES = 16 * 2**20
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -127,6 +128,7 @@ class Annotator:
         model: its weights, with the task's head.
         output_field: name and Arrow type of the annotation, as the task declares it.
         input_columns: the columns read, one per task input.
+        precision: what the model computes in: "fp32", "bf16" or "fp16".
     """
 
     def __init__(self, bundle: Bundle, spec: AnnotatorSpec | None = None) -> None:
@@ -145,7 +147,8 @@ class Annotator:
         self.output_field = pa.field(spec.name or self.task.name, self.task.output_type())
         if spec.threads:
             torch.set_num_threads(spec.threads)
-        self.device, self.dtype = _device_and_dtype(spec.device, spec.dtype)
+        self.device, self.precision = _device_and_precision(spec.device, spec.dtype)
+        self.dtype = _DTYPES[self.precision]
         self.tokenizer = self.task.tokenizer(bundle.tokenizer())
         self.model = bundle.model(self.task).to(self.device, self.dtype)
         self._encoder = InferenceEncoder(self.model)
@@ -288,7 +291,7 @@ def _windows(distinct: list[pa.Array], most: int) -> Iterator[tuple[int, int]]:
         most = min(most * 4, _LAST_WINDOW_TEXTS)
 
 
-def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def _device_and_precision(device: str, dtype: str) -> tuple[torch.device, str]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -303,8 +306,7 @@ def _device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtyp
         raise BundleError(
             f"device is {device!r}, but torch finds {torch.cuda.device_count()} GPUs here, from cuda:0 on"
         )
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype == "auto":
         half = "bf16" if multiplies_bf16(chosen) else "fp16"
         dtype = half if chosen.type == "cuda" else "fp32"
-    return chosen, names[dtype]
+    return chosen, dtype

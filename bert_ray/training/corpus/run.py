@@ -53,6 +53,7 @@ class Summary:
     Attributes:
         manifest: of the finished corpus; None: it is not finished.
         failures: each file that could not be read, and why.
+        skippable: whether `on_error=skip` would leave those files out.
         stopped: why the run ended before its end, "" where it did not.
         warnings: what makes the corpus doubtful.
     """
@@ -61,6 +62,7 @@ class Summary:
     seconds: float = 0.0
     manifest: Manifest | None = None
     failures: list[str] = field(default_factory=list)
+    skippable: bool = True
     stopped: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -94,7 +96,9 @@ class Summary:
         if self.stopped:
             lines.append(f"  stopped     {self.stopped}")
         if self.failures and self.manifest is None:
-            lines.append("  to go on    mend the files and give the same command, or leave them out: on_error=skip")
+            # What was read once is not left out any more.
+            leave_out = ", or leave them out: on_error=skip" if self.skippable else ""
+            lines.append(f"  to go on    mend the files and give the same command{leave_out}")
         return "\n".join(lines)
 
 
@@ -151,6 +155,7 @@ class _Run:
             for part, note in zip(parts, clean, strict=True):
                 tasks.append(Task(stage="tokens", part=part, first=first))
                 first += note["kept"]
+            self.summary.skippable = False
             self._stage(run, work, tasks, "tokenise", [note["kept"] for note in clean])
             if self.summary.stopped or len(self.summary.failures) > skipped:
                 return self.summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -196,8 +197,19 @@ def open_sources(places: Sequence[str], columns: Sequence[str], options: Reading
     Raises:
         LakeError: a place does not exist, or has no files of its format.
         ColumnError: a table has none of the columns, or not as text.
+        JobError: one place holds another, whose documents would be read twice.
     """
-    return [_open(local_path(place), columns, options) for place in places]
+    paths = [local_path(place) for place in places]
+    sources = [_open(path, columns, options) for path in paths]
+    real = [path.resolve() for path in paths]
+    for outer, inner in itertools.permutations(range(len(paths)), 2):
+        # Text files beside a table's, in one directory, are different documents.
+        if real[inner].is_relative_to(real[outer]) and type(sources[inner]) is type(sources[outer]):
+            raise JobError(
+                f"input names {printable(paths[inner])} twice, by itself and in {printable(paths[outer])}: "
+                "leave out the one or the other"
+            )
+    return sources
 
 
 def _open(path: Path, columns: Sequence[str], options: ReadingOptions) -> Source:

@@ -306,6 +306,18 @@ def test_a_bundle_that_changes_under_a_run_stops_it(job: AnnotateJob, tiny_bundl
     assert annotate_unit(work, plan.todo[1]).state == "left"
 
 
+def test_a_run_goes_on_in_the_precision_that_it_began_with(job: AnnotateJob) -> None:
+    """`auto` is another one on another device: begun where it is bf16, gone on with where it is fp32."""
+    plan = bulk.prepare(job)
+    assert plan.work.annotator.dtype == "auto"
+    there = dataclasses.replace(plan.work, annotator=dataclasses.replace(plan.work.annotator, dtype="bf16"))
+    assert annotate_unit(there, plan.todo[0]).state == "done"
+    here = bulk.prepare(job)
+    assert annotate_unit(here.work, here.todo[0]).state == "done"
+    journal = Journal(job.output)
+    assert [journal.receipt(unit)["dtype"] for unit in journal.receipts()] == ["bf16", "bf16"]
+
+
 def test_a_unit_over_which_workers_die_is_given_up(job: AnnotateJob) -> None:
     plan = bulk.prepare(job)
     journal = Journal(job.output)

@@ -263,6 +263,17 @@ def test_a_part_over_which_workers_die_is_given_up(job_for: Make, monkeypatch: p
     monkeypatch.setattr(work_room.Journal, "start", lambda self, unit, session: 3)
     summary = run(job_for())
     assert "3 workers died over f0.parquet" in summary.failures[0]
+    assert "on_error=skip" in str(summary)
+
+
+def test_what_was_read_is_not_left_out_later(job_for: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody is told to."""
+    monkeypatch.setattr(work_room.Journal, "start", lambda self, unit, session: 3 * unit.startswith("tokens"))
+    summary = run(job_for(on_error="skip"))
+    assert (summary.manifest, summary.exit_status) == (None, 1)
+    assert "3 workers died over f0.parquet" in summary.failures[0]
+    assert "give the same command" in str(summary)
+    assert "on_error=skip" not in str(summary)
 
 
 def test_a_file_whose_name_is_no_utf_8(job_for: Make, tmp_path: Path) -> None:

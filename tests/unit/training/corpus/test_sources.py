@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import ColumnError, LakeError
+from bert_ray.errors import ColumnError, JobError, LakeError
 from bert_ray.training.corpus.job import ReadingOptions
 from bert_ray.training.corpus.sources import Part, open_sources
 
@@ -30,6 +30,20 @@ def test_every_column_that_a_table_has(tmp_path: Path) -> None:
         read(tmp_path, ["body"])
     with pytest.raises(ColumnError, match="column 'n' is int64, not text"):
         read(tmp_path, ["n"])
+
+
+def test_a_place_within_another_is_not_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "lake" / "day=1").mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "lake" / "day=1" / "f.parquet")
+    (tmp_path / "lake" / "notes.txt").write_text("b\n")
+    (tmp_path / "other").symlink_to(tmp_path / "lake" / "day=1")
+    whole = str(tmp_path / "lake")
+    for inner in (tmp_path / "lake" / "day=1", tmp_path / "other", tmp_path / "lake" / "." / "day=1" / "f.parquet"):
+        for places in ([whole, str(inner)], [str(inner), whole]):
+            with pytest.raises(JobError, match=r"input names .* twice, by itself and in .*lake: leave out"):
+                open_sources(places, ["text"], ReadingOptions())
+    # Text beside a table's files is none of the table's documents.
+    assert len(open_sources([whole, str(tmp_path / "lake" / "notes.txt")], ["text"], ReadingOptions())) == 2
 
 
 def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
