@@ -77,15 +77,16 @@ class Levers:
         distorts = any(augmentation.get(name) for name in ("deletion", "swap", "characters", "substitution"))
         frozen = self.layers // 3
         smoothing = ("label_smoothing", "label_smoothing: 0.1", not job.get("label_smoothing"))
-        # From what costs nothing and takes nothing away to what makes the model itself smaller.
+        # What helped most where each was measured alone (benchmarks/results/overfitting.md) comes first; of what helped
+        # alike, what leaves the model whole.
         ordered = [
             ("layer_decay", "layer_decay: 0.8", job.get("layer_decay", 1.0) >= 1.0),
-            ("dropout", f"dropout: {_DROPOUT}", self.dropout < _DROPOUT),
-            ("augmentation", "augmentation: {deletion: 0.1, swap: 0.1}", not distorts),
+            ("augmentation", "augmentation: {deletion: 0.1}", not distorts),
             smoothing,
-            ("weight_decay", "weight_decay: 0.01", not job.get("weight_decay", 0.01)),
             ("freeze_layers", f"freeze_layers: {frozen}", not job.get("freeze_layers") and frozen > 0),
             ("l1", "l1: 1e-7", not job.get("l1")),
+            ("dropout", f"dropout: {_DROPOUT}", self.dropout < _DROPOUT),
+            ("weight_decay", "weight_decay: 0.01", not job.get("weight_decay", 0.01)),
         ]
         if confident:
             ordered = [smoothing, *ordered]

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.tokenization import is_blank
-from bert_ray.training.data import LabelledTable, one_array, read_columns, read_labelled
+from bert_ray.training.data import LabelledTable, leaks, one_array, read_columns, read_labelled
 from bert_ray.training.launch import TrainResult, new_task, versions
 from bert_ray.training.run_directory import ended
 
@@ -100,13 +100,15 @@ def _validation(job: TrainJob, task: Task) -> LabelledTable:
     return read_labelled(str(job.data.validation), task, named)
 
 
-def _taught(task: Task, columns: Columns) -> list[pa.Array]:
-    """The truth of the rows that the bundle was made from: those that have it, and texts that are not blank."""
-    truth = {name: one_array(columns[name]) for name in task.truths if name in columns}
+def _taught(path: str, task: Task, columns: Columns) -> LabelledTable:
+    """The rows that the bundle was made from: those that have a truth, and texts that are not blank."""
+    truth = [one_array(columns[name]) for name in task.truths if name in columns]
     texts = [task.read(name, columns[name], name) for name in task.inputs if name in columns]
-    keep = [array.is_valid() for array in truth.values()]
+    keep = [array.is_valid() for array in truth]
     keep += [pc.invert(pc.fill_null(is_blank(text), True)) for text in texts]
-    return [array.filter(functools.reduce(pc.and_, keep)) for array in truth.values()]
+    known = functools.reduce(pc.and_, keep)
+    inputs, truth = ([array.filter(known) for array in arrays] for arrays in (texts, truth))
+    return LabelledTable(path=path, inputs=inputs, truth=truth)
 
 
 def _make(
@@ -142,8 +144,13 @@ def _make(
         for name in task.inputs:
             if name in columns and (note := tokenize.unknown_note(task.read(name, columns[name], name))):
                 notes = [*notes, f"{name}: {note}"]
+        taught = _taught(job.data.train, task, columns)
+        notes = [f"{job.data.train}: {note}" for note in notes]
+        if set(task.truths) <= set(columns):
+            names = {name: (job.data.columns or {}).get(name, name) for name in task.builds}
+            notes += leaks(taught, names, task)
         for text in notes:
-            tell({"what": "note", "text": f"{job.data.train}: {text}"})
+            tell({"what": "note", "text": text})
         card = load_bundle(made).card
         data["train_rows"] = rows
         if validation is not None:
@@ -154,7 +161,7 @@ def _make(
                 tell({"what": "note", "text": f"{validation.path}: {what}"})
             card.metrics = _measure(made, validation)
             data["validation_rows"] = len(validation.inputs[0])
-            card.provenance["majority_baseline"] = task.baseline(_taught(task, columns), validation.truth)
+            card.provenance["majority_baseline"] = task.baseline(taught.truth, validation.truth)
         card.provenance["data"] = data
         save_card(made, card)
         os.replace(made, output)

@@ -157,11 +157,11 @@ def read_labelled(
                 )
     found = LabelledTable(path=path, inputs=list(inputs), truth=list(truth))
     usable = _usable(found, task)
-    usable.notes += _leaks(usable, names, task)
+    usable.notes += leaks(usable, names, task)
     return usable
 
 
-def _leaks(table: LabelledTable, names: Mapping[str, str], task: Task) -> list[str]:
+def leaks(table: LabelledTable, names: Mapping[str, str], task: Task) -> list[str]:
     """A note where a truth is for the most part the text itself: two columns that hold the same."""
     notes = []
     for truth_name, truth in zip(task.truths, table.truth, strict=True):

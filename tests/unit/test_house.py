@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import bert_ray
+from bert_ray.model.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,6 +114,31 @@ def test_relative_links_of_the_documents_lead_somewhere() -> None:
             if place and "://" not in place and not (path.parent / place).exists():
                 broken.append(f"{path.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+# Who names a task, and why; what carries tasks (engines, bulk writer, training loop, evaluation) names none.
+NAMES_A_TASK = {
+    "inference/functions.py": "the SQL function of sentiment wants a classifier",
+    "model/bundle.py": "a directory of sentence-transformers is an embedding",
+    "model/onnx.py": "of the tasks on pooled vectors two are a single pass",
+    "model/tensorflow.py": "a checkpoint with a vocabulary head is a fill-mask, another an embedding",
+    "planning/choose.py": "chooses among classifiers",
+    "planning/trial.py": "chooses among classifiers",
+    "training/corpus/vocabulary.py": "bundles whose vocabulary can grow",
+    "training/job.py": "the task that is trained where none is named",
+    "training/pretraining.py": "what pretraining leaves behind",
+}
+
+
+def test_who_knows_a_task_by_name() -> None:
+    """A new task is one file: no engine and no training loop has to learn of it."""
+    found = set()
+    for path in sorted((ROOT / "bert_ray").rglob("*.py")):
+        where = path.relative_to(ROOT / "bert_ray").as_posix()
+        if not where.startswith("model/tasks/"):
+            nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+            found |= {where for node in nodes if isinstance(node, ast.Constant) and str(node.value) in TASKS}
+    assert found == set(NAMES_A_TASK)
 
 
 def test_the_readme_names_every_room() -> None:

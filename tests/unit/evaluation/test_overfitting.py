@@ -100,21 +100,21 @@ def test_the_figures_are_those_of_the_best_epoch_and_the_last() -> None:
 @pytest.mark.parametrize(
     ("key", "suggested"),
     [
-        ("layer_decay", "dropout: 0.1"),
-        ("dropout", "augmentation: {deletion: 0.1, swap: 0.1}"),
+        ("layer_decay", "augmentation: {deletion: 0.1}"),
         ("augmentation", "label_smoothing: 0.1"),
         ("label_smoothing", "freeze_layers: 2"),
         ("freeze_layers", "l1: 1e-7"),
+        ("l1", "dropout: 0.1"),
     ],
 )
 def test_a_lever_that_is_on_is_not_proposed(key: str, suggested: str) -> None:
     """The levers one after the other: all up to `key` are on."""
     job: dict[str, Any] = {"weight_decay": 0.01}
-    for name in ("layer_decay", "dropout", "augmentation", "label_smoothing", "freeze_layers"):
+    for name in ("layer_decay", "augmentation", "label_smoothing", "freeze_layers", "l1"):
         job[name] = ALL_ON[name]
         if name == key:
             break
-    levers = Levers(job=job, dropout=job.get("dropout", 0.0), layers=6)
+    levers = Levers(job=job, layers=6)
     assert f"Next lever: {suggested}." in judge(RISES, 2, "accuracy", levers).words
 
 
@@ -154,7 +154,7 @@ def test_every_lever_is_a_key_of_the_training_job() -> None:
 
     keys = {item.name for item in fields(TrainJob)}
     assert set(ALL_ON) | {"epochs"} <= keys
-    assert {"deletion", "swap"} <= {item.name for item in fields(AugmentationOptions)}
+    assert {"deletion", "swap", "characters", "substitution"} <= {item.name for item in fields(AugmentationOptions)}
 
 
 def test_losses_of_nought_are_no_division() -> None:

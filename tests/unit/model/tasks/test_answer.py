@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torchmetrics.functional import text as peer
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import Annotator, AnnotatorSpec
@@ -385,6 +386,22 @@ def test_covid_qa_has_234_answers_beside_their_offset(shared_data: Path) -> None
 def test_squad_metrics(said: str | None, so: str | None, exact: float, overlap: float) -> None:
     assert exact_match(said, so) == exact
     assert f1(said, so) == pytest.approx(overlap)
+
+
+def test_squad_metrics_are_a_kept_library_s() -> None:
+    """On text in Latin script, of answers that are there: torchmetrics' SQuAD, which follows the official script."""
+    draw = np.random.default_rng(0)
+    words = ["The", "a", "an", "city", "of", "Paris,", "paris", "in", "1990s", "(1990)", "--", "U.S.", "don't", "theatre"]
+    scores = set()
+    for _ in range(300):
+        said, so = (" ".join(draw.choice(words, draw.integers(1, 6))) for _ in range(2))
+        wanted = peer.squad(
+            [{"prediction_text": said, "id": "0"}], [{"answers": {"answer_start": [0], "text": [so]}, "id": "0"}]
+        )
+        assert f1(said, so) == pytest.approx(float(wanted["f1"]) / 100, abs=1e-6), (said, so)
+        assert exact_match(said, so) == float(wanted["exact_match"]) / 100, (said, so)
+        scores.add(round(f1(said, so), 3))
+    assert len(scores) > 10
 
 
 def test_mean_scores_tell_nulls_apart() -> None:

@@ -228,6 +228,22 @@ def test_sentence_transformers_reads_our_bundle_and_we_read_its(
     assert np.allclose(theirs, found, atol=1e-5)
 
 
+@pytest.mark.parametrize("default", ["passage", None])
+def test_what_sentence_transformers_saved_is_read(tiny_encoder: Path, tmp_path: Path, default: str | None) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    prompts = {"query": "a great film ", "passage": "bad food "}
+    theirs = library.SentenceTransformer(
+        str(tiny_encoder), device="cpu", prompts=prompts, default_prompt_name=default
+    )
+    theirs.save(str(tmp_path / "theirs"))
+    assert not (tmp_path / "theirs" / "bert_ray.json").exists()
+    texts = ["the food was good", "", "phone " * 40]
+    assert np.allclose(theirs.encode(texts), vectors(str(tmp_path / "theirs"), texts), atol=1e-5)
+    named = vectors(str(tmp_path / "theirs"), texts, prompt=prompts["query"])
+    assert np.allclose(theirs.encode(texts, prompt_name="query"), named, atol=1e-5)
+    assert not np.allclose(vectors(str(tmp_path / "theirs"), texts), named, atol=1e-2)
+
+
 def test_what_modules_say_comes_before_what_the_weights_were(tiny_encoder: Path, tmp_path: Path) -> None:
     base = load_bundle(str(tiny_encoder))
     card = Card(task="embedding", max_length=20, pooling="cls")

@@ -218,6 +218,12 @@ def test_a_language_that_the_vocabulary_cannot_spell_is_told(tiny_encoder: Path,
     assert any("text: 86% of the tokens are unknown to the model's vocabulary" in note for note in notes), notes
 
 
+def test_labels_that_are_the_texts_are_told(tiny_encoder: Path, tmp_path: Path) -> None:
+    table = pa.table({"review": ["good", "bad", "good", "bad", None], "label": ["good", "bad", "good", "good", "bad"]})
+    _, notes = run(job_for(str(tiny_encoder), table, tmp_path, data={"columns": {"text": "review"}}))
+    assert any("in 3 of 4 rows column 'label' is the text in 'review'" in note for note in notes), notes
+
+
 def test_one_example_a_label(tiny_encoder: Path, tmp_path: Path) -> None:
     table = pa.table({"text": ["great film", "bad food", "a phone"], "label": ["film", "food", "phone"]})
     result, notes = run(job_for(str(tiny_encoder), table, tmp_path))

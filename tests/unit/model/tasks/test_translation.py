@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sacrebleu
 import torch
 
 from bert_ray.errors import BundleError, ColumnError, JobError
@@ -390,6 +391,17 @@ def test_bleu_splits_as_the_language_does() -> None:
         scores[language] = task.metrics(said, [], [so])["bleu"]
     assert scores["ja"] == scores["th"] > 50 > scores["en"]
     assert scores["zh-TW"] > 50 and scores[""] > 50
+
+
+def test_scores_are_sacrebleu_s() -> None:
+    task = get_task(Card(task="translation"), options={"target_language": "en"})
+    said, so = ["the film was good", "a phone", "bad food there"], ["the film was great", "a phone", "the food was bad"]
+    found = task.metrics(pa.array([*said, None]), [], [pa.array([*so, "a nice film"])])
+    said, so = [*said, ""], [*so, "a nice film"]
+    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, [so]).score)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(said, [so]).score)
+    # Which is said and which is right is not the same.
+    assert found["chrf"] != pytest.approx(sacrebleu.corpus_chrf(so, [said]).score)
 
 
 def test_wrong_settings(tmp_path: Path, tiny_encoder: Path) -> None:
