@@ -12,17 +12,21 @@ Ray and Spark are only called as programs here; neither is imported.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +46,8 @@ _EXAMPLES = """\
 _STATUS_TIMEOUT_SECONDS = 30.0
 # How long a driver may take to stop after Ctrl-C: Spark ends its executors first.
 _STOP_TIMEOUT_SECONDS = 60.0
+# Within which spark-submit ends if it cannot begin: no Java, a word that it does not know.
+_EARLY_SECONDS = 2.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,20 +102,25 @@ def submit(argv: Sequence[str]) -> int:
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that are submission's, and those that are the job's."""
     names = {item.name for item in fields(SubmitOptions)}
+
+    def is_ours(word: str) -> bool:
+        name = re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0].replace("-", "_")
+        return name in names and (word.startswith("--") or "=" in word)
+
     ours: list[str] = []
     theirs: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        name = re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0].replace("-", "_")
-        if name in names and (word.startswith("--") or "=" in word):
+        if is_ours(word):
             ours.append(word)
-            takes_next = "=" not in word and (name != "wait" or words[:1] in (["true"], ["false"]))
+            takes_next = "=" not in word and (word != "--wait" or words[:1] in (["true"], ["false"]))
             if takes_next and words and not words[0].startswith("--"):
                 ours.append(words.pop(0))
         else:
             theirs.append(word)
-            if word.startswith("--") and "=" not in word and words and not words[0].startswith("--"):
+            # What a flag without a value (`--scores`) stands before may be submission's again.
+            if word.startswith("--") and "=" not in word and words and not is_ours(words[0]):
                 theirs.append(words.pop(0))
     return ours, theirs
 
@@ -119,7 +130,13 @@ def _kind(words: list[str]) -> tuple[str, type]:
     keys = {
         re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0] for word in words if "=" in word or word[:2] == "--"
     }
-    files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+    files = [
+        word
+        for word in words
+        if word.endswith((".yaml", ".yml", ".json"))
+        and not word.startswith("--")
+        and ("=" not in word or Path(word).is_file())
+    ]
     if files:
         keys |= set(peek(files[0]))
     if not words or not keys:
@@ -150,16 +167,20 @@ def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
     }
     head = [*ray, "job"]
     where = ["--address", address]
-    submission = subprocess.run(
-        [
-            *[*head, "submit", *where, "--submission-id", name, "--no-wait"],
-            *["--runtime-env-json", json.dumps(environment), "--"],
-            *[options.python, _ENTRY, command, "job.yaml"],
-        ],
-        capture_output=True,
-        text=True,
-        env=_quiet_ray(),
-    )
+    # In a file: the words of a command are for every user of this machine to see, variables may be secrets.
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as runtime:
+        json.dump(environment, runtime)  # JSON is YAML.
+        runtime.flush()
+        submission = subprocess.run(
+            [
+                *[*head, "submit", *where, "--submission-id", name, "--no-wait"],
+                *["--runtime-env", runtime.name, "--"],
+                *[options.python, _ENTRY, command, "job.yaml"],
+            ],
+            capture_output=True,
+            text=True,
+            env=_quiet_ray(),
+        )
     if submission.returncode:
         raise JobError(f"Ray at {address} did not take the job: {_reason(submission.stdout + submission.stderr)}")
     print(f"submitted {name} to Ray at {address}; what was sent is in {stage}", flush=True)
@@ -188,10 +209,10 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
 
     Ray's own client is asked, not the REST API behind it: it knows the cluster's token, TLS and proxies.
     """
-    deadline, told = time.monotonic() + _STATUS_TIMEOUT_SECONDS, False
+    began, told = time.monotonic(), False
+    heard: float | None = None
     while True:
-        asked = subprocess.run([*head, "status", *where, name], capture_output=True, text=True, env=_quiet_ray())
-        said = asked.stdout + asked.stderr
+        said = _said([*head, "status", *where, name])
         if re.search(r"Job '.*' succeeded", said):
             return 0
         if code := re.search(r"failed with exit code (\d+)", said):
@@ -199,15 +220,28 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
         if re.search(r"Job '.*' (failed|was stopped)", said):
             return 1
         now = time.monotonic()
-        if now > deadline:
-            if not re.search(r"RUNNING|PENDING", said):
-                raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
-            # The log's connection was cut (a proxy, a laptop asleep), the job was not.
-            deadline = now + _STATUS_TIMEOUT_SECONDS
-            if not told:
+        if re.search(r"RUNNING|PENDING", said):
+            heard = now
+            if now > began + _STATUS_TIMEOUT_SECONDS and not told:
+                # The log's connection was cut (a proxy, a laptop asleep), the job was not.
                 print(f"the log of {name} is no longer followed; waiting for its end", file=sys.stderr, flush=True)
                 told = True
+        elif heard is None:
+            heard = now
+        elif now > heard + _STATUS_TIMEOUT_SECONDS:
+            raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
         time.sleep(1.0)
+
+
+def _said(words: list[str]) -> str:
+    """What a command of Ray's client says; how it failed is in it."""
+    try:
+        asked = subprocess.run(
+            words, capture_output=True, text=True, env=_quiet_ray(), timeout=2 * _STATUS_TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer"
+    return asked.stdout + asked.stderr
 
 
 def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
@@ -221,11 +255,10 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
     job = replace(_absolute(job), engine="spark", spark=replace(job.spark, master=None))
     name, stage = _stage(options, command, job)
     archive = _archive(stage)
-    settings = dict(job.spark.config)
-    settings |= {f"spark.executorEnv.{key}": value for key, value in options.env.items()}
+    settings = job.spark.config | {f"spark.executorEnv.{key}": value for key, value in options.env.items()}
     words = [
         *[*spark, "--master", master, "--deploy-mode", "client", "--name", name, "--py-files", str(archive)],
-        *[word for key, value in settings.items() for word in ("--conf", f"{key}={value}")],
+        *["--properties-file", str(_properties(stage, settings)), "--load-spark-defaults"],
         *[str(stage / _ENTRY), command, str(stage / "job.yaml")],
     ]
     # Executors start the Python that the driver names; another one would lack what this one has.
@@ -239,6 +272,9 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
         driver = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, start_new_session=True
         )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if driver.wait(_EARLY_SECONDS):
+            raise JobError(f"spark-submit ended at once: {_reason(log.read_text(errors='replace'))} (all in {log})")
     lines = [
         "The driver runs on in the background of this machine (Spark's client mode).",
         f"  follow  tail -f {log}",
@@ -249,16 +285,38 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
 
 
 def _foreground(words: list[str], environment: dict[str, str]) -> int:
-    """A program's exit status. Ctrl-C reaches it too, and it is given the time to stop cleanly."""
-    driver = subprocess.Popen(words, env=environment)
-    try:
-        return driver.wait()
-    except KeyboardInterrupt:
+    """A program's exit status. Ctrl-C reaches it too, SIGTERM is passed on; it is given the time to stop cleanly."""
+    caught = [signal.SIGINT]
+
+    def stop(number: int, frame: object) -> None:
+        caught.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    with _on_sigterm(stop):
+        driver = subprocess.Popen(words, env=environment)
         try:
-            driver.wait(_STOP_TIMEOUT_SECONDS)
-        except (KeyboardInterrupt, subprocess.TimeoutExpired):
-            driver.kill()
-        return 130
+            return driver.wait()
+        except KeyboardInterrupt:
+            if caught[-1] == signal.SIGTERM:
+                driver.terminate()
+            try:
+                driver.wait(_STOP_TIMEOUT_SECONDS)
+            except (KeyboardInterrupt, subprocess.TimeoutExpired):
+                driver.kill()
+            return 128 + caught[-1]
+
+
+@contextlib.contextmanager
+def _on_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have SIGTERM handled so meanwhile, where that is ours to say: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _progress(job: Any) -> list[str]:
@@ -274,7 +332,11 @@ def _program(engine: Literal["ray", "spark"]) -> list[str]:
     if engine == "ray":
         return [sys.executable, "-m", "ray.scripts.scripts"]
     home = os.environ.get("SPARK_HOME") or found.submodule_search_locations[0]
-    return [str(Path(home) / "bin" / "spark-submit")]
+    if not (program := Path(home) / "bin" / "spark-submit").is_file():
+        raise JobError(f"SPARK_HOME is {home}, which has no bin/spark-submit: mend it, or unset it to use {package}'s")
+    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+        raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
+    return [str(program)]
 
 
 def _absolute(job: Any) -> Any:
@@ -294,17 +356,35 @@ def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:
     """Make the submission's id and its directory with job file and entry point."""
     name = f"bert-ray-{command}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     stage = Path(options.record).absolute() / name
-    stage.mkdir(parents=True)
-    (stage / "job.yaml").write_text(dump_job(job), "utf-8")
-    shutil.copyfile(Path(__file__).parent / "__main__.py", stage / _ENTRY)
+    try:
+        stage.mkdir(parents=True)
+        (stage / "job.yaml").write_text(dump_job(job), "utf-8")
+        shutil.copyfile(Path(__file__).parent / "__main__.py", stage / _ENTRY)
+    except OSError as error:
+        raise JobError(
+            f"cannot write to {stage}: {error.strerror}. Name a directory for what is sent with --record"
+        ) from error
     return name, stage
+
+
+def _properties(stage: Path, settings: dict[str, str]) -> Path:
+    """Spark's settings as a properties file: the words of a command are for every user of this machine to see."""
+    path = stage / "spark.properties"
+    path.touch(mode=0o600)
+    with path.open("w", encoding="utf-8") as file:
+        for key, value in settings.items():
+            name = re.sub(r"([\\\s:=#!])", r"\\\1", key)
+            text = re.sub(r"^(\s)", r"\\\1", value.replace("\\", "\\\\")).replace("\n", "\\n")
+            file.write(f"{name}={text}\n")
+    return path
 
 
 def _archive(stage: Path) -> Path:
     """This bert_ray as the zip that spark-submit sends to driver and executors."""
     package = Path(__file__).parent
     archive = stage / "bert_ray.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as handle:
+    # A reproducible build may date its files before 1980.
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as handle:
         for path in sorted(package.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 handle.write(path, path.relative_to(package.parent))

@@ -28,6 +28,7 @@ from bert_ray.evaluation.leakage import rows_also_trained_on
 from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
 from bert_ray.model.bundle import encoder_config
+from bert_ray.model.tasks import TRAINED_ONLY
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.sections import Cases, Confusion, Constant, Section, as_data
 
@@ -288,6 +289,8 @@ def levers_of(bundle: Bundle, truth: Sequence[pa.Array]) -> Levers:
     job, task = bundle.card.provenance.get("job") or {}, bundle.task
     config = encoder_config(bundle.config)
     refused = set() if task.distortable else {"augmentation"}
+    if (trained_as := TRAINED_ONLY.get(job.get("task", ""))) and trained_as.reads_corpus:
+        refused |= {"augmentation", "label_smoothing"}  # There were no labelled rows.
     try:
         task.learning_for(0.1, "none", truth)
     except JobError:

@@ -100,7 +100,14 @@ class Levers:
             return f"dropout: {_DROPOUT}"
         if self.job.get("l1"):
             return "l1: 0"
-        return f"epochs: {2 * max(epochs, int(self.job.get('epochs', 0)))}"
+        return self.longer(2, epochs)
+
+    def longer(self, times: int, rounds: int) -> str:
+        """Train so many times as long, as a line of the job file; `rounds` are epochs where the job says nothing."""
+        if steps := self.job.get("steps"):
+            return f"steps: {times * steps}"
+        # A corpus is judged every so many steps: its history has more rounds than it was read times.
+        return f"epochs: {times * int(self.job.get('epochs') or rounds)}"
 
 
 def judge(
@@ -205,7 +212,7 @@ def _verdict(
     if epochs == 1:
         return "neither", (
             f"After one epoch the training loss is {train[0]:.4f}, the validation loss {validation[0]:.4f}: no sign of "
-            "overfitting, but one epoch shows no course. Next lever: epochs: 3."
+            f"overfitting, but one epoch shows no course. Next lever: {levers.longer(3, 1)}."
         )
     return "neither", (
         f"At epoch {best} the training loss is {train[best - 1]:.4f} and the validation loss "

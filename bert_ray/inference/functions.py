@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _CARD = "bert_ray.json"
 _SENTIMENT = "sentiment"
+# What Arrow and SQL spell alike.
+_SPELT_ALIKE = (pa.types.is_null, pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_date)
 
 
 def register(
@@ -100,11 +102,19 @@ def _on_arrays(
 
 
 def _as_text(array: pa.Array, annotator: Annotator) -> pa.Array:
-    """Numbers, dates and booleans as SQL spells them; SQL casts them on its way into a STRING argument."""
+    """Whole and decimal numbers, dates and booleans as SQL spells them, which casts them into a STRING argument.
+
+    Of bytes that are no UTF-8 the annotator makes U+FFFD, as in a STRING.
+    """
     kind = array.type
-    if pa.types.is_nested(kind):
-        raise TypeError(f"{annotator.output_field.name} reads text, not {kind}: pass a STRING")
-    return array if pa.types.is_string(kind) or pa.types.is_large_string(kind) else array.cast(pa.string())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return array
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return array.cast(pa.large_string(), safe=False)
+    if any(spelt(kind) for spelt in _SPELT_ALIKE):
+        return array.cast(pa.string())
+    # Fractions, times and what is nested Arrow would spell otherwise than SQL does.
+    raise TypeError(f"{annotator.output_field.name} reads text, not {kind}: pass CAST(… AS STRING)")
 
 
 def _label(annotation: pa.Array) -> pa.Array:

@@ -445,8 +445,8 @@ class TrainJob:
 
 
 def is_uri(path: str) -> bool:
-    """Whether a path is one on a store (`s3://bucket/run`)."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+    """Whether a path is a URI: one on a store (`s3://bucket/run`), or `file:/data/run`."""
+    return re.match(r"file:|[a-z][a-z0-9+.-]*://", path) is not None
 
 
 def absolute(path: str) -> str:
@@ -456,7 +456,8 @@ def absolute(path: str) -> str:
 
 def absolute_model(reference: str) -> str:
     """A model's directory likewise; anything else is a hub id, a package or a URI."""
-    return os.path.abspath(reference) if os.path.isdir(reference) else reference
+    place = os.path.expanduser(reference)
+    return os.path.abspath(place) if os.path.isdir(place) else reference
 
 
 def digest(value: Any) -> str:

@@ -61,14 +61,32 @@ def test_nothing_is_computed_twice(spark: Any, registered: dict) -> None:
     plan = frame._jdf.queryExecution().executedPlan().toString()
     assert plan.count("bert_sentiment(text") == 1, plan
     assert 0 < frame.count() <= len(ROWS)
+    # Written twice it is called twice: the planner does not know that two calls say the same.
+    frame = spark.sql("SELECT bert_sentiment(text).label FROM reviews WHERE bert_sentiment(text).score > 0.5")
+    plan = frame._jdf.queryExecution().executedPlan().toString()
+    assert plan.count("ArrowEvalPython") == 2, plan
+    # And a condition outside is not moved inside.
+    frame = spark.sql("SELECT s FROM (SELECT source, bert_sentiment(text) AS s FROM reviews) WHERE source = 'b'")
+    plan = frame._jdf.queryExecution().executedPlan().toString()
+    assert 0 <= plan.find("Filter") < plan.find("ArrowEvalPython"), plan
 
 
 def test_other_types_are_text_as_sql_spells_them(spark: Any, registered: dict) -> None:
     row = spark.sql("SELECT ai_analyze_sentiment(5), ai_analyze_sentiment('5'), ai_analyze_sentiment(NULL)").first()
     assert row[0] == row[1] is not None
     assert row[2] is None
-    with pytest.raises(Exception, match="reads text"):
-        spark.sql("SELECT ai_analyze_sentiment(array('a'))").collect()
+    rows = spark.sql("SELECT cast(x AS STRING) AS s, x FROM VALUES (DATE'2024-01-31'), (NULL) AS t(x)")
+    rows.createOrReplaceTempView("dates")
+    for spelt, seen in spark.sql("SELECT ai_analyze_sentiment(s), ai_analyze_sentiment(x) FROM dates").collect():
+        assert spelt == seen
+    # Bytes that are no UTF-8 are U+FFFD, as in a STRING, and end no query.
+    (spelt, seen) = spark.sql(
+        "SELECT ai_analyze_sentiment(x), ai_analyze_sentiment(cast(x AS STRING)) FROM VALUES (X'676f6f64ff') AS t(x)"
+    ).first()
+    assert spelt == seen is not None
+    for other in ("array('a')", "5.0D", "TIMESTAMP'2024-01-31 00:00:00'"):
+        with pytest.raises(Exception, match=r"reads text, not .*: pass CAST"):
+            spark.sql(f"SELECT ai_analyze_sentiment({other})").collect()
 
 
 def test_functions_on_columns(spark: Any, registered: dict, expected: list) -> None:

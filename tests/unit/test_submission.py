@@ -31,6 +31,15 @@ def test_the_words_are_shared_out() -> None:
     assert ours == ["--to", "ray", "--wait", "env.A=b", "--address=http://h:1"]
     assert theirs == ["job.yaml", "--workers", "3", "engine=ray"]
     assert submission._split(["--wait", "false", "--scores"]) == (["--wait", "false"], ["--scores"])
+    assert submission._split(["--scores", "to=ray"]) == (["to=ray"], ["--scores"])
+
+
+def test_a_job_file_is_known_as_the_commands_know_it(tmp_path: Path) -> None:
+    (tmp_path / "env=prod").mkdir()
+    (tmp_path / "env=prod" / "job.yaml").write_text("input: lake\n")
+    (tmp_path / "job.json").write_text('{"data": {"train": "t.parquet"}}')
+    assert submission._kind(["env=prod/job.yaml"]) == ("annotate", AnnotateJob)
+    assert submission._kind(["--scores", "job.json"]) == ("train", TrainJob)
 
 
 def test_no_key_of_a_job_is_taken_for_submissions() -> None:
@@ -94,6 +103,69 @@ def test_local_paths_become_absolute_and_others_stay(tmp_path: Path) -> None:
     assert (corpus.inputs, corpus.tokenizer) == ([f"{tmp_path}/lake", "s3://lake"], f"{tmp_path}/model")
 
 
+def test_places_of_other_spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    job = submission._absolute(AnnotateJob(input="file:/data/lake", model="~/models", output="file:///data/out"))
+    assert (job.input, job.model, job.output) == ("file:/data/lake", f"{tmp_path}/models", "file:///data/out")
+    assert submission._absolute(AnnotateJob(input="~/a", model="org/name", output="b")).input == f"{tmp_path}/a"
+
+
+def test_a_record_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(JobError, match=r"cannot write to .*taken.*--record"):
+        submission._stage(
+            SubmitOptions(to="ray", record="taken"), "annotate", AnnotateJob(input="a", model="m", output="o")
+        )
+
+
+def test_spark_that_is_not_there_is_told_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyspark")
+    words = ["--to", "spark", "--master", "local", "input=lake", "model=m", "output=out"]
+    with monkeypatch.context() as patch:
+        patch.setenv("SPARK_HOME", str(tmp_path))
+        with pytest.raises(JobError, match=r"SPARK_HOME is .*, which has no bin/spark-submit"):
+            submit(words)
+    with monkeypatch.context() as patch:
+        patch.setattr(submission.shutil, "which", lambda name: None)
+        patch.delenv("JAVA_HOME", raising=False)
+        with pytest.raises(JobError, match="Spark needs Java 17"):
+            submit(words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_driver_that_ends_at_once_has_not_been_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "spark-submit"
+    program.write_text("#!/bin/sh\necho starting\necho 'JAVA_HOME is not set' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(submission, "_program", lambda engine: [str(program)])
+    with pytest.raises(JobError, match=r"spark-submit ended at once: JAVA_HOME is not set \(all in .*log\.txt\)"):
+        submit(["--to", "spark", "--master", "local", "input=lake", "model=m", "output=out"])
+
+
+def test_settings_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
+    path = submission._properties(tmp_path, {"spark.executorEnv.KEY": " a\\b=c", "odd:key": "two\nlines"})
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text().splitlines() == ["spark.executorEnv.KEY=\\ a\\\\b=c", "odd\\:key=two\\nlines"]
+
+
+def test_sigterm_reaches_the_driver(tmp_path: Path) -> None:
+    code = (
+        "import sys; from bert_ray import submission; "
+        "sys.exit(submission._foreground(['sh', '-c', 'trap \"echo stopped; exit 7\" TERM; echo began; "
+        "while :; do sleep 0.1; done'], {}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "began\n"
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert (said, process.returncode) == ("stopped\n", 143)
+
+
 def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:
     options = SubmitOptions(to="spark", record=str(tmp_path / "runs"))
     job = AnnotateJob(input="/lake", model="m", output="/out", keep=["id"], scores=True)
@@ -111,9 +183,9 @@ def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:
     assert found.stdout.startswith(str(archive))
 
 
-def said_in_turn(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
-    """`ray job status` says these things, the last one from then on; an hour passes between two of them."""
-    left, clock = list(answers), itertools.count(step=3600)
+def said_in_turn(monkeypatch: pytest.MonkeyPatch, *answers: str, minutes: float = 60.0) -> None:
+    """`ray job status` says these things, the last one from then on; so much time passes between two of them."""
+    left, clock = list(answers), itertools.count(step=60 * minutes)
 
     def asked(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 0, left.pop(0) if len(left) > 1 else left[0], "")
@@ -135,3 +207,8 @@ def test_a_job_whose_log_was_cut_off_is_waited_for(
     said_in_turn(monkeypatch, running, "no connection")
     with pytest.raises(JobError, match="Ray does not say how one ended: no connection"):
         submission._ray_status(["ray"], [], "one")
+    # A single question that is not answered is none, the first one neither.
+    said_in_turn(monkeypatch, "no connection", running, "Job 'one' succeeded")
+    assert submission._ray_status(["ray"], [], "one") == 0
+    said_in_turn(monkeypatch, running, running, "no connection", running, "Job 'one' succeeded", minutes=0.3)
+    assert submission._ray_status(["ray"], [], "one") == 0

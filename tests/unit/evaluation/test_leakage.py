@@ -70,6 +70,16 @@ def test_training_data_of_every_kind(
     assert rows_also_trained_on(inputs, task, provenance(tmp_path / "train.parquet", named)) == expected
 
 
+def test_files_of_which_the_first_has_no_text(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    pq.write_table(pa.table({"id": [1], "text": pa.nulls(1)}), tmp_path / "train" / "a.parquet")
+    pq.write_table(pa.table({"id": [2, 3, 4, 5], "text": TEXTS}), tmp_path / "train" / "b.parquet")
+    pq.write_table(pa.table({"id": [6]}), tmp_path / "train" / "0.parquet")
+    task = Classification(Card(task="classification", labels=["a", "b"]))
+    inputs = [pa.array(TEXTS, pa.large_string())]
+    assert rows_also_trained_on(inputs, task, provenance(tmp_path / "train")) == 4
+
+
 def test_of_two_inputs_both_must_stand_in_one_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"question": ["q", "p"], "context": ["x", "y"]}), tmp_path / "train.parquet")
     task = Answer(Card(task="answer"))

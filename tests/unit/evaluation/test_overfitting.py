@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from bert_ray.evaluation.evaluate import levers_of
 from bert_ray.evaluation.overfitting import CAVEAT, Levers, judge, metrics_of
+from bert_ray.model.bundle import load_bundle
 
 # A job with the defaults, on a base without dropout.
 PLAIN = Levers(job={"epochs": 5, "weight_decay": 0.01, "layer_decay": 1.0, "early_stopping": 0}, layers=6)
@@ -65,7 +68,7 @@ RISES = history([0.6, 0.4, 0.2, 0.1, 0.05], [0.55, 0.45, 0.5, 0.6, 0.8], [0.7, 0
             ["not done learning", "epochs: 10"],
         ),
         (history([0.5, 0.4, 0.35], [0.45, 0.4, 0.39], [0.8, 0.84, 0.85]), 3, "neither", ["more training rows"]),
-        (history([0.6], [0.5], [0.8]), 1, "neither", ["one epoch shows no course", "epochs: 3"]),
+        (history([0.6], [0.5], [0.8]), 1, "neither", ["one epoch shows no course"]),
         ([], None, "unknown", ["no history"]),
         ([{"epoch": 1, "train_loss": 0.5}], 1, "unknown", ["without validation rows", "data.validation_fraction: 0.1"]),
         (history([float("nan"), 0.4], [0.5, 0.4], [0.5, 0.8]), 2, "unknown", []),
@@ -76,6 +79,13 @@ def test_verdicts(found: list[dict[str, float]], best: int | None, verdict: str,
     assert fit.verdict == verdict, fit.words
     for part in parts:
         assert part in fit.words
+
+
+def test_one_epoch_is_made_three() -> None:
+    once = history([0.6], [0.5], [0.8])
+    assert "Next lever: epochs: 3." in judge(once, 1, "accuracy", Levers(job={"epochs": 1})).words
+    assert "Next lever: epochs: 3." in judge(once, 1, "accuracy", Levers()).words
+    assert "Next lever: steps: 90." in judge(once, 1, "accuracy", Levers(job={"epochs": 1, "steps": 30})).words
 
 
 def test_the_figures_are_those_of_the_best_epoch_and_the_last() -> None:
@@ -137,6 +147,9 @@ def test_what_a_task_refuses_is_not_proposed() -> None:
         ({"epochs": 3, "freeze_layers": 4}, 0.1, "freeze_layers: 0"),
         ({"epochs": 3, "dropout": 0.5}, 0.5, "dropout: 0.1"),
         ({"epochs": 3, "l1": 1e-3}, 0.1, "l1: 0"),
+        # A corpus, read twice and judged three times; and one that is read for so many steps, whatever its epochs.
+        ({"epochs": 2}, 0.1, "epochs: 4"),
+        ({"epochs": 3, "steps": 500}, 0.1, "steps: 1000"),
     ],
 )
 def test_against_underfitting_what_holds_back_is_eased_first(
@@ -170,11 +183,15 @@ def test_the_task_s_own_metric_comes_first() -> None:
     assert found == ["accuracy", "macro_f1"]
 
 
+def test_a_pretrained_model_is_not_told_to_smooth_labels(tiny_encoder: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(tiny_encoder)
+    card = replace(bundle.card, task="fill-mask", provenance={"job": {"task": "pretraining", "layer_decay": 0.8}})
+    levers = levers_of(replace(bundle, card=card), [])
+    assert {"augmentation", "label_smoothing"} <= set(levers.refused)
+    assert "Next lever: freeze_layers" in judge(RISES * 2, 2, "accuracy", replace(levers, layers=6)).words
+
+
 def test_what_the_bundle_was_trained_with_is_known(tiny_bundle: Path, tiny_encoder: Path) -> None:
-    import pyarrow as pa
-
-    from bert_ray.model.bundle import load_bundle
-
     levers = levers_of(load_bundle(tiny_bundle), [pa.array(["negative", "positive"])])
     assert (set(levers.refused), levers.layers, levers.dropout) == (set(), 2, 0.1)
     assert "label_smoothing" in levers_of(load_bundle(tiny_encoder), []).refused

@@ -391,7 +391,22 @@ def test_squad_metrics(said: str | None, so: str | None, exact: float, overlap: 
 def test_squad_metrics_are_a_kept_library_s() -> None:
     """On text in Latin script, of answers that are there: torchmetrics' SQuAD, which follows the official script."""
     draw = np.random.default_rng(0)
-    words = ["The", "a", "an", "city", "of", "Paris,", "paris", "in", "1990s", "(1990)", "--", "U.S.", "don't", "theatre"]
+    words = [
+        "The",
+        "a",
+        "an",
+        "city",
+        "of",
+        "Paris,",
+        "paris",
+        "in",
+        "1990s",
+        "(1990)",
+        "--",
+        "U.S.",
+        "don't",
+        "theatre",
+    ]
     scores = set()
     for _ in range(300):
         said, so = (" ".join(draw.choice(words, draw.integers(1, 6))) for _ in range(2))

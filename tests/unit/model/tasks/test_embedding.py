@@ -232,9 +232,7 @@ def test_sentence_transformers_reads_our_bundle_and_we_read_its(
 def test_what_sentence_transformers_saved_is_read(tiny_encoder: Path, tmp_path: Path, default: str | None) -> None:
     library = pytest.importorskip("sentence_transformers")
     prompts = {"query": "a great film ", "passage": "bad food "}
-    theirs = library.SentenceTransformer(
-        str(tiny_encoder), device="cpu", prompts=prompts, default_prompt_name=default
-    )
+    theirs = library.SentenceTransformer(str(tiny_encoder), device="cpu", prompts=prompts, default_prompt_name=default)
     theirs.save(str(tmp_path / "theirs"))
     assert not (tmp_path / "theirs" / "bert_ray.json").exists()
     texts = ["the food was good", "", "phone " * 40]
