@@ -46,7 +46,8 @@ quality: setup
 pretrain-proof: setup
 	@$(PY) benchmarks/pretrain_proof.py $(ARGS)
 	@$(PY) benchmarks/zero.py
-	@$(PY) -m pytest -q tests/integration/test_train_zero.py tests/unit/training/test_pretraining.py
+	@$(PY) -m pytest -q tests/integration/test_train_zero.py tests/integration/test_pretrain_elastic.py \
+		tests/unit/training/test_pretraining.py
 
 clean:
 	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from bert_ray.config import load_job
 from bert_ray.errors import JobError, LakeError
 from bert_ray.training.checkpoints import Checkpoints
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
@@ -21,6 +22,7 @@ from bert_ray.training.launch import TrainResult, train
 from bert_ray.training.loop import StepEvent
 from tests.conftest import tiny_tokenizer
 from tests.corpora import make_corpus, random_texts
+from tests.processes import begin, ended, kill_at
 
 
 class Cut(Exception):
@@ -176,6 +178,38 @@ def test_sigterm_to_the_driver_of_a_run_on_ray(job: TrainJob) -> None:
     latest = Checkpoints(Path(f"{job.output}.run/checkpoints"), 2).latest()
     assert latest is not None
     assert latest.position["stopped"]
+    # The same job goes on; here without Ray, and not to its end.
+    told: list[dict[str, object]] = []
+    again = load_job(TrainJob, [*(f"{key}={value}" for key, value in settings.items()), "engine=local", "workers=1"])
+    step = int(latest.directory.name.removeprefix("step-"))
+    with pytest.raises(Cut):
+        train(again, callbacks=[cut_at(step + 3)], tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", step)
+
+
+# In the midst of a checkpoint's writing.
+
+
+def train_and_die(job: TrainJob, number: int, when: str) -> None:
+    kill_at("/checkpoints/step-", number, when)
+    train(job, tell=lambda _: None)
+
+
+@pytest.mark.parametrize(("when", "step"), [("before", 2), ("after", 4)])
+def test_killed_while_a_checkpoint_is_put_in_its_place(
+    job: TrainJob, undisturbed: TrainResult, when: str, step: int
+) -> None:
+    """Its files are written, it is not there yet; or it is, and the one before was not cleared away."""
+    process = begin(train_and_die, job, 2, when)
+    assert ended(process) == -signal.SIGKILL
+    left = sorted(path.name for path in Path(f"{job.output}.run/checkpoints").iterdir() if path.is_dir())
+    assert [name for name in left if name.startswith("step-")] == [f"step-{n:08}" for n in range(2, step + 1, 2)]
+    assert any(name.startswith(".") for name in left) == (when == "before"), left
+    told: list[dict[str, object]] = []
+    result = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", step)
+    assert losses(result) == losses(undisturbed)
+    assert not Path(f"{job.output}.run").exists()
 
 
 # Disks and stores.
@@ -187,8 +221,9 @@ def small_disk(disk_of: Callable[[str], Path]) -> Path:
     return disk_of("2m")
 
 
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
-    job: TrainJob, undisturbed: TrainResult, small_disk: Path
+    job: TrainJob, undisturbed: TrainResult, small_disk: Path, engine: str, request: pytest.FixtureRequest
 ) -> None:
     where = small_disk / "checkpoints"
     job = replace(job, checkpoint=CheckpointOptions(every_steps=2, keep=2, directory=str(where)))
@@ -198,8 +233,10 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     # Room for two checkpoints and a half: the third has none.
     room = os.statvfs(small_disk)
     (small_disk / "other").write_bytes(bytes(room.f_bavail * room.f_frsize - size // 2))
+    if engine == "ray":
+        request.getfixturevalue("ray_session")
     with pytest.raises(LakeError, match=r"cannot write checkpoint step-00000006 .*No space left.*step-00000004"):
-        train(job, tell=lambda _: None)
+        train(replace(job, engine=engine, max_failures=0), tell=lambda _: None)
     assert sorted(path.name for path in where.glob("step-*")) == ["step-00000002", "step-00000004"]
     (small_disk / "other").unlink()
     told: list[dict[str, object]] = []

@@ -148,7 +148,7 @@ def test_a_node_is_cut_off_and_the_run_goes_on_when_it_is_back(
         assert run.process.poll() is None, run.said
         assert "resumed" not in run.said
         # It comes back as a machine that was started anew.
-        nodes.kill(OTHER)
+        assert nodes.kill(OTHER) > 2, "there was no node any more"
         nodes.mend()
         nodes.start(OTHER)
         losses = run.end()

@@ -11,6 +11,7 @@ import pytest
 from bert_ray.config import dump_job, help_text, load_job
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.job import TrainJob
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,3 +215,6 @@ def test_the_job_files_in_jobs_load() -> None:
     assert load_job(AnnotateJob, [str(ROOT / "jobs" / "annotate.yaml")]).engine == "local"
     train = load_job(TrainJob, [str(ROOT / "jobs" / "finetune.yaml"), "data.train=my.parquet", "output=models/mine"])
     assert (train.data.train, train.output, train.labels) == ("my.parquet", "models/mine", ["negative", "positive"])
+    pretrain = load_job(TrainJob, [str(ROOT / "jobs" / "pretrain.yaml"), "data.train=corpora/mine", "workers=4"])
+    assert (pretrain.task, pretrain.model, pretrain.architecture.start) == ("pretraining", "new", "cooccurrence")
+    assert load_job(CorpusJob, [str(ROOT / "jobs" / "corpus.yaml"), "input=lake", "output=corpus"]).inputs == ["lake"]
