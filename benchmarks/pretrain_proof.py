@@ -373,7 +373,7 @@ def write_table(results: dict[str, Any]) -> None:
         spent = sum(results[name]["all_cpu_seconds"] for name in PARTS)
         lines += ["", f"CPU time: {spent / 60:.0f} minutes of one core."]
     lines += [f"{part}: {found['note']}." for part, found in results.items() if "note" in found]
-    lines += ["", *(missed(results) or ["Everything that was aimed at is reached."])]
+    lines += ["", *([f"- {line}" for line in missed(results)] or ["Everything that was aimed at is reached."])]
     lines.append("")
     (common.RESULTS / "pretrain_proof.md").write_text("\n".join(lines), "utf-8")
 

