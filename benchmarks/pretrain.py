@@ -297,7 +297,8 @@ def main() -> None:
             if not options.section or name in options.section:
                 settings = {"rounds": options.rounds, "steps": options.steps, "tokens": options.tokens}
                 threads = 1 if name == "workers" else options.threads  # Of each worker.
-                figures[name] = {"settings": settings | {"threads": threads}, **section(scratch, options)}
+                settings |= {"threads": threads}
+                figures[name] = {"machine": common.machine(), "settings": settings, **section(scratch, options)}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     common.keep("pretrain", {name: value for name, value in figures.items() if name != "machine"})

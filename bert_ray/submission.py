@@ -47,7 +47,9 @@ _STATUS_TIMEOUT_SECONDS = 30.0
 # How long a driver may take to stop after Ctrl-C: Spark ends its executors first.
 _STOP_TIMEOUT_SECONDS = 60.0
 # Within which spark-submit ends if it cannot begin: no Java, a word that it does not know.
-_EARLY_SECONDS = 2.0
+_EARLY_SECONDS = 6.0
+# How often it is looked whether SIGTERM has come.
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,7 +107,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
     def is_ours(word: str) -> bool:
         name = re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0].replace("-", "_")
-        return name in names and (word.startswith("--") or "=" in word)
+        # A path may look like a key (`env=prod/job.yaml`); what `env` itself takes is a mapping.
+        path = word.startswith("env=") and not word.startswith("env={")
+        return name in names and (word.startswith("--") or "=" in word) and not path
 
     ours: list[str] = []
     theirs: list[str] = []
@@ -168,8 +172,8 @@ def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
     head = [*ray, "job"]
     where = ["--address", address]
     # In a file: the words of a command are for every user of this machine to see, variables may be secrets.
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as runtime:
-        json.dump(environment, runtime)  # JSON is YAML.
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as runtime:
+        json.dump(environment, runtime, ensure_ascii=False)  # JSON is YAML.
         runtime.flush()
         submission = subprocess.run(
             [
@@ -210,7 +214,7 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
     Ray's own client is asked, not the REST API behind it: it knows the cluster's token, TLS and proxies.
     """
     began, told = time.monotonic(), False
-    heard: float | None = None
+    silent: float | None = None  # Since when no answer has been one.
     while True:
         said = _said([*head, "status", *where, name])
         if re.search(r"Job '.*' succeeded", said):
@@ -221,14 +225,14 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
             return 1
         now = time.monotonic()
         if re.search(r"RUNNING|PENDING", said):
-            heard = now
+            silent = None
             if now > began + _STATUS_TIMEOUT_SECONDS and not told:
                 # The log's connection was cut (a proxy, a laptop asleep), the job was not.
                 print(f"the log of {name} is no longer followed; waiting for its end", file=sys.stderr, flush=True)
                 told = True
-        elif heard is None:
-            heard = now
-        elif now > heard + _STATUS_TIMEOUT_SECONDS:
+        elif silent is None:
+            silent = now
+        elif now > silent + _STATUS_TIMEOUT_SECONDS:
             raise JobError(f"Ray does not say how {name} ended: {_reason(said)}")
         time.sleep(1.0)
 
@@ -286,24 +290,21 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
 
 def _foreground(words: list[str], environment: dict[str, str]) -> int:
     """A program's exit status. Ctrl-C reaches it too, SIGTERM is passed on; it is given the time to stop cleanly."""
-    caught = [signal.SIGINT]
-
-    def stop(number: int, frame: object) -> None:
-        caught.append(signal.Signals(number))
-        raise KeyboardInterrupt
-
-    with _on_sigterm(stop):
+    terminated = threading.Event()
+    with _on_sigterm(lambda number, frame: terminated.set()):
         driver = subprocess.Popen(words, env=environment)
         try:
-            return driver.wait()
+            while not terminated.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return driver.wait(_LOOK_SECONDS)
+            driver.terminate()
         except KeyboardInterrupt:
-            if caught[-1] == signal.SIGTERM:
-                driver.terminate()
-            try:
-                driver.wait(_STOP_TIMEOUT_SECONDS)
-            except (KeyboardInterrupt, subprocess.TimeoutExpired):
-                driver.kill()
-            return 128 + caught[-1]
+            pass
+        try:
+            driver.wait(_STOP_TIMEOUT_SECONDS)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            driver.kill()
+        return 128 + (signal.SIGTERM if terminated.is_set() else signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -357,7 +358,7 @@ def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:
     name = f"bert-ray-{command}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     stage = Path(options.record).absolute() / name
     try:
-        stage.mkdir(parents=True)
+        stage.mkdir(mode=0o700, parents=True)  # The job may name a store's secret.
         (stage / "job.yaml").write_text(dump_job(job), "utf-8")
         shutil.copyfile(Path(__file__).parent / "__main__.py", stage / _ENTRY)
     except OSError as error:
@@ -374,7 +375,7 @@ def _properties(stage: Path, settings: dict[str, str]) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for key, value in settings.items():
             name = re.sub(r"([\\\s:=#!])", r"\\\1", key)
-            text = re.sub(r"^(\s)", r"\\\1", value.replace("\\", "\\\\")).replace("\n", "\\n")
+            text = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
             file.write(f"{name}={text}\n")
     return path
 

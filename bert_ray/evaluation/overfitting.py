@@ -100,14 +100,10 @@ class Levers:
             return f"dropout: {_DROPOUT}"
         if self.job.get("l1"):
             return "l1: 0"
-        return self.longer(2, epochs)
-
-    def longer(self, times: int, rounds: int) -> str:
-        """Train so many times as long, as a line of the job file; `rounds` are epochs where the job says nothing."""
         if steps := self.job.get("steps"):
-            return f"steps: {times * steps}"
+            return f"steps: {2 * steps}"
         # A corpus is judged every so many steps: its history has more rounds than it was read times.
-        return f"epochs: {times * int(self.job.get('epochs') or rounds)}"
+        return f"epochs: {2 * int(self.job.get('epochs') or epochs)}"
 
 
 def judge(
@@ -210,9 +206,12 @@ def _verdict(
             f"model underfits, it was not done learning. Next lever: {levers.against_underfitting(epochs)}."
         )
     if epochs == 1:
+        # Of a corpus, which is judged every so many steps, once in a run of more than an epoch.
+        once = not levers.job.get("steps") and int(levers.job.get("epochs") or 1) == 1
+        lever = "epochs: 3" if once else "a smaller evaluate_every"
         return "neither", (
-            f"After one epoch the training loss is {train[0]:.4f}, the validation loss {validation[0]:.4f}: no sign of "
-            f"overfitting, but one epoch shows no course. Next lever: {levers.longer(3, 1)}."
+            f"After one {'epoch' if once else 'evaluation'} the training loss is {train[0]:.4f}, the validation loss "
+            f"{validation[0]:.4f}: no sign of overfitting, but one shows no course. Next lever: {lever}."
         )
     return "neither", (
         f"At epoch {best} the training loss is {train[best - 1]:.4f} and the validation loss "

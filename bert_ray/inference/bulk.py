@@ -341,9 +341,9 @@ def _precision(job: AnnotateJob, journal: Journal) -> str:
     """What the model is to compute in: where that is left open, what it did in the units that are done."""
     if job.dtype != "auto":
         return job.dtype
-    done = next(iter(journal.receipts()), None)
     # Earlier versions did not note it.
-    return str(journal.receipt(done).get("dtype", "auto")) if done else "auto"
+    noted = (journal.receipt(unit).get("dtype") for unit in sorted(journal.receipts()))
+    return next(filter(None, noted), "auto")
 
 
 def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:

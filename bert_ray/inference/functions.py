@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _CARD = "bert_ray.json"
 _SENTIMENT = "sentiment"
 # What Arrow and SQL spell alike.
-_SPELT_ALIKE = (pa.types.is_null, pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_date)
+_SPELT_ALIKE = (pa.types.is_null, pa.types.is_integer, pa.types.is_boolean, pa.types.is_date)
 
 
 def register(
@@ -102,7 +102,7 @@ def _on_arrays(
 
 
 def _as_text(array: pa.Array, annotator: Annotator) -> pa.Array:
-    """Whole and decimal numbers, dates and booleans as SQL spells them, which casts them into a STRING argument.
+    """Whole numbers, dates and booleans as SQL spells them, which casts them into a STRING argument.
 
     Of bytes that are no UTF-8 the annotator makes U+FFFD, as in a STRING.
     """

@@ -86,6 +86,11 @@ class ParquetTable:
         if not self._paths:
             raise LakeError(f"{path} holds no Parquet files: name the directory that has them, or one file")
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its data files, in order."""
+        return self._paths
+
     @cached_property
     def _files(self) -> list[_File]:
         with ThreadPoolExecutor(_FOOTER_THREADS) as threads:

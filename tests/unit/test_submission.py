@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -38,7 +41,9 @@ def test_a_job_file_is_known_as_the_commands_know_it(tmp_path: Path) -> None:
     (tmp_path / "env=prod").mkdir()
     (tmp_path / "env=prod" / "job.yaml").write_text("input: lake\n")
     (tmp_path / "job.json").write_text('{"data": {"train": "t.parquet"}}')
-    assert submission._kind(["env=prod/job.yaml"]) == ("annotate", AnnotateJob)
+    ours, theirs = submission._split(["env=prod/job.yaml", "--to", "ray", "env.A=b", "--input", "env=prod/lake"])
+    assert (ours, theirs) == (["--to", "ray", "env.A=b"], ["env=prod/job.yaml", "--input", "env=prod/lake"])
+    assert submission._kind(theirs) == ("annotate", AnnotateJob)
     assert submission._kind(["--scores", "job.json"]) == ("train", TrainJob)
 
 
@@ -142,14 +147,15 @@ def test_a_driver_that_ends_at_once_has_not_been_submitted(tmp_path: Path, monke
     program.write_text("#!/bin/sh\necho starting\necho 'JAVA_HOME is not set' >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(submission, "_program", lambda engine: [str(program)])
+    monkeypatch.setattr(submission, "_EARLY_SECONDS", 60.0)
     with pytest.raises(JobError, match=r"spark-submit ended at once: JAVA_HOME is not set \(all in .*log\.txt\)"):
         submit(["--to", "spark", "--master", "local", "input=lake", "model=m", "output=out"])
 
 
 def test_settings_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
-    path = submission._properties(tmp_path, {"spark.executorEnv.KEY": " a\\b=c", "odd:key": "two\nlines"})
+    path = submission._properties(tmp_path, {"spark.executorEnv.KEY": "a\\b=c", "odd:key": "\ntwo\r\nlines"})
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.read_text().splitlines() == ["spark.executorEnv.KEY=\\ a\\\\b=c", "odd\\:key=two\\nlines"]
+    assert path.read_text().splitlines() == ["spark.executorEnv.KEY=a\\\\b=c", "odd\\:key=\\ntwo\\r\\nlines"]
 
 
 def test_sigterm_reaches_the_driver(tmp_path: Path) -> None:
@@ -158,11 +164,15 @@ def test_sigterm_reaches_the_driver(tmp_path: Path) -> None:
         "sys.exit(submission._foreground(['sh', '-c', 'trap \"echo stopped; exit 7\" TERM; echo began; "
         "while :; do sleep 0.1; done'], {}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "began\n"
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "began\n"
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (said, process.returncode) == ("stopped\n", 143)
 
 
@@ -171,6 +181,7 @@ def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:
     job = AnnotateJob(input="/lake", model="m", output="/out", keep=["id"], scores=True)
     name, stage = submission._stage(options, "annotate", job)
     assert stage == tmp_path / "runs" / name
+    assert stage.stat().st_mode & 0o777 == 0o700
     assert load_job(AnnotateJob, [str(stage / "job.yaml")]) == job
     archive = submission._archive(stage)
     with zipfile.ZipFile(archive) as handle:
@@ -183,9 +194,9 @@ def test_what_is_sent_runs_by_itself(tmp_path: Path) -> None:
     assert found.stdout.startswith(str(archive))
 
 
-def said_in_turn(monkeypatch: pytest.MonkeyPatch, *answers: str, minutes: float = 60.0) -> None:
-    """`ray job status` says these things, the last one from then on; so much time passes between two of them."""
-    left, clock = list(answers), itertools.count(step=60 * minutes)
+def said_in_turn(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+    """`ray job status` says these things, the last one from then on; an hour passes between two of them."""
+    left, clock = list(answers), itertools.count(step=3600)
 
     def asked(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 0, left.pop(0) if len(left) > 1 else left[0], "")
@@ -210,5 +221,5 @@ def test_a_job_whose_log_was_cut_off_is_waited_for(
     # A single question that is not answered is none, the first one neither.
     said_in_turn(monkeypatch, "no connection", running, "Job 'one' succeeded")
     assert submission._ray_status(["ray"], [], "one") == 0
-    said_in_turn(monkeypatch, running, running, "no connection", running, "Job 'one' succeeded", minutes=0.3)
+    said_in_turn(monkeypatch, running, running, "no connection", running, "Job 'one' succeeded")
     assert submission._ray_status(["ray"], [], "one") == 0

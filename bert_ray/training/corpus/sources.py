@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +75,8 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
+    def files(self) -> list[Path]: ...
+
     def parts(self, number: int, unit_rows: int, unit_bytes: int) -> list[Part]: ...
 
     def reader(self) -> Reader: ...
@@ -128,6 +130,9 @@ class _TableSource:
             if not is_text(kind := table.schema.field(name).type):
                 raise ColumnError(f"{table.name}: column {name!r} is {kind}, not text: name another with columns")
 
+    def files(self) -> list[Path]:
+        return self._table.paths
+
     def parts(self, number: int, unit_rows: int, unit_bytes: int) -> list[Part]:
         return [Part.of(number, unit) for unit in self._table.units(unit_rows)]
 
@@ -176,6 +181,9 @@ class _TextSource:
         self.name, self._files, self._options = str(path), files, options
         self._root = path.parent if path.is_file() else path
 
+    def files(self) -> list[Path]:
+        return self._files
+
     def parts(self, number: int, unit_rows: int, unit_bytes: int) -> list[Part]:
         found = []
         for path in self._files:
@@ -201,14 +209,15 @@ def open_sources(places: Sequence[str], columns: Sequence[str], options: Reading
     """
     paths = [local_path(place) for place in places]
     sources = [_open(path, columns, options) for path in paths]
-    real = [path.resolve() for path in paths]
-    for outer, inner in itertools.permutations(range(len(paths)), 2):
-        # Text files beside a table's, in one directory, are different documents.
-        if real[inner].is_relative_to(real[outer]) and type(sources[inner]) is type(sources[outer]):
+    seen: dict[str, Path] = {}
+    for place, source in zip(paths, sources, strict=True) if len(paths) > 1 else ():
+        real = {os.path.realpath(file) for file in source.files()}
+        for file in seen.keys() & real:
             raise JobError(
-                f"input names {printable(paths[inner])} twice, by itself and in {printable(paths[outer])}: "
-                "leave out the one or the other"
+                f"input has {printable(file)} twice, in {printable(seen[file])} and in {printable(place)}: leave out "
+                "the one or the other"
             )
+        seen |= dict.fromkeys(real, place)
     return sources
 
 

@@ -37,12 +37,20 @@ def test_a_place_within_another_is_not_read_twice(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "lake" / "day=1" / "f.parquet")
     (tmp_path / "lake" / "notes.txt").write_text("b\n")
     (tmp_path / "other").symlink_to(tmp_path / "lake" / "day=1")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "more").symlink_to(tmp_path / "lake")
+    (tmp_path / "lake" / "_held").mkdir()
+    pq.write_table(pa.table({"text": ["c"]}), tmp_path / "lake" / "_held" / "g.parquet")
     whole = str(tmp_path / "lake")
+    assert len(open_sources([whole, str(tmp_path / "lake" / "_held")], ["text"], ReadingOptions())) == 2
     for inner in (tmp_path / "lake" / "day=1", tmp_path / "other", tmp_path / "lake" / "." / "day=1" / "f.parquet"):
         for places in ([whole, str(inner)], [str(inner), whole]):
-            with pytest.raises(JobError, match=r"input names .* twice, by itself and in .*lake: leave out"):
+            with pytest.raises(JobError, match=r"input has .*f\.parquet twice, in .* and in .*: leave out"):
                 open_sources(places, ["text"], ReadingOptions())
-    # Text beside a table's files is none of the table's documents.
+    # By a link within the one to the other, too.
+    with pytest.raises(JobError, match="twice"):
+        open_sources([str(tmp_path / "linked"), whole], ["text"], ReadingOptions())
+    # What the one passes over, the other may read. Text beside a table's files is none of the table's documents.
     assert len(open_sources([whole, str(tmp_path / "lake" / "notes.txt")], ["text"], ReadingOptions())) == 2
 
 
