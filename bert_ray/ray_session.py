@@ -40,7 +40,7 @@ def session(options: RayOptions, cpus: int | None = None) -> Iterator[None]:
     try:
         knock(arguments["address"])
         ray.init(**arguments)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise JobError(options.unreachable(arguments["address"], error)) from error
     try:
         yield

@@ -139,7 +139,7 @@ def _kind(words: list[str]) -> tuple[str, type]:
         for word in words
         if word.endswith((".yaml", ".yml", ".json"))
         and not word.startswith("--")
-        and ("=" not in word or Path(word).is_file())
+        and ("=" not in word or os.path.isfile(word))
     ]
     if files:
         keys |= set(peek(files[0]))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from bert_ray.config.keys import Key, contains, describe, did_you_mean, flag, nearest
 from bert_ray.errors import JobError
@@ -34,7 +34,7 @@ class Arguments:
                 if not equals:
                     value = self._value(word, key, left)
                 self._add(key, rest, value, word if equals else f"{word} {value}")
-            elif _KEY_VALUE.match(word) and not Path(word).is_file():
+            elif _KEY_VALUE.match(word) and not os.path.isfile(word):
                 name, _, value = word.partition("=")
                 key, rest = self._find(name, word)
                 self._add(key, rest, value, word)

@@ -169,7 +169,7 @@ def writable(place: str) -> Path:
     Raises:
         JobError: it is not.
     """
-    output = Path(place)
+    output = Path(place).expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):

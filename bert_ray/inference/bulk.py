@@ -352,7 +352,8 @@ def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
     for unit in units[:: max(1, len(units) // _JUDGED_UNITS)][:_JUDGED_UNITS]:
         # What is wrong with a file its own unit will tell.
         with contextlib.suppress(LakeError):
-            rows = reader.read(unit, annotator.input_columns, required=annotator.input_columns)
+            columns = list(dict.fromkeys(annotator.input_columns))  # Two inputs may be one column.
+            rows = reader.read(unit, columns, required=annotator.input_columns)
             with contextlib.closing(rows):
                 batches += [batch.slice(0, _JUDGED_ROWS) for batch in itertools.islice(rows, 1)]
     found = []

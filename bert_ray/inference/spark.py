@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import sys
 import threading
@@ -234,7 +235,9 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     builder = SparkSession.builder.appName("bert_ray")
     if options.master or not submitted:
-        master = options.master or f"local[{workers or '*'},{_TRIES}]"
+        master = options.master or f"local[{workers or '*'}]"
+        # In a process of its own Spark tries a task once, unless it is told; on a cluster so often.
+        master = re.sub(r"^local\[(\d+|\*)\]$", rf"local[\1,{_TRIES}]", master)
         builder = builder.master(master)
         builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
         if master.startswith("local"):

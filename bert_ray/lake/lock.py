@@ -35,9 +35,10 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
     handle = _take(path, what)
     try:
         if handle is not None:
-            os.ftruncate(handle, 0)
             who = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
-            os.write(handle, who.encode())
+            with contextlib.suppress(OSError):  # On a full disk it is held without saying by whom.
+                os.ftruncate(handle, 0)
+                os.write(handle, who.encode())
         yield
     finally:
         if handle is not None:

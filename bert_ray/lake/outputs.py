@@ -41,10 +41,12 @@ def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) 
         raise JobError(f"the output {place} lies inside the input {read}, whose next run would read it: choose another")
     if read.is_relative_to(place):
         raise JobError(f"the input {read} lies inside the output {place}: choose an output beside it")
-    if place.exists() and not place.is_dir():
-        raise JobError(f"the output {place} is a file: name a directory")
     try:
-        found = sorted(os.listdir(place)) if place.exists() else []
+        found = sorted(os.listdir(place))
+    except FileNotFoundError:
+        found = []
+    except NotADirectoryError as error:
+        raise JobError(f"the output {place} is a file, or lies in one: name a directory") from error
     except OSError as error:
         raise LakeError(f"the output {place} cannot be listed: {os.strerror(error.errno or 0)}") from error
     # A run that was killed at its very start leaves the journal's directory and nothing in it.

@@ -42,8 +42,8 @@ def merge_fields(one: pa.Field, other: pa.Field) -> pa.Field | None:
     if _is_text(one.type) and _is_text(other.type):
         large = types.is_large_string(one.type) or types.is_large_string(other.type)
         return one.with_type(pa.large_string() if large else pa.string())
-    if _is_bytes(one.type) != _is_bytes(other.type) and not (types.is_null(one.type) or types.is_null(other.type)):
-        return None  # Arrow would make bytes of the text.
+    if not _goes_together(one.type, other.type):
+        return None
     try:
         pair = [pa.schema([field.remove_metadata()]) for field in (one, other)]
         merged = pa.unify_schemas(pair, promote_options="permissive").field(0)
@@ -64,11 +64,30 @@ def conform(batch: pa.RecordBatch, target: pa.Schema, constants: Mapping[str, st
             column = batch.column(batch.schema.names.index(field.name))
             columns.append(column if column.type.equals(field.type) else column.cast(field.type))
         elif field.name in constants:
-            columns.append(pa.repeat(pa.scalar(constants[field.name], field.type), batch.num_rows))
+            # As the directory spells it; other files may hold the column as a number.
+            columns.append(pa.repeat(pa.scalar(constants[field.name], pa.string()).cast(field.type), batch.num_rows))
         else:
             columns.append(pa.nulls(batch.num_rows, field.type))
     # Files disagree on what may be null; a column that is filled with nulls must be nullable in any case.
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema([field.with_nullable(True) for field in target]))
+
+
+def _goes_together(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether what Arrow makes of both loses nothing: of text it would make bytes, of decimals floats."""
+    if types.is_null(one) or types.is_null(other):
+        return True
+    if types.is_struct(one) and types.is_struct(other):
+        shared = {field.name for field in one} & {field.name for field in other}
+        return all(_goes_together(one.field(name).type, other.field(name).type) for name in shared)
+    if _is_list(one) and _is_list(other):
+        return _goes_together(one.value_type, other.value_type)
+    if (types.is_decimal(one) and types.is_floating(other)) or (types.is_floating(one) and types.is_decimal(other)):
+        return False
+    return _is_bytes(one) == _is_bytes(other)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -146,8 +146,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         LakeError: it does not exist, or is in a store of another kind.
     """
     found = local_target(path)
-    if not found.exists():
-        raise LakeError(f"there is no {found}: the input is a directory of files, or one file")
+    try:
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise LakeError(f"there is no {found}: the input is a directory of files, or one file") from None
+    except OSError as error:
+        raise LakeError(f"{found} cannot be looked at: {os.strerror(error.errno or 0)}") from error
     return found
 
 

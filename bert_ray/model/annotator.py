@@ -182,11 +182,13 @@ class Annotator:
                 raise ColumnError(f"column {name!r} stands {len(found)} times in the table; rename all but one")
             if not self.task.readable(task_input, kind := schema.field(found[0]).type):
                 raise ColumnError(f"column {name!r} is {kind}, not text: cast it, or name another with {flag}")
-        if self.output_field.name in schema.names:
-            raise ColumnError(
-                f"the table already has a column {self.output_field.name!r}; give the annotation another name "
-                "with --name (name: in a job file)"
-            )
+        for name in schema.names:
+            # Spark, and SQL at large, do not tell capitals apart.
+            if self.output_field.name.casefold() == name.casefold():
+                raise ColumnError(
+                    f"the table already has a column {name!r}; give the annotation another name than "
+                    f"{self.output_field.name!r} with --name (name: in a job file)"
+                )
 
     def annotate(self, inputs: Sequence[pa.Array | pa.ChunkedArray]) -> pa.Array:
         """Annotate arrays, one per task input and of equal length.

@@ -222,9 +222,14 @@ def save_bundle(
     target = Path(directory).absolute()
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
         raise BundleError(f"{target} is not empty and holds no bundle: choose another directory")
+    if os.path.ismount(target):
+        raise BundleError(f"{target} is a mount point: name a directory in it, such as {target / 'model'}")
     from bert_ray.model.tasks import get_task
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"{target} cannot be made: {error.strerror}; choose another directory") from error
     fresh = target.parent / f".{target.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     try:

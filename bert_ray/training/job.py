@@ -428,7 +428,7 @@ class TrainJob:
         model, place = self.augmentation.model, self.checkpoint.directory
         return replace(
             self,
-            model=absolute_model(self.model),
+            model=self.model if self.model == "new" else absolute_model(self.model),
             output=absolute(self.output),
             data=self.data.located(absolute),
             augmentation=replace(self.augmentation, model=absolute_model(model) if model else model),

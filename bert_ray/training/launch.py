@@ -112,6 +112,9 @@ def train(
     output, directory = Path(job.output), Path(f"{job.output}.run")
     if output.exists() and not output.is_dir():
         raise JobError(f"output {output} is a file: choose another")
+    if os.path.ismount(output):
+        # A bundle appears by a rename, which does not reach over a file system's edge.
+        raise JobError(f"output {output} is a mount point: name a directory in it, such as {output / 'model'}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

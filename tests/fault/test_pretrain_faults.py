@@ -221,6 +221,11 @@ def small_disk(disk_of: Callable[[str], Path]) -> Path:
     return disk_of("2m")
 
 
+def test_an_output_that_is_a_mount_point_is_refused_at_once(job: TrainJob, small_disk: Path) -> None:
+    with pytest.raises(JobError, match=rf"{small_disk} is a mount point: name a directory in it"):
+        train(replace(job, output=str(small_disk)), tell=lambda _: None)
+
+
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     job: TrainJob, undisturbed: TrainResult, small_disk: Path, engine: str, request: pytest.FixtureRequest

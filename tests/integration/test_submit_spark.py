@@ -70,8 +70,11 @@ def test_a_failing_job_gives_its_status(master: Cluster, tmp_path: Path, tiny_bu
     assert done.returncode == 2, done.stdout + done.stderr
 
 
-def test_without_wait_the_driver_runs_on_in_the_background(master: Cluster, tmp_path: Path, tiny_bundle: Path) -> None:
-    words = ["input=/nowhere/lake", f"model={tiny_bundle}", "output=out"]
+def test_without_wait_the_driver_runs_on_in_the_background(
+    master: Cluster, tmp_path: Path, tiny_bundle: Path, uci_sample: pa.Table
+) -> None:
+    pq.write_table(uci_sample.select(["id", "text"]), tmp_path / "a.parquet")
+    words = ["input=a.parquet", f"model={tiny_bundle}", "output=out"]
     done = bert_ray(
         *["submit", "--to", "spark", "--master", master.address, *words], cwd=tmp_path, environment=master.environment
     )
@@ -81,9 +84,9 @@ def test_without_wait_the_driver_runs_on_in_the_background(master: Cluster, tmp_
     log = Path(re.search(r"follow  tail -f (\S+)", done.stdout)[1])
     driver = int(re.search(r"stop    kill (\d+)", done.stdout)[1])
     deadline = time.monotonic() + 240
-    while "/nowhere/lake" not in log.read_text() and time.monotonic() < deadline:
+    while "annotated" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.3)
-    assert "error: there is no /nowhere/lake" in log.read_text()
+    assert "annotated 300 rows" in log.read_text()
     while Path(f"/proc/{driver}").exists() and time.monotonic() < deadline:
         time.sleep(0.3)
     assert not Path(f"/proc/{driver}").exists()

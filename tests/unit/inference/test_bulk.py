@@ -306,6 +306,26 @@ def test_a_bundle_that_changes_under_a_run_stops_it(job: AnnotateJob, tiny_bundl
     assert annotate_unit(work, plan.todo[1]).state == "left"
 
 
+def test_a_lock_is_let_go_of_where_its_note_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "write", full)
+    for _ in range(2):
+        with exclusive(tmp_path / "lock", "the table"):
+            assert (tmp_path / "lock").stat().st_size == 0
+            with pytest.raises(LakeError, match="it has not said which"), exclusive(tmp_path / "lock", "the table"):
+                pass
+
+
+def test_two_inputs_may_be_one_column(job: AnnotateJob, tiny_encoder: Path) -> None:
+    columns = {"text": "text", "text_pair": "text"}
+    summary = bulk.run(changed(job, model=str(tiny_encoder), task="similarity", columns=columns, name="alike"))
+    assert (summary.exit_status, summary.rows) == (0, 48)
+    scores = [score for score in read_output(Path(job.output))["alike"].to_pylist() if score is not None]
+    assert scores and min(scores) > 0.999
+
+
 def test_a_run_goes_on_in_the_precision_that_it_began_with(job: AnnotateJob) -> None:
     """`auto` is another one on another device: begun where it is bf16, gone on with where it is fp32."""
     plan = bulk.prepare(job)

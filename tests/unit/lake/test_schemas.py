@@ -21,6 +21,12 @@ DICTIONARY = pa.dictionary(pa.int8(), pa.string())
         (pa.int64(), pa.string(), "conflict"),
         (pa.binary(), pa.string(), "conflict"),
         (pa.timestamp("us", "UTC"), pa.timestamp("us"), "conflict"),
+        (pa.decimal128(20, 2), pa.decimal128(24, 4), pa.decimal128(24, 4)),
+        (pa.decimal128(20, 2), pa.float64(), "conflict"),
+        (pa.float32(), pa.decimal128(9, 2), "conflict"),
+        (pa.struct([("x", pa.string())]), pa.struct([("x", pa.binary())]), "conflict"),
+        (pa.list_(pa.binary()), pa.list_(pa.string()), "conflict"),
+        (pa.list_(pa.null()), pa.list_(pa.string()), pa.list_(pa.string())),
     ],
 )
 def test_types_that_meet(one: pa.DataType, other: pa.DataType, merged: pa.DataType | str | None) -> None:
@@ -51,3 +57,12 @@ def test_conform_casts_orders_and_fills() -> None:
     found = conform(batch, target, {"day": "mon"})
     assert found.schema == target
     assert found.to_pylist()[1] == {"a": "y", "b": 2, "day": "mon", "none": None}
+
+
+def test_a_directory_s_value_where_other_files_hold_a_number() -> None:
+    batch = pa.record_batch({"a": ["x", "y"]})
+    target = pa.schema([("a", pa.string()), ("year", pa.int64())])
+    assert conform(batch, target, {"year": "2020"})["year"].to_pylist() == [2020, 2020]
+    assert conform(batch, target, {"year": None})["year"].to_pylist() == [None, None]
+    with pytest.raises(pa.ArrowInvalid, match="soon"):
+        conform(batch, target, {"year": "soon"})

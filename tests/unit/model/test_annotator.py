@@ -193,6 +193,7 @@ def test_columns_and_names_can_be_chosen(tiny_bundle: Path) -> None:
         ({"text": [1, 2]}, "column 'text' is int64, not text"),
         ({"text": [["x"]]}, "is list<.*not text"),
         ({"text": ["x"], "sentiment": [1]}, "already has a column 'sentiment'.*--name"),
+        ({"text": ["x"], "Sentiment": [1]}, "already has a column 'Sentiment'.*--name"),
     ],
 )
 def test_a_table_that_does_not_fit_says_why(tiny_bundle: Path, table: dict[str, list], message: str) -> None:

@@ -170,6 +170,20 @@ def test_a_reference_to_nothing_says_so(reference: str, message: str) -> None:
         load_bundle(reference)
 
 
+def test_a_hub_that_cannot_be_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's errors are of the HTTP library, which are neither the hub's nor the operating system's."""
+
+    class ProxyError(Exception):
+        pass
+
+    def download(*arguments: object, **more: object) -> None:
+        raise ProxyError("no tunnel")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(BundleError, match=r"no model at owner/misspelt: .*\(ProxyError\)"):
+        load_bundle("owner/misspelt")
+
+
 def test_a_file_is_no_model(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"is a file"):
         load_bundle(tiny_bundle / "config.json")

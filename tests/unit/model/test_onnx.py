@@ -93,6 +93,7 @@ def test_an_embedding_is_pooled_as_the_annotator_does(
         ("answer", {}, {"start_logits": ["batch", "sequence"], "end_logits": ["batch", "sequence"]}),
         ("fill-mask", {}, {"logits": ["batch", "sequence", "V"]}),
         ("faq", {"task": "embedding"}, {"sentence_embedding": ["batch", 32]}),
+        ("classification", {"task": "embedding"}, {"sentence_embedding": ["batch", 32]}),
     ],
 )
 def test_other_tasks_are_exported_with_their_heads(
@@ -104,6 +105,9 @@ def test_other_tasks_are_exported_with_their_heads(
     done = run(model, tmp_path / "model.onnx", **options)
     assert done.outputs == shapes
     assert done.deviation <= exporting.MOST_DEVIATION
+    # The labels are those of the outputs.
+    said = json.loads(session_of(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map["bert_ray"])
+    assert len(said["labels"]) == (5 if kind == "entities" else 0)
 
 
 @pytest.mark.slow

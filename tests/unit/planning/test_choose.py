@@ -258,6 +258,16 @@ def test_an_output_that_is_a_file_is_told(tmp_path: Path, tiny_encoder: Path) ->
         run(word_decides(200), tmp_path, models=[str(tiny_encoder)])
 
 
+def test_an_output_in_the_home_directory(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    choice, _ = run(word_decides(120), tmp_path, models=[str(tiny_encoder)], output="~/choose", epochs=1)
+    assert not any(item.error for item in choice.candidates)
+    assert (tmp_path / "home" / "choose" / "choose.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="none of the models"):
         run(word_decides(200), tmp_path, models=[str(tmp_path / "nothing")])

