@@ -20,6 +20,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,18 +310,24 @@ def domain(found: dict[str, Any]) -> None:
 PARTS = {"english": english, "chinese": chinese, "domain": domain}
 
 
+def measured_rows(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, list[float]]]]:
+    """What has been fine-tuned: part, data, its figures, and the accuracies from random weights and from pretrained."""
+    for part in ("english", "chinese"):
+        for name, row in results.get(part, {}).items():
+            if isinstance(row, dict) and row.get("pretrained"):
+                kinds = ("random", "pretrained")
+                yield part, name, row, {kind: [run["accuracy"] for run in row[kind].values()] for kind in kinds}
+
+
 def missed(results: dict[str, Any]) -> list[str]:
     """What was aimed at and is not reached by what has been measured, a line each."""
     found = []
-    for part in ("english", "chinese"):
-        for name, row in results.get(part, {}).items():
-            if not isinstance(row, dict) or not row.get("pretrained"):
-                continue
-            mean = {kind: np.mean([run["accuracy"] for run in row[kind].values()]) for kind in ("random", "pretrained")}
-            if mean["pretrained"] < mean["random"] + AHEAD:
-                found.append(f"{name}: less than {100 * AHEAD:.0f} points ahead of random weights.")
-            if part == "chinese" and mean["pretrained"] <= row["tfidf"]:
-                found.append(f"{name}: not ahead of TF-IDF.")
+    for part, name, row, accuracies in measured_rows(results):
+        mean = {kind: np.mean(values) for kind, values in accuracies.items()}
+        if mean["pretrained"] < mean["random"] + AHEAD:
+            found.append(f"{name}: less than {100 * AHEAD:.0f} points ahead of random weights.")
+        if part == "chinese" and mean["pretrained"] <= row["tfidf"]:
+            found.append(f"{name}: not ahead of TF-IDF.")
     if domain := results.get("domain"):
         if domain["masked_loss"]["fall"] < FALL:
             found.append(f"domain: the loss of masked tokens falls by less than {FALL:.0%}.")
@@ -345,17 +352,13 @@ def write_table(results: dict[str, Any]) -> None:
         "| data | labels | test rows | random weights | pretrained | ahead by (points) | TF-IDF |",
         "|---|---|---|---|---|---|---|",
     ]
-    for part in ("english", "chinese"):
-        for name, row in results.get(part, {}).items():
-            if not isinstance(row, dict) or not row.get("pretrained"):
-                continue
-            values = {kind: [run["accuracy"] for run in row[kind].values()] for kind in ("random", "pretrained")}
-            mean = {kind: sum(found) / len(found) for kind, found in values.items()}
-            shown = {kind: f"{mean[kind]:.4f} ({min(found):.4f} to {max(found):.4f})" for kind, found in values.items()}
-            lines.append(
-                f"| {name} | {row['train_rows']:,} | {row['test_rows']:,} | {shown['random']} | "
-                f"{shown['pretrained']} | {100 * (mean['pretrained'] - mean['random']):+.1f} | {row['tfidf']:.4f} |"
-            )
+    for _, name, row, values in measured_rows(results):
+        mean = {kind: sum(found) / len(found) for kind, found in values.items()}
+        shown = {kind: f"{mean[kind]:.4f} ({min(found):.4f} to {max(found):.4f})" for kind, found in values.items()}
+        lines.append(
+            f"| {name} | {row['train_rows']:,} | {row['test_rows']:,} | {shown['random']} | "
+            f"{shown['pretrained']} | {100 * (mean['pretrained'] - mean['random']):+.1f} | {row['tfidf']:.4f} |"
+        )
     if found := results.get("domain"):
         loss, asked = found["masked_loss"], found["retrieval"]
         lines += [

@@ -26,16 +26,17 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bert_ray.config import dump_job, load_job, peek
 from bert_ray.errors import JobError
-from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.job import AnnotateJob, SparkOptions
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.job import TrainJob, absolute, absolute_model
+from bert_ray.training.notice import on_sigterm
 
 _ENTRY = "bert_ray_job.py"
 _EXAMPLES = """\
@@ -291,7 +292,7 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
 def _foreground(words: list[str], environment: dict[str, str]) -> int:
     """A program's exit status. Ctrl-C reaches it too, SIGTERM is passed on; it is given the time to stop cleanly."""
     terminated = threading.Event()
-    with _on_sigterm(lambda number, frame: terminated.set()):
+    with on_sigterm(terminated.set):
         driver = subprocess.Popen(words, env=environment)
         try:
             while not terminated.is_set():
@@ -305,19 +306,6 @@ def _foreground(words: list[str], environment: dict[str, str]) -> int:
         except (KeyboardInterrupt, subprocess.TimeoutExpired):
             driver.kill()
         return 128 + (signal.SIGTERM if terminated.is_set() else signal.SIGINT)
-
-
-@contextlib.contextmanager
-def _on_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have SIGTERM handled so meanwhile, where that is ours to say: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _progress(job: Any) -> list[str]:
@@ -335,8 +323,7 @@ def _program(engine: Literal["ray", "spark"]) -> list[str]:
     home = os.environ.get("SPARK_HOME") or found.submodule_search_locations[0]
     if not (program := Path(home) / "bin" / "spark-submit").is_file():
         raise JobError(f"SPARK_HOME is {home}, which has no bin/spark-submit: mend it, or unset it to use {package}'s")
-    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
-        raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
+    SparkOptions.check_java()
     return [str(program)]
 
 

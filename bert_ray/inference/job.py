@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +27,12 @@ class SparkOptions:
 
     master: str | None = None
     config: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def check_java() -> None:
+        """Raise a JobError where there is no Java to run Spark."""
+        if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+            raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -228,8 +227,8 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
         JobError: there is no Java, or the master cannot be reached.
     """
     submitted = _submitted()
-    if not (submitted or shutil.which("java") or os.environ.get("JAVA_HOME")):
-        raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
+    if not submitted:
+        options.check_java()
     # Executors on this machine must run this interpreter, not the first "python3" on the PATH.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)

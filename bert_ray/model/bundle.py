@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError
+from bert_ray.errors import BundleError, JobError
 from bert_ray.model.references import resolve
 
 if TYPE_CHECKING:
@@ -218,18 +218,14 @@ def save_bundle(
 
     Raises:
         BundleError: `directory` holds something that is not a bundle.
+        JobError: nothing can be written there.
     """
     target = Path(directory).absolute()
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
         raise BundleError(f"{target} is not empty and holds no bundle: choose another directory")
-    if os.path.ismount(target):
-        raise BundleError(f"{target} is a mount point: name a directory in it, such as {target / 'model'}")
     from bert_ray.model.tasks import get_task
 
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BundleError(f"{target} cannot be made: {error.strerror}; choose another directory") from error
+    make_room(target)
     fresh = target.parent / f".{target.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -244,6 +240,20 @@ def save_bundle(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_bundle(target)
+
+
+def make_room(target: Path) -> None:
+    """Make the directory that a bundle's place is in, so that one that is written beside it can be renamed to it.
+
+    Raises:
+        JobError: that cannot be done there.
+    """
+    if os.path.ismount(target):  # A rename does not reach over a file system's edge.
+        raise JobError(f"output {target} is a mount point: name a directory in it, such as {target / 'model'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"output {target} cannot be made: {error.strerror}; choose another") from error
 
 
 def put_in_place(fresh: Path, target: Path) -> None:

@@ -105,6 +105,8 @@ def train(
         LakeError: a corpus is damaged, a checkpoint cannot be read or written, or another run works on the same output.
         Stopped: the run was asked to stop, and has written a checkpoint.
     """
+    from bert_ray.model.bundle import make_room
+
     started = time.perf_counter()
     if is_uri(job.output):
         raise JobError(f"output {job.output} is no directory: give one, and copy the bundle there when it is finished")
@@ -112,13 +114,7 @@ def train(
     output, directory = Path(job.output), Path(f"{job.output}.run")
     if output.exists() and not output.is_dir():
         raise JobError(f"output {output} is a file: choose another")
-    if os.path.ismount(output):
-        # A bundle appears by a rename, which does not reach over a file system's edge.
-        raise JobError(f"output {output} is a mount point: name a directory in it, such as {output / 'model'}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JobError(f"output {output} cannot be made: {error.strerror}; choose another") from error
+    make_room(output)
     lock = output.with_name(f".{output.name}.lock")
     with exclusive(lock, f"the training run of {output}"), tracked(job, tell) as told:
         return _train(job, output, directory, callbacks, told, started)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 STOP_FILE = "stop"
 
@@ -26,14 +25,19 @@ def heeded(directory: Path) -> Iterator[None]:
     """While open, SIGTERM asks the run in `directory` to stop; a mark that an earlier run left is taken away first."""
     mark = directory / STOP_FILE
     mark.unlink(missing_ok=True)
-    if threading.current_thread() is not threading.main_thread():  # Signals are the main thread's alone.
+    with on_sigterm(mark.touch):
+        yield
+
+
+@contextlib.contextmanager
+def on_sigterm(call: Callable[[], object]) -> Iterator[None]:
+    """While open, SIGTERM does this and nothing else; in a thread other than the main one, whose alone signals are,
+    nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def ask(signum: int, frame: Any) -> None:
-        mark.touch()
-
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: call())
     try:
         yield
     finally:
