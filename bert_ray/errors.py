@@ -7,6 +7,7 @@ raised on a worker pickles its way back to the driver unchanged.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 
 # Names that an error lists before it counts the rest.
@@ -39,6 +40,11 @@ class EngineError(BertRayError):
 
 class Stopped(Exception):
     """A run was asked to stop (SIGTERM) and did, with a checkpoint to go on from; the message says where."""
+
+
+def why(error: Exception) -> str:
+    """What the operating system says of an error, without a path: the message around it names one that is known."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 def meant(name: str, known: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -83,6 +84,13 @@ class Arguments:
 
     def _add(self, key: Key, rest: str, value: str, typed: str) -> None:
         if contains(key.type, list) and rest != "+" and value != "null" and not value.lstrip().startswith("["):
-            value = f"[{value}]"  # keep=a,b for keep=[a,b]
+            value = _bracketed(value)
         self.typed[key.name] = typed
         self.tokens.append(f"--{key.name}{rest}={value}")
+
+
+def _bracketed(value: str) -> str:
+    """keep=a,b for keep=[a, b]. Every list is one of text, so `labels=0,1` and `keep=no,x` are text as well."""
+    if "'" in value or '"' in value:  # Quoted as YAML has it: a comma may be part of a word.
+        return f"[{value}]"
+    return json.dumps([word.strip() for word in value.split(",")], ensure_ascii=False)

@@ -12,7 +12,6 @@ Shapes: B rows that can be compared, C labels.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.errors import BundleError, ColumnError, JobError, why
 from bert_ray.evaluation.leakage import rows_also_trained_on
 from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
@@ -179,8 +178,7 @@ def writable(place: str) -> Path:
 
 
 def _unwritable(output: Path, error: OSError) -> JobError:
-    why = os.strerror(error.errno) if error.errno else error
-    return JobError(f"output {output} cannot be written: {why}; name another directory with --output")
+    return JobError(f"output {output} cannot be written: {why(error)}; name another directory with --output")
 
 
 def _any_not_finite(values: pa.Array | pa.ChunkedArray) -> bool:

@@ -130,7 +130,7 @@ def annotate(
         JobError: the cluster cannot hold the workers asked for.
     """
     spec, annotator = annotator_of(model, column=column, columns=columns, **options)
-    schema = _arrow_schema(dataset)
+    schema, known = _schema(dataset)
     if schema is not None:
         annotator.check(schema)
     pool = _pool(workers=workers, threads=threads, device=spec.device, tasks=None)
@@ -143,7 +143,7 @@ def annotate(
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
     )
-    if schema is None:
+    if schema is None or not known:
         return annotated
     # A dataset of no rows never reaches the actors, and would come out without the column: these no rows have it.
     empty = pa.schema([*schema, annotator.output_field]).empty_table()
@@ -215,8 +215,15 @@ def _pool(*, workers: int | None, threads: int | None, device: str, tasks: int |
     )
 
 
-def _arrow_schema(dataset: ray.data.Dataset) -> pa.Schema | None:
-    """The dataset's Arrow schema; None where it is empty, or not of Arrow's types."""
-    schema = dataset.schema()
-    base = getattr(schema, "base_schema", None)
-    return base if isinstance(base, pa.Schema) else None
+def _schema(dataset: ray.data.Dataset) -> tuple[pa.Schema | None, bool]:
+    """The dataset's schema, None where it is empty, and whether its types are known.
+
+    Blocks of pandas hold what is no number as objects: text, until a worker sees it.
+    """
+    found = dataset.schema()
+    if found is None:
+        return None, False
+    if isinstance(found.base_schema, pa.Schema):
+        return found.base_schema, True
+    kinds = [kind if isinstance(kind, pa.DataType) else pa.string() for kind in found.types]
+    return pa.schema(list(zip(found.names, kinds, strict=True))), False

@@ -18,6 +18,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(directory: Path) -> None:
+    """Bring a directory, and all that is in it, to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all, also through a kill or a power cut."""
     fresh = path.with_name(f".{path.name}.new")

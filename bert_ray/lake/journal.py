@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_ray.errors import JobError, LakeError
+from bert_ray.errors import JobError, LakeError, why
 from bert_ray.lake.files import printable
 
 FOLDER = "_bert_ray"
@@ -242,9 +242,8 @@ def output_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else str(error)
         raise OutputError(
-            f"cannot write to {printable(output)}: {why}. "
+            f"cannot write to {printable(output)}: {why(error)}. "
             "When that is mended, the same command goes on where this run stopped"
         ) from error
 

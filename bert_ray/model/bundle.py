@@ -22,7 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError, JobError
+from safetensors import SafetensorError
+
+from bert_ray.errors import BundleError, JobError, why
 from bert_ray.model.references import resolve
 
 if TYPE_CHECKING:
@@ -38,8 +40,14 @@ ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 # One of these as the encoder, and a decoder of BERT's layers that `decoder.py` walks.
 ENCODER_DECODER = "encoder-decoder"
 
+# What a full disk raises, under Python's files and under safetensors'.
+WRITE_ERRORS = (OSError, SafetensorError)
+
 # Modules of sentence-transformers that task embedding has.
 _MODULES = ("Transformer", "Pooling", "Normalize")
+
+# Where sentence-transformers says what is done to a text before it is tokenised.
+_LIMITS = "sentence_bert_config.json"
 
 # What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
 _FINGERPRINTED = (".safetensors", ".json", ".txt", ".model", ".parquet")
@@ -218,7 +226,7 @@ def save_bundle(
 
     Raises:
         BundleError: `directory` holds something that is not a bundle.
-        JobError: nothing can be written there.
+        JobError: it cannot be written there; what was there before still is.
     """
     target = Path(directory).absolute()
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
@@ -235,8 +243,12 @@ def save_bundle(
         if add is not None:
             add(fresh)
         (task or get_task(card, model.config)).write_files(fresh)
+        if _lowers_first(tokenizer.backend_tokenizer.normalizer):  # transformers would build one anew that does not.
+            (fresh / _LIMITS).write_text(json.dumps(_read_limits(fresh) | {"do_lower_case": True}, indent=2), "utf-8")
         save_card(fresh, card)
         put_in_place(fresh, target)
+    except WRITE_ERRORS as error:
+        raise JobError(f"output {target} cannot be written: {why(error)}; make room, or choose another") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_bundle(target)
@@ -253,7 +265,7 @@ def make_room(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JobError(f"output {target} cannot be made: {error.strerror}; choose another") from error
+        raise JobError(f"output {target} cannot be made: {why(error)}; choose another") from error
 
 
 def put_in_place(fresh: Path, target: Path) -> None:
@@ -261,7 +273,12 @@ def put_in_place(fresh: Path, target: Path) -> None:
     old = target.parent / f".{target.name}.{os.getpid()}.old"
     if target.exists():
         os.replace(target, old)
-    os.replace(fresh, target)
+    try:
+        os.replace(fresh, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -415,9 +432,7 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
             settings = directory / module["path"] / "config.json"
             if name == "Pooling" and settings.exists():
                 pooling = _pooling(json.loads(settings.read_text("utf-8")), directory)
-        limits = directory / "sentence_bert_config.json"
-        if limits.exists():
-            max_length = min(max_length, json.loads(limits.read_text("utf-8")).get("max_seq_length") or max_length)
+        max_length = min(max_length, _read_limits(directory).get("max_seq_length") or max_length)
     card = Card(task="embedding", max_length=max_length, pooling=pooling, normalize=normalize)
     prompts = directory / "config_sentence_transformers.json"
     if prompts.exists():
@@ -425,6 +440,19 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
         if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name") or ""):
             card.options = {"prompt": prompt}
     return card
+
+
+def _read_limits(directory: Path) -> dict[str, Any]:
+    """What sentence-transformers says of a text before it is tokenised: `max_seq_length`, `do_lower_case`."""
+    path = directory / _LIMITS
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _lowers_first(normalizer: Any) -> bool:
+    """Whether texts are made lower-case before anything else is done to them."""
+    from tokenizers import normalizers
+
+    return isinstance(normalizer, normalizers.Sequence) and isinstance(normalizer[0], normalizers.Lowercase)
 
 
 def _pooling(settings: dict[str, Any], directory: Path) -> str:
@@ -446,6 +474,12 @@ def _load_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToke
         raise BundleError(f"{directory}: the tokenizer cannot be read: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise BundleError(f"{directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
+    backend = tokenizer.backend_tokenizer
+    if _read_limits(directory).get("do_lower_case") and not _lowers_first(backend.normalizer):
+        from tokenizers import normalizers
+
+        then = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *then])
     largest = max(tokenizer.get_vocab().values(), default=-1)
     rows = encoder_config(config).vocab_size
     if largest >= rows:

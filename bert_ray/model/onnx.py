@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError, JobError
+from bert_ray.errors import BundleError, JobError, why
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,15 +135,12 @@ def export(job: ExportJob) -> Exported:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JobError(f"output {output} cannot be made: {error.strerror}; choose another") from error
+        raise JobError(f"output {output} cannot be made: {why(error)}; choose another") from error
     # Beside the output, under the same name: a file of weights is found by the name that it had when it was written.
     scratch = output.parent / f".{output.name}.{os.getpid()}.new"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-    except OSError as error:
-        raise JobError(f"output {output} cannot be written: {error.strerror}; choose another") from error
-    try:
         file = scratch / output.name
         batches = _batches(bundle, task)
         _write(model, batches[-1], file, _metadata(bundle, task))
@@ -158,6 +155,8 @@ def export(job: ExportJob) -> Exported:
         size = sum(path.stat().st_size for path in written)
         for path in written:  # The weights first: a file that is there is whole.
             os.replace(path, output.parent / path.name)
+    except OSError as error:
+        raise JobError(f"output {output} cannot be written: {why(error)}; make room, or choose another") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     lengths = [batch["input_ids"].shape[1] for batch in batches]

@@ -66,8 +66,12 @@ def vocabulary_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Ten
 
 
 def vocabulary_losses(
-    model: PreTrainedModel, hidden: torch.Tensor, tokens: torch.Tensor, label_smoothing: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    label_smoothing: float = 0.0,
+    guesses: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """How unlikely the head finds each token that was asked for.
 
     Args:
@@ -75,16 +79,17 @@ def vocabulary_losses(
         hidden: (M, D).
         tokens: int64, M of them.
         label_smoothing: ε.
+        guesses: whether it is asked what is likeliest: a pass more over the logits.
 
     Returns:
-        cross-entropies in nats, fp32 (M,), and whether no token is likelier, bool (M,).
+        cross-entropies in nats, fp32 (M,), and whether no token is likelier, bool (M,), or None.
     """
     head, device = head_of(model), hidden.device.type
     hidden = head.transform(filled(hidden))
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _VocabularyLosses.apply(hidden, head.words.weight, head.words.bias, tokens, label_smoothing)
+        return _VocabularyLosses.apply(hidden, head.words.weight, head.words.bias, tokens, label_smoothing, guesses)
 
 
 class _VocabularyLosses(torch.autograd.Function):
@@ -96,7 +101,8 @@ class _VocabularyLosses(torch.autograd.Function):
         bias: torch.Tensor,
         tokens: torch.Tensor,
         smoothing: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        guesses: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cast, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
         logits = hidden @ cast.t()
         full = torch.promote_types(hidden.dtype, torch.float32)
@@ -105,14 +111,16 @@ class _VocabularyLosses(torch.autograd.Function):
             block = logits[rows].add_(bias)
             logs = F.log_softmax(block, 1, dtype=full)
             asked[rows] = logs.gather(1, tokens[rows, None]).squeeze(1)
-            best[rows] = logs.amax(1)
+            if guesses:
+                best[rows] = logs.amax(1)
             if smoothing:
                 mean[rows] = logs.mean(1)
             torch.exp(logs, out=block)
         ctx.save_for_backward(hidden, weight, cast, logits, tokens, asked)
         ctx.smoothing = smoothing
-        right = asked == best
-        ctx.mark_non_differentiable(right)
+        right = asked == best if guesses else None
+        if right is not None:
+            ctx.mark_non_differentiable(right)
         return -asked if not smoothing else (smoothing - 1) * asked - smoothing * mean, right
 
     @staticmethod
@@ -132,6 +140,7 @@ class _VocabularyLosses(torch.autograd.Function):
             d_logits @ cast if of_hidden else None,
             matrix_gradient(weight, d_logits, hidden, wide=False) if of_weight else None,
             row_sum(d_logits) if of_bias else None,
+            None,
             None,
             None,
         )

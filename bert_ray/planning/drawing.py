@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, why
 from bert_ray.planning.plan import COUNTS, NETWORK_LIMIT, Plan
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def write(plan: Plan, path: Path) -> None:
         else:
             path.write_text(_svg(plan) if path.suffix == ".svg" else _page(plan), "utf-8")
     except OSError as error:
-        raise JobError(f"output {path} cannot be written: {error}") from error
+        raise JobError(f"output {path} cannot be written: {why(error)}; name another file") from error
 
 
 def _figure(plan: Plan) -> Figure:

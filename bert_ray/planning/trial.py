@@ -88,7 +88,9 @@ def train_bundle(
         if clock() > until:
             raise TimeUp(f"stopped after {event.step:,} steps on {len(texts):,} rows")
 
-    place = Path(job.output) / ("fine-tuned" if fine_tuned else "frozen") / reference.strip("/").replace("/", "_")
+    # By number: two models may have one name.
+    name = f"{job.models.index(reference) + 1}_{reference.rstrip('/').rpartition('/')[2]}"
+    place = Path(job.output) / ("fine-tuned" if fine_tuned else "frozen") / name
     new = Path(f"{place}.next")
     run = Path(f"{new}.run")
     for old in (new, run):

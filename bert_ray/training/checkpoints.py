@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyarrow import fs
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bert_ray.errors import JobError, LakeError
+from bert_ray.errors import JobError, LakeError, why
 from bert_ray.lake.files import sync, write_json
+from bert_ray.model.bundle import WRITE_ERRORS
 from bert_ray.training.run_directory import RUN_FILE
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ POSITION_FILE = "position.json"
 
 # What a checkpoint that was torn or altered shows by; any other error tells of the disk or the store, not of it.
 _TORN = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError)
-
-# What a full disk raises, under Python's files and under safetensors'.
-WRITE_ERRORS = (OSError, SafetensorError)
 
 # What the name of a step's second checkpoint ends with; it is sorted behind the first.
 _AGAIN = ".again"
@@ -206,14 +203,13 @@ class Checkpoints:
 
     def failed(self, what: str, error: Exception, name: str | None = None) -> LakeError:
         """The error that `what` could not be written, which says where the run goes on from; `name` is not whole."""
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         try:
             before = [other for other in self.whole() if other != name]
             last = f"the last whole checkpoint is {before[-1]}" if before else "there is no checkpoint before it"
         except OSError as silent:
             last = f"those before it cannot be listed ({silent})"
         return LakeError(
-            f"cannot write {what}: {why}; {last}. When that is mended, the same command goes on from there"
+            f"cannot write {what}: {why(error)}; {last}. When that is mended, the same command goes on from there"
         )
 
     def latest(self) -> Checkpoint | None:

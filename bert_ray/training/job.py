@@ -411,11 +411,6 @@ class TrainJob:
             f"max_length is {self.max_length}; a row needs at least 3 tokens, two of them special",
         )
         _check(
-            self.gradient_accumulation <= self.batch_size,
-            f"gradient_accumulation {self.gradient_accumulation} exceeds batch_size {self.batch_size}: a step of so "
-            "few rows has no such many pieces",
-        )
-        _check(
             not self.early_stopping or self.data.validation is not None or self.data.validation_fraction > 0,
             "early_stopping needs validation rows: give data.validation, or data.validation_fraction above 0",
         )

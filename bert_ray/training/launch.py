@@ -8,6 +8,7 @@ With engine ray on several machines, `<output>` lies on storage that all of them
 from __future__ import annotations
 
 import datetime
+import glob
 import os
 import platform
 import shutil
@@ -15,12 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import JobError, Stopped
 from bert_ray.lake.lock import exclusive
-from bert_ray.training.job import TrainJob, is_uri
+from bert_ray.training.job import DataOptions, TrainJob, is_uri
 from bert_ray.training.progress import duration, show
 from bert_ray.training.run_directory import BEST, begun_in, clear, ended, enter, publish
 from bert_ray.training.trackers import tracked
@@ -36,6 +38,18 @@ if TYPE_CHECKING:
 START = "start"
 # As a job's model: random weights.
 NEW = "new"
+
+# Keys that only a task that reads a corpus heeds, and those that it does not.
+_OF_A_CORPUS = (
+    "steps",
+    "batch_tokens",
+    "batch_warmup",
+    "evaluate_every",
+    "pretraining",
+    "architecture",
+    "data.on_bad_shard",
+)
+_OF_ROWS = ("batch_size", "data.validation_fraction")
 
 _PACKAGES = ("bert-ray", "torch", "transformers", "pyarrow", "ray", "deepspeed")
 
@@ -132,6 +146,8 @@ def _train(
     from bert_ray.model.bundle import load_bundle
 
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.start"):  # What a killed start left.
+        shutil.rmtree(left, ignore_errors=True)
     try:
         base, asked = _base(job, fresh)
         task = new_task(job, base)
@@ -260,8 +276,7 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     from bert_ray.model.tasks import TRAINED_ONLY
 
     kind = TRAINED_ONLY.get(job.task)
-    if job.steps is not None and not _reads_corpus(job):
-        raise JobError(f"steps is for task pretraining; task {job.task} takes epochs and batch_size")
+    _check_kind(job)
     limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers
     if job.freeze_layers > layers:
         raise JobError(f"freeze_layers is {job.freeze_layers}, but {job.model} has {layers} layers")
@@ -292,6 +307,28 @@ def _reads_corpus(job: TrainJob) -> bool:
 
     kind = TRAINED_ONLY.get(job.task)
     return kind is not None and kind.reads_corpus
+
+
+def _check_kind(job: TrainJob) -> None:
+    """Refuse keys that the job's kind of training would ignore, and that stand in the way of a run that goes on."""
+    default = TrainJob(model=job.model, output=job.output, data=DataOptions(train=job.data.train))
+    reads_corpus = _reads_corpus(job)
+    given = [
+        key for key in (_OF_ROWS if reads_corpus else _OF_A_CORPUS) if attrgetter(key)(job) != attrgetter(key)(default)
+    ]
+    if given and reads_corpus:
+        raise JobError(
+            f"{', '.join(given)}: task {job.task} reads a corpus, and takes batch_tokens and its own validation"
+        )
+    if given:
+        raise JobError(
+            f"{', '.join(given)}: for a task that reads a corpus; task {job.task} takes epochs and batch_size"
+        )
+    if not reads_corpus and job.gradient_accumulation > job.batch_size:
+        raise JobError(
+            f"gradient_accumulation {job.gradient_accumulation} exceeds batch_size {job.batch_size}: a step of so few "
+            "rows has no such many pieces"
+        )
 
 
 def _check_levers(job: TrainJob, task: Task) -> None:

@@ -8,6 +8,7 @@ Shapes: S samples of one optimiser step, over all workers.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bert_ray.errors import LakeError
-from bert_ray.model.bundle import save_bundle
+from bert_ray.errors import JobError, LakeError
+from bert_ray.lake.files import sync, sync_tree
+from bert_ray.model.bundle import CARD_FILE, save_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
 from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import plan
 from bert_ray.model.peak import matmul_rate, multiplies_bf16
 from bert_ray.model.tasks.base import Outputs
-from bert_ray.training.checkpoints import WRITE_ERRORS, checkpoints_of
+from bert_ray.training.checkpoints import checkpoints_of
 from bert_ray.training.notice import stop_asked
 from bert_ray.training.optim import PRECISIONS, STEPS, TaskModel, encoder_weights, freeze, load_weights
 from bert_ray.training.order import noise_seed, pieces_of_step, shares
@@ -78,6 +80,10 @@ class StepEvent:
 
 
 Callback = Callable[[StepEvent], None]
+
+
+class _StopAsked(Exception):
+    """A stop was asked for behind the last step of a round, whose evaluation has not ended."""
 
 
 def new_module(
@@ -181,8 +187,9 @@ class Loop:
         elif damaged := self.checkpoints.damaged:
             what = "no checkpoint is whole: training starts anew, at step 0"
             self._tell("note", text="\n".join([*damaged.values(), what]))
-        if self.position.best_epoch and not peers.gather(self._best.exists())[0]:
-            # Checkpoints on a store outlive the machine that the run's directory was on.
+        if self.position.best_epoch and peers.gather(self._kept_epoch())[0] != self.position.best_epoch:
+            # Checkpoints on a store outlive the machine that the run's directory was on; and after a kill between the
+            # keeping of a better model and the checkpoint that says so, a later epoch's model stands there.
             epoch, self.position.best, self.position.best_epoch = self.position.best_epoch, None, 0
             self._tell("note", text=f"{self._best}, the model of epoch {epoch}, is gone: the best from here on counts")
         # Of each step that was not looked at yet: its number, its weight, this worker's loss, the gradient's norm.
@@ -190,6 +197,13 @@ class Loop:
         self._look_every = 1
         self._told = self._looked = time.monotonic()
         self._recent = (time.monotonic(), self.position.tokens, 0.0)
+
+    def _kept_epoch(self) -> int:
+        """The epoch whose model is kept as the best; 0 where there is none."""
+        try:
+            return int(json.loads((self._best / CARD_FILE).read_text("utf-8"))["provenance"]["best_epoch"])
+        except FileNotFoundError:
+            return 0
 
     @property
     def done(self) -> int:
@@ -203,6 +217,14 @@ class Loop:
 
     def run(self) -> Position:
         """Train to the end, or until the metric no longer rises, the loss is not finite, or a stop is asked for."""
+        try:
+            return self._run()
+        except _StopAsked:  # Behind a round's last step; the session that goes on begins with its evaluation.
+            self.position.stopped = True
+            self._save()
+            return self.position
+
+    def _run(self) -> Position:
         position, job = self.position, self.job
         # A round whose steps are all done may still have to be evaluated: it was stopped just then.
         while position.index or (self.done < self.steps and not self._satisfied()):
@@ -234,6 +256,8 @@ class Loop:
             self._look()
             if position.diverged is not None:
                 return position
+            if position.stopped:
+                raise _StopAsked
             self._end_epoch()
             self._save()
         if position.epoch and not position.best_epoch:  # It is gone, and no epoch came after it.
@@ -241,7 +265,6 @@ class Loop:
                 metrics = self.evaluate(self.validation)[1] if len(self.validation) else {}
                 position.best_epoch = position.epoch
                 self._keep_best(metrics)
-        position.stopped = False  # Who asks for it now comes too late: all is done.
         return position
 
     def _step(self) -> None:
@@ -295,7 +318,9 @@ class Loop:
         losses, norms = [], []
         for (step, weight, _, norm), value in zip(self._unseen, sums, strict=True):
             size = None if norm is None else float(norm)
-            if not np.isfinite(value) or not (size is None or np.isfinite(size) or self.stepper.scaling()):
+            if size is not None and self.stepper.scaling() and not np.isfinite(size):
+                size = None  # fp16 overflowed: the optimiser took no step, and the scale is smaller now.
+            if not np.isfinite(value) or not (size is None or np.isfinite(size)):
                 position.diverged = step + 1
                 self._tell("note", text=f"step {step + 1}: {self.train.where(self.train.select(step))}")
                 break
@@ -358,7 +383,11 @@ class Loop:
                     weight.copy_(value)
 
     def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
-        """Mean loss and the task's metrics over all samples of `source`, the same on every worker."""
+        """Mean loss and the task's metrics over all samples of `source`, the same on every worker.
+
+        Raises:
+            _StopAsked: somebody asks the run to stop; on every worker.
+        """
         self.module.eval()
         everything = np.arange(len(source))
         batches = plan(source.lengths_of(everything), _EVALUATION_TOKENS)
@@ -370,6 +399,9 @@ class Loop:
                 batch, targets = self._batch(source, batches[index] if index < len(batches) else batches[0][:1], None)
                 _, total, outputs = self.stepper.forward(batch, targets)
                 self.beat()
+                asked = torch.tensor([float(stop_asked(self.directory))], device=self.device)
+                if float(self.peers.sum(asked)) > 0:
+                    raise _StopAsked
                 if index < len(batches):
                     found.append((batch.rows, outputs.cpu().numpy(), float(total)))
         everyone = [item for items in self.peers.gather(found) for item in items]
@@ -401,8 +433,11 @@ class Loop:
                 tokenizer, task = self.base.tokenizer(), self.module.task
                 try:
                     save_bundle(self._best, self.module.model, tokenizer, self.card, task=task)
-                except WRITE_ERRORS as error:
-                    raise self.checkpoints.failed(f"the best model to {self._best}", error) from error
+                    sync_tree(self._best)  # The checkpoint that comes next says that it is there.
+                    sync(self.directory)
+                except JobError as error:
+                    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                    raise self.checkpoints.failed(f"the best model to {self._best}", cause) from error
         self.peers.wait()
 
     def _save(self) -> None:

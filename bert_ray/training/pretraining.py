@@ -50,7 +50,8 @@ class CorpusData:
     Attributes:
         corpus: what is learned.
         replay: general text that is learned between; None: none.
-        train_rows, validation_rows: documents of `corpus`.
+        train_rows, validation_rows: documents of `corpus` that are learned from, and of those that it is judged by at
+            most `pretraining.validation_rows`.
         baseline: None: no constant answer is worth the name.
         learning: what the loss goes by.
     """
@@ -98,18 +99,21 @@ def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
         raise JobError(
             f"data.replay is the corpus that is learned, {job.data.train}: give another one, or leave it out"
         )
-    splits = read_manifest(corpus.directory).splits
+    validation = len(corpus.documents("validation"))
     data = CorpusData(
         corpus=corpus,
         replay=replay,
-        train_rows=splits["train"].documents,
-        validation_rows=splits["validation"].documents,
+        train_rows=len(corpus.documents("train")),
+        validation_rows=min(validation, job.pretraining.validation_rows),
         learning=Learning(parts=job.pretraining.sentences != "none"),
     )
     if not data.validation_rows and job.early_stopping:
-        raise JobError(
-            f"early_stopping needs validation rows, and {corpus.directory} has none: make it with a larger share"
+        why = (
+            f"{corpus.directory} has none: make it with a larger share"
+            if not validation
+            else "pretraining.validation_rows is 0: give some"
         )
+        raise JobError(f"early_stopping needs validation rows, and {why}")
     return data, notes
 
 

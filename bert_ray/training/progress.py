@@ -6,6 +6,7 @@ user's process follows that file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -78,7 +79,9 @@ def following(directory: Path, tell: Callable[[dict[str, Any]], None]) -> Iterat
                 rest += handle.read()
                 *lines, rest = rest.split("\n")
                 for text in lines:
-                    tell(json.loads(text))
+                    # A line cut short by a full disk, or a screen that is gone, does not end what follows.
+                    with contextlib.suppress(ValueError, OSError):
+                        tell(json.loads(text))
                 if last:
                     return
 

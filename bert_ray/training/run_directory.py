@@ -1,7 +1,7 @@
 """A run's directory, `<output>.run`: entered by one run, gone on with by an equal one, and gone when it has ended.
 
 It holds run.json (what was asked), checkpoints/, best/ (the best bundle so far) and progress.jsonl. Where
-`checkpoint.directory` says so, checkpoints lie elsewhere, with a run.json of their own.
+`checkpoint.directory` says so, checkpoints lie elsewhere, with a run.json of their own; place.json says where.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError, JobError
-from bert_ray.lake.files import write_json
+from bert_ray.errors import BundleError, JobError, LakeError
+from bert_ray.lake.files import sync, sync_tree, write_json
+from bert_ray.training.job import is_uri
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Card
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
 
 # What a run was asked: in its own directory, and beside checkpoints that lie elsewhere.
 RUN_FILE = "run.json"
+# In a run's directory: where its checkpoints lie.
+_PLACE_FILE = "place.json"
 # In a run's directory: the bundle of the best epoch so far.
 BEST = "best"
 
 
 def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
-    """Begin a run, or go on with one of equal settings; its checkpoints are not another run's."""
+    """Begin a run, or go on with one of equal settings; its checkpoints are not another run's, nor elsewhere."""
+    _check_place(job, directory)
     begun = begun_in(directory)
     if begun is not None and begun != identity:
         where = "that directory" + (f" and {job.checkpoint.directory}" if job.checkpoint.directory else "")
@@ -38,12 +43,14 @@ def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
     # What a kill has left of writing run.json is no more than that.
     if begun is None and directory.exists() and any(path.name != f".{RUN_FILE}.new" for path in directory.iterdir()):
         raise JobError(f"{directory} is not empty and holds no run: choose another output")
+    if begun is not None:
+        _leave_place(job, directory, identity)
     if job.checkpoint.directory:
         _enter_checkpoints(job, directory, identity)
-    if begun is not None:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / RUN_FILE, identity)
+    if begun is None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / RUN_FILE, identity)
+    write_json(directory / _PLACE_FILE, {"directory": job.checkpoint.directory})
 
 
 def begun_in(directory: Path) -> dict[str, Any] | None:
@@ -54,6 +61,39 @@ def begun_in(directory: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         return {}
+
+
+def _check_place(job: TrainJob, directory: Path) -> None:
+    """Checkpoints in the output would stand where the bundle is to come; in the run's directory, in their own way."""
+    place, output = job.checkpoint.directory, Path(job.output)
+    if place is None or is_uri(place):
+        return
+    for taken in (output, directory):
+        if taken in (Path(place), *Path(place).parents):
+            what = "where the bundle is to come" if taken == output else "the run's own directory"
+            raise JobError(f"checkpoint.directory {place} is in {taken}, {what}: choose another, or leave it out")
+
+
+def _leave_place(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
+    """Refuse to look for a run's checkpoints elsewhere than where they lie: it would begin anew without a word."""
+    from bert_ray.training.checkpoints import checkpoints_of
+
+    try:
+        before = json.loads((directory / _PLACE_FILE).read_text("utf-8"))["directory"]
+    except FileNotFoundError:  # Killed before it was written.
+        return
+    if before == job.checkpoint.directory:
+        return
+    old = checkpoints_of(replace(job, checkpoint=replace(job.checkpoint, directory=before)), directory)
+    try:
+        there = old.names()
+    except OSError as error:
+        raise LakeError(f"the checkpoints in {old.where} cannot be listed: {error}") from error
+    if there:
+        again = "leave checkpoint.directory out" if before is None else f"give checkpoint.directory={before}"
+        raise JobError(f"this run's checkpoints lie in {old.where}: {again} to go on with it, or delete them")
+    if before and old.begun() == _owner(job, identity):
+        old.remove()
 
 
 def _enter_checkpoints(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
@@ -129,7 +169,10 @@ def publish(
         "seconds": round(seconds, 1),
     }
     save_card(best, card)
+    # The checkpoints go next: what takes their place outlives a power cut.
+    sync_tree(best)
     os.replace(best, output)
+    sync(output.parent)
     clear(job, directory, identity)
 
 

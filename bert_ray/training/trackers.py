@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ Tell = Callable[[dict[str, Any]], None]
 # MLflow's tag that says which training a run is of.
 _TAG = "bert_ray.training"
 
+# A tracker that failed is left alone for so long: each attempt may wait for its server.
+_PAUSE_SEC = 300.0
+
 # What an event has besides figures.
 _NO_FIGURES = ("what", "text", "skipped", "step", "steps", "epoch", "epochs", "seconds_left")
 
@@ -26,16 +30,18 @@ def tracked(job: TrainJob, tell: Tell) -> Iterator[Tell]:
     """A `tell` that passes events on and writes their figures where `job.trackers` says.
 
     TensorBoard's files lie in `<output>.tensorboard`; MLflow goes where its own settings (MLFLOW_TRACKING_URI) say, in
-    one run named after the output, in which a training that was cut off goes on.
+    one run named after the output, in which a training that was cut off goes on. A tracker that fails under way is told
+    of and tried again five minutes later: the training is worth more than its figures.
 
     Raises:
-        JobError: a tracker is not installed.
+        JobError: a tracker is not installed, or its server does not answer.
     """
     if not job.trackers:
         yield tell
         return
     with contextlib.ExitStack() as stack:
-        writers = [_OPENERS[name](job, stack) for name in job.trackers]
+        writers = {name: _OPENERS[name](job, stack) for name in job.trackers}
+        paused: dict[str, float] = {}
 
         def both(event: dict[str, Any]) -> None:
             tell(event)
@@ -44,9 +50,15 @@ def tracked(job: TrainJob, tell: Tell) -> Iterator[Tell]:
                 for name, value in event.items()
                 if name not in _NO_FIGURES and isinstance(value, int | float)
             }
-            for write in writers:
-                if figures:
+            for name, write in writers.items():
+                if not figures or time.monotonic() < paused.get(name, 0.0):
+                    continue
+                try:
                     write(figures, int(event["step"]))
+                except Exception as error:  # Whatever a server, a disk or a library may say.
+                    if name not in paused:
+                        tell({"what": "note", "text": f"trackers: {name} misses figures: {error}"})
+                    paused[name] = time.monotonic() + _PAUSE_SEC
 
         yield both
 
@@ -77,18 +89,25 @@ def _mlflow(job: TrainJob, stack: contextlib.ExitStack) -> Write:
     # Names the training for the session that goes on with it.
     settings = job.identity()
     name = digest(settings | {"output": job.output})
-    cut_off = mlflow.search_runs(
-        filter_string=f"tags.`{_TAG}` = '{name}' and attributes.status != 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-        output_format="list",
-    )
-    if cut_off:
-        stack.enter_context(mlflow.start_run(run_id=cut_off[0].info.run_id))
-    else:
-        stack.enter_context(mlflow.start_run(run_name=job.output, tags={_TAG: name}))
-    # MLflow takes values of up to 6,000 characters.
-    mlflow.log_params({key: str(value)[:6000] for key, value in settings.items()})
+    try:
+        cut_off = mlflow.search_runs(
+            filter_string=f"tags.`{_TAG}` = '{name}' and attributes.status != 'FINISHED'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+            output_format="list",
+        )
+        if cut_off:
+            run = mlflow.start_run(run_id=cut_off[0].info.run_id)
+        else:
+            run = mlflow.start_run(run_name=job.output, tags={_TAG: name})
+        stack.enter_context(run)
+        # MLflow takes values of up to 6,000 characters.
+        mlflow.log_params({key: str(value)[:6000] for key, value in settings.items()})
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise JobError(
+            f"trackers: mlflow at {mlflow.get_tracking_uri()} cannot be used: {error}; set MLFLOW_TRACKING_URI, or "
+            "leave it out"
+        ) from error
 
     def write(figures: dict[str, float], step: int) -> None:
         mlflow.log_metrics(figures, step=step)

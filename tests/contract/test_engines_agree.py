@@ -120,6 +120,22 @@ def test_pipeline_on_ray_names_a_missing_column(table: pa.Table, ray_dataset: An
         ray_data.annotate(ray_dataset(table), str(tiny_bundle), column="texts")
 
 
+def test_pipeline_on_ray_over_blocks_of_pandas(table: pa.Table, ray_session: None, tiny_bundle: Path) -> None:
+    import ray
+
+    from bert_ray.inference import ray_data
+
+    dataset = ray.data.from_pandas(table.to_pandas())
+    with pytest.raises(ColumnError, match="'text'"):
+        ray_data.annotate(dataset, str(tiny_bundle), column="texts")
+    with pytest.raises(ColumnError, match=r"'id'.*int64"):
+        ray_data.annotate(dataset, str(tiny_bundle), column="id")
+    annotated = ray_data.annotate(dataset, str(tiny_bundle), name="annotation", workers=1)
+    assert_same_table(
+        local.annotate(table, str(tiny_bundle), name="annotation"), collected(annotated).sort_by("id"), "annotation"
+    )
+
+
 def collected(dataset: Any) -> pa.Table:
     import ray
 

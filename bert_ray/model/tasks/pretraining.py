@@ -88,21 +88,22 @@ class Pretraining(FillMask):
         tokens, parts, budget = targets.split((len(hidden), pieces, pieces))
         places = (tokens >= 0).nonzero().squeeze(1)
         of = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
-        each, right = vocabulary_losses(model, hidden[places], tokens[places])
+        of_masked, asked_for = hidden.index_select(0, places), tokens.index_select(0, places)
+        each, right = vocabulary_losses(model, of_masked, asked_for, guesses=not model.training)
         zeros = each.new_zeros(pieces)
         sums, counts = zeros.index_add(0, of, each), zeros.index_add(0, of, torch.ones_like(each))
         losses = sums / counts.clamp(min=1)
         outputs = None
         belong = torch.full_like(zeros, float("nan"))
         asked = parts != _NO_PARTS
-        if bool(asked.any()) or not model.training:
-            if bool(asked.any()):
-                first = hidden[batch.cu_seqlens[:-1].long()]
-                said = model.cls.seq_relationship(model.bert.pooler.dense(first).tanh()).float()
-                losses = losses + F.cross_entropy(said, parts.clamp(min=0), reduction="none") * asked
-                belong = torch.where(asked, (said.argmax(1) == parts).float(), belong)
-            if not model.training:
-                outputs = torch.stack((sums, zeros.index_add(0, of, right.float()), counts, belong), dim=1)
+        # In training also where no piece has two parts: under ZeRO 1 and 2 every worker has the same gradients.
+        if self.learning.parts and (model.training or bool(asked.any())):
+            first = hidden[batch.cu_seqlens[:-1].long()]
+            said = model.cls.seq_relationship(model.bert.pooler.dense(first).tanh()).float()
+            losses = losses + F.cross_entropy(said, parts.clamp(min=0), reduction="none") * asked
+            belong = torch.where(asked, (said.argmax(1) == parts).float(), belong)
+        if right is not None:
+            outputs = torch.stack((sums, zeros.index_add(0, of, right.float()), counts, belong), dim=1)
         return losses * budget, outputs
 
     def validate(self, outputs: Outputs, examples: Any) -> dict[str, float]:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # Behind what a sentence ends: a mark with what closes quotes and brackets, and white space; in Chinese and Japanese the
 # mark alone; or the end of a line.
-_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*|\s*\n\s*")
+_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*|\n\s*")
 # Languages that put no blank between sentences.
 _WITHOUT_BLANKS = ("zh", "ja", "th")
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
@@ -324,7 +324,8 @@ class Translation(Task):
         states = decode_targets(
             decoder_of(model), hidden, batch.lengths, targets[goes_in], tuple(lengths.tolist()), model.training
         )
-        losses, _ = vocabulary_losses(model.decoder, states, targets[comes_out], self.learning.label_smoothing)
+        asked, smoothing = targets[comes_out], self.learning.label_smoothing
+        losses, _ = vocabulary_losses(model.decoder, states, asked, smoothing, guesses=False)
         return torch.segment_reduce(losses, "sum", lengths=lengths), None
 
     def metrics(self, annotations: pa.Array, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, float]:

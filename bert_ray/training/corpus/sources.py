@@ -150,7 +150,11 @@ class _DeltaTable(ParquetTable):
             raise JobError(f"{path} is a Delta table: pip install 'bert-ray[delta]'") from error
         try:
             table = deltalake.DeltaTable(path)
-            if beyond := set(table.protocol().reader_features or ()) & set(_BEYOND_FILES):
+            beyond = set(table.protocol().reader_features or ()) & set(_BEYOND_FILES)
+            # By reader version 2 a table has no list of features.
+            if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+                beyond.add("columnMapping")
+            if beyond:
                 raise LakeError(
                     f"{path} uses Delta's {' and '.join(sorted(beyond))}, which is not read: write the table anew "
                     "without it (for deletion vectors: REORG TABLE … APPLY (PURGE))"

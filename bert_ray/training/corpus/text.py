@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
 from bert_ray.lake.tables import is_data, walk
 from bert_ray.lake.units import Unit
@@ -91,8 +90,7 @@ class TextReader:
         except FileNotFoundError:
             raise LakeError(f"{told} is gone, or this machine does not see it") from None
         except (OSError, EOFError, zlib.error) as error:
-            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            raise LakeError(f"{told} cannot be read: {why}. Replace the file and run again") from error
+            raise LakeError(f"{told} cannot be read: {why(error)}. Replace the file and run again") from error
 
     def _open(self, path: Path) -> IO[bytes]:
         file: IO[bytes] = gzip.open(path) if _packed(path) else path.open("rb")  # type: ignore[assignment]  # noqa: SIM115

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from pyarrow import fs
 
 import bert_ray
-from bert_ray.errors import BundleError
+from bert_ray.errors import BundleError, JobError
 from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.references import resolve
 
@@ -66,6 +68,28 @@ def test_saving_replaces_a_bundle_and_nothing_else(tiny_bundle: Path, tmp_path: 
     with pytest.raises(BundleError, match=r"holds no bundle"):
         save_bundle(mine, *parts, Card(task="classification", labels=["a", "b"]))
     assert (mine / "thesis.txt").read_text() == "three years"
+
+
+@pytest.mark.parametrize("when", ["while it is written", "when it is put in place"])
+def test_a_disk_that_is_full_leaves_what_was_there(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    bundle = load_bundle(tiny_bundle)
+    old = save_bundle(tmp_path / "model", bundle.model(), bundle.tokenizer(), Card(task="classification", name="old"))
+    replace, failed = os.replace, []
+
+    def full(source: object, target: object) -> None:
+        if Path(str(target)).name == ("bert_ray.json" if when == "while it is written" else "model") and not failed:
+            failed.append(target)
+            raise OSError(errno.ENOSPC, "full", str(source))
+        replace(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(JobError, match=r"output \S*/model cannot be written: No space left on device; make room"):
+        save_bundle(tmp_path / "model", bundle.model(), bundle.tokenizer(), Card(task="classification", name="new"))
+    assert failed
+    assert load_bundle(old.reference).fingerprint == old.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

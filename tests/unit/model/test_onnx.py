@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,18 @@ def test_a_model_that_deviates_leaves_no_file(
         run(tiny_bundle, tmp_path / "out" / "model.onnx")
     assert written  # It was there, and is no longer.
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_is_left(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(exporting, "_write", full)
+    with pytest.raises(JobError, match=r"output \S*model\.onnx cannot be written: No space left on device; make room"):
+        export(ExportJob(model=str(tiny_bundle), output=str(tmp_path / "out" / "model.onnx")))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_deviation_is_a_share_of_what_is_large() -> None:

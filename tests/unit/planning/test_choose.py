@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.model.bundle import load_bundle
 from bert_ray.planning import trial
 from bert_ray.planning.choose import BASELINE, Candidate, Choice, _candidates, _read, choose, recommend, split
 from bert_ray.planning.job import ChooseJob
@@ -290,6 +292,17 @@ def test_models_of_every_kind_of_reference(tiny_encoder: Path) -> None:
         *(f"{name}, {how}" for name in job.models[:2] for how in ("head on frozen embeddings", "fine-tuned")),
     ]
     assert any("no_such" in line for line in told)
+
+
+def test_two_models_of_one_name_have_a_place_each(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
+    models = [str(shutil.copytree(tiny_encoder, tmp_path / place / "model")) for place in ("one", "other")]
+    choice, _ = run(word_decides(120), tmp_path, models=models, epochs=1)
+    places = [item.model for item in choice.candidates if item.reference is not None]
+    assert len(set(places)) == 4
+    assert {load_bundle(place).card.provenance["base"]["reference"] for place in places} == set(models)
 
 
 def short_encoder(place: Path) -> Path:

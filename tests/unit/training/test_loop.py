@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -22,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bert_ray.errors import JobError, LakeError, Stopped
+from bert_ray.model import bundle
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
+from bert_ray.model.packing import plan
 from bert_ray.training import launch, loop, optim, run_directory
 from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.data import read_labelled
@@ -150,34 +153,40 @@ def test_where_no_checkpoint_is_whole_it_is_said_and_new_ones_are_kept(job_for: 
     assert without_speed(resumed.history) == without_speed(whole.history)
 
 
-@pytest.mark.parametrize("noticed", ["before the last evaluation", "after it"])
-def test_sigterm_in_the_last_steps_leaves_a_run_that_ends(
-    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed: str
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("noticed", ["at a step", "behind the last step", "in the evaluation"])
+def test_sigterm_at_the_end_of_an_epoch_leaves_a_run_that_goes_on(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed: str, epoch: int
 ) -> None:
     job = job_for()
     whole = quiet(replace(job, output=str(tmp_path / "whole")))
-    steps = int(whole.history[-1]["step"])
+    steps = int(whole.history[epoch - 1]["step"])
     # Losses are looked at after each step, or of many together: then after the last step of a round.
-    before = noticed.startswith("before")
-    monkeypatch.setattr(loop, "_LOOK_EVERY", 1 if before else 10)
+    monkeypatch.setattr(loop, "_LOOK_EVERY", 1 if noticed == "at a step" else 10)
     monkeypatch.setattr(loop, "_LOOK_EVERY_SEC", 1e9)
     sent: list[int] = []
+    evaluations = itertools.count(1)
 
     def send(event: StepEvent) -> None:
-        if event.step == steps - before:
+        if noticed != "in the evaluation" and event.step == steps - (noticed == "at a step"):
             sent.append(event.step)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    if before:
+    def batches(*arguments: Any) -> list[np.ndarray]:
+        if next(evaluations) == epoch and noticed == "in the evaluation":
+            sent.append(steps)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plan(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "plan", batches)
         with pytest.raises(Stopped, match=f"at step {steps}"):
             quiet(job, callbacks=[send])
-        assert not Path(job.output).exists()
-        told: list[dict[str, object]] = []
-        result = train(job, tell=told.append)
-        assert (told[0]["what"], told[0]["step"]) == ("resumed", steps)
-    else:
-        result = quiet(job, callbacks=[send])
-    assert sent == [steps - before]
+    assert len(sent) == 1
+    assert not Path(job.output).exists()
+    told: list[dict[str, object]] = []
+    result = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"], told[0]["epoch"]) == ("resumed", steps, epoch - 1)
     assert without_speed(result.history) == without_speed(whole.history)
 
 
@@ -198,6 +207,9 @@ def test_fp16_goes_on_with_the_steps_that_its_optimizer_took(
     newest = sorted(Path(f"{job.output}.run/checkpoints").glob("step-*"))[-1]
     taken = int(load_file(newest / STATE_FILE)[STEPS])
     assert 0 < taken < int(newest.name.removeprefix("step-")), "no step overflowed, or all"
+    # A norm that overflowed is none, also to those who read the card by the letter of JSON.
+    card = json.loads((whole.bundle / "bert_ray.json").read_text(), parse_constant=pytest.fail)
+    assert len(card["provenance"]["curve"]) > 1
     told: list[dict[str, object]] = []
     resumed = train(job, tell=told.append)
     assert told[0]["what"] == "resumed"
@@ -216,7 +228,7 @@ def test_a_disk_that_is_full_when_the_best_model_is_kept(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_bundle", full)
+        patch.setattr(bundle, "save_card", full)
         with pytest.raises(LakeError, match=r"cannot write the best model to .*best: No space left.*step-00000006"):
             quiet(job)
     told: list[dict[str, object]] = []
@@ -244,6 +256,70 @@ def test_a_kill_when_the_bundle_has_just_appeared_leaves_nothing_for_long(
     assert not quiet(job).trained
     assert not Path(f"{job.output}.run").exists()
     assert not list(place.iterdir())
+
+
+def test_checkpoints_that_lie_elsewhere_are_not_forgotten(job_for: Jobs, tmp_path: Path) -> None:
+    job = job_for(checkpoint=CheckpointOptions(every_steps=2, directory=str(tmp_path / "one")))
+    whole = quiet(replace(job, output=str(tmp_path / "whole"), checkpoint=CheckpointOptions()))
+    elsewhere = replace(job, checkpoint=CheckpointOptions(every_steps=2, directory=str(tmp_path / "other")))
+    here = replace(job, checkpoint=CheckpointOptions(every_steps=2))
+    with pytest.raises(Cut):
+        quiet(job, callbacks=[cut_at(1)])
+    # There was none yet: the place may change, and the one before is left as it was found.
+    with pytest.raises(Cut):
+        quiet(elsewhere, callbacks=[cut_at(3)])
+    assert not list((tmp_path / "one").iterdir())
+    for other in (job, here):
+        with pytest.raises(JobError, match=rf"checkpoints lie in {tmp_path}/other: give checkpoint.directory=\S+other"):
+            quiet(other)
+    told: list[dict[str, object]] = []
+    result = train(elsewhere, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 2)
+    assert without_speed(result.history) == without_speed(whole.history)
+
+
+@pytest.mark.parametrize("place", ["model", "model/checkpoints", "model.run", "model.run/checkpoints/mine"])
+def test_checkpoints_are_not_where_the_bundle_comes(job_for: Jobs, tmp_path: Path, place: str) -> None:
+    with pytest.raises(JobError, match=r"checkpoint\.directory \S+ is in \S+/model(\.run)?, .*choose another"):
+        quiet(job_for(checkpoint=CheckpointOptions(directory=str(tmp_path / place))))
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "model.run").exists()
+
+
+def test_a_better_model_that_no_checkpoint_tells_of(job_for: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the keeping of epoch 2's model and the checkpoint that says so."""
+    job = job_for(epochs=2)
+    save = loop.Loop._save
+
+    def die(self: loop.Loop) -> None:
+        if self.position.epoch == 2:
+            raise Cut
+        save(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_save", die)
+        patch.setattr(loop.Loop, "evaluate", lambda self, source: (1.0, {"accuracy": 0.1 * self.position.epoch}))
+        with pytest.raises(Cut):
+            quiet(job)
+    assert load_bundle(f"{job.output}.run/best").card.provenance["best_epoch"] == 2
+    # Where the session that goes on finds epoch 2 worse, epoch 1's model is gone all the same.
+    monkeypatch.setattr(loop.Loop, "evaluate", lambda self, source: (1.0, {"accuracy": -1.0}))
+    told: list[dict[str, Any]] = []
+    result = train(job, tell=told.append)
+    assert any("the model of epoch 1, is gone" in str(event.get("text")) for event in told)
+    assert result.best_epoch == 2
+    assert load_bundle(result.bundle).card.metrics == {"accuracy": -1.0}
+
+
+def test_what_a_killed_start_left_is_swept(job_for: Jobs, tmp_path: Path) -> None:
+    left = tmp_path / ".model.1234.start"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    other = tmp_path / ".another.1234.start"
+    other.mkdir()
+    quiet(job_for(epochs=1))
+    assert not left.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize("when", ["in the third epoch", "at the end"])

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ import torch
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import load_bundle
-from bert_ray.training.job import CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
+from bert_ray.training.job import ArchitectureOptions, CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import prepare, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.masking import NOT_ASKED
@@ -42,6 +43,47 @@ def figures(result: object) -> list[dict[str, float]]:
 def test_a_corpus_does_not_replay_itself(corpus: Path, pretraining_for: Jobs) -> None:
     with pytest.raises(JobError, match=r"data\.replay is the corpus that is learned"):
         quiet(pretraining_for(data=DataOptions(train=str(corpus), replay=f"{corpus}/../{corpus.name}")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 8}, r"batch_size: task pretraining reads a corpus, and takes batch_tokens"),
+        ({"early_stopping": 2, "pretraining": PretrainingOptions(validation_rows=0)}, r"validation_rows is 0"),
+    ],
+)
+def test_what_a_pretraining_would_ignore_is_refused(
+    pretraining_for: Jobs, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(JobError, match=message):
+        quiet(pretraining_for(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 5},
+        {"evaluate_every": 5},
+        {"batch_tokens": 512, "batch_warmup": 0.1},
+        {"pretraining": PretrainingOptions(validation_rows=5)},
+        {"architecture": ArchitectureOptions(layers=2)},
+        {"data": {"on_bad_shard": "skip"}},
+        {"gradient_accumulation": 64},
+    ],
+)
+def test_what_a_fine_tuning_would_ignore_is_refused(
+    tiny_encoder: Path, reviews: Path, settings: dict[str, Any]
+) -> None:
+    data = DataOptions(train=str(reviews), **settings.pop("data", {}))
+    job = TrainJob(model=str(tiny_encoder), output="unused", data=data, **settings)
+    with pytest.raises(JobError, match=r"for a task that reads a corpus; task classification|exceeds batch_size 32"):
+        prepare(job, load_bundle(str(tiny_encoder)))
+
+
+def test_a_step_may_have_as_many_pieces_as_it_likes(pretraining_for: Jobs) -> None:
+    result = quiet(pretraining_for(gradient_accumulation=40, pretraining=PretrainingOptions(validation_rows=7)))
+    assert (result.train_rows, result.validation_rows) == (100, 7)
+    assert "on 7 validation rows" in result.summary()
 
 
 def test_what_cannot_learn_from_a_corpus_replays_none(general: Path, tiny_encoder: Path, reviews: Path) -> None:

@@ -19,7 +19,7 @@ from bert_ray.model.flops import dims_of, training_flops
 from bert_ray.training import loop, optim
 from bert_ray.training.job import TrainJob
 from bert_ray.training.launch import train
-from bert_ray.training.progress import duration, line, show
+from bert_ray.training.progress import duration, following, line, show, writer
 from tests.corpora import corpus_source
 
 Jobs = Callable[..., TrainJob]
@@ -124,6 +124,23 @@ def test_speed_share_of_the_peak_and_time_left_are_those_of_the_steps_since(
         if "step" in event:
             before, at = event["step"], event["at"]
     assert result.tokens_per_second == pytest.approx(sum(tokens) / (2.0 * len(tokens)))
+
+
+def test_a_line_cut_short_or_a_screen_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        heard.append(event)
+        if event["step"] == 1:
+            raise BrokenPipeError
+
+    tell = writer(tmp_path)
+    with following(tmp_path, hear):
+        tell({"step": 1})
+        with (tmp_path / "progress.jsonl").open("a") as file:
+            file.write('{"step": \n')
+        tell({"step": 2})
+    assert heard == [{"step": 1}, {"step": 2}]
 
 
 def test_a_real_run_tells_figures_that_are_some(job_for: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,46 @@ def test_mlflow(job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.data.params["learning_rate"] == str(job.learning_rate)
     logged = client.get_metric_history(run.info.run_id, "round/train_loss")
     assert [item.value for item in logged] == [entry["train_loss"] for entry in result.history]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_tracker_that_fails_under_way_costs_its_figures_alone(
+    job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name == "mlflow":
+        mlflow = pytest.importorskip("mlflow")
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+        module, method = mlflow, "log_metrics"
+    else:
+        module, method = pytest.importorskip("tensorboardX").SummaryWriter, "add_scalar"
+    failed: list[object] = []
+
+    def fail(*arguments: object, **_: object) -> None:
+        failed.append(arguments)
+        raise RuntimeError("the server is away")
+
+    monkeypatch.setattr(module, method, fail)
+    told: list[dict[str, Any]] = []
+    result = train(job_for(trackers=[name]), tell=told.append)
+    assert len(result.history) == 2
+    assert [event["text"] for event in told if event["what"] == "note"] == [
+        f"trackers: {name} misses figures: the server is away"
+    ]
+    assert len(failed) == 1  # It is left alone for a while.
+
+
+def test_a_server_that_does_not_answer_is_told_before_the_training(
+    job_for: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # Port 9 (discard) of loopback: nobody listens.
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    with pytest.raises(
+        JobError, match=r"trackers: mlflow at http://127\.0\.0\.1:9 cannot be used: .*MLFLOW_TRACKING_URI"
+    ):
+        train(job_for(trackers=["mlflow"]), tell=lambda _: None)
 
 
 def test_another_is_refused(job_for: Jobs) -> None:

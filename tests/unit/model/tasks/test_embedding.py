@@ -242,6 +242,27 @@ def test_what_sentence_transformers_saved_is_read(tiny_encoder: Path, tmp_path: 
     assert not np.allclose(vectors(str(tmp_path / "theirs"), texts), named, atol=1e-2)
 
 
+def test_a_directory_that_wants_texts_in_lower_case_has_them_so(tiny_encoder: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    library.SentenceTransformer(str(tiny_encoder), device="cpu").save(str(tmp_path / "theirs"))
+    # A tokenizer that tells capitals apart, of a model that was trained without them.
+    settings = tmp_path / "theirs" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
+    texts = ["the food was GOOD", "The FOOD was good"]
+    apart = vectors(str(tmp_path / "theirs"), texts)
+    assert not np.allclose(*apart, atol=1e-3)
+    limits = tmp_path / "theirs" / "sentence_bert_config.json"
+    limits.write_text(json.dumps(json.loads(limits.read_text()) | {"do_lower_case": True}))
+    theirs = library.SentenceTransformer(str(tmp_path / "theirs"), device="cpu").encode(texts)
+    found = vectors(str(tmp_path / "theirs"), texts)
+    assert np.allclose(theirs, found, atol=1e-5)
+    assert np.allclose(*found, atol=1e-5)
+    # What is saved as a bundle of ours says so as well.
+    read = load_bundle(str(tmp_path / "theirs"))
+    ours = save_bundle(tmp_path / "ours", read.model(), read.tokenizer(), read.card)
+    assert np.allclose(vectors(ours.reference, texts), found, atol=1e-5)
+
+
 def test_what_modules_say_comes_before_what_the_weights_were(tiny_encoder: Path, tmp_path: Path) -> None:
     base = load_bundle(str(tiny_encoder))
     card = Card(task="embedding", max_length=20, pooling="cls")

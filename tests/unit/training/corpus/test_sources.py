@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +82,25 @@ def test_a_delta_table_that_its_files_do_not_tell_is_refused(tmp_path: Path) -> 
         tmp_path / "t", pa.table({"text": ["a"]}), configuration={"delta.enableDeletionVectors": "true"}
     )
     with pytest.raises(LakeError, match="deletionVectors, which is not read"):
+        read(tmp_path / "t", ["text"])
+
+
+def test_a_delta_table_whose_columns_have_other_names_in_its_files_is_refused(tmp_path: Path) -> None:
+    """As an upgrade by `delta.columnMapping.mode` leaves it: reader version 2, which lists no features."""
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.write_deltalake(tmp_path / "t", pa.table({"text": ["a"]}))
+    (log,) = (tmp_path / "t" / "_delta_log").glob("*.json")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        if "protocol" in line:
+            line["protocol"] = {"minReaderVersion": 2, "minWriterVersion": 5}
+        if "metaData" in line:
+            column = {"delta.columnMapping.id": 1, "delta.columnMapping.physicalName": "text"}
+            schema = json.loads(line["metaData"]["schemaString"])
+            schema["fields"][0] |= {"name": "body", "metadata": column}
+            line["metaData"]["schemaString"] = json.dumps(schema)
+            line["metaData"]["configuration"]["delta.columnMapping.mode"] = "name"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert deltalake.DeltaTable(tmp_path / "t").protocol().reader_features is None
+    with pytest.raises(LakeError, match="columnMapping, which is not read"):
         read(tmp_path / "t", ["text"])
