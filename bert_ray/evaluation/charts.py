@@ -92,7 +92,7 @@ def curves(
         axes.set_xlabel(over, color=_FAINT)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(x=0.04, y=0.18)
-        _name_lines(axes, series)
+        _name_lines(axes, [(name, points[-1]) for name, points in series.items()])
 
     return _drawing(name, draw)
 
@@ -107,8 +107,7 @@ def shares(curve: Curve) -> str:
         axes.set_ylim(-0.02, 1.03)
         axes.set_xlabel(curve.x, color=_FAINT)
         axes.set_ylabel(curve.y, color=_FAINT)
-        named = {line.name: [(float(line.x[-1]), float(line.y[-1]))] for line in curve.lines if line.name}
-        _name_lines(axes, named)
+        _name_lines(axes, [(line.name, (float(line.x[-1]), float(line.y[-1]))) for line in curve.lines])
 
     return _drawing(curve.key, draw)
 
@@ -145,18 +144,15 @@ def _drawing(name: str, draw: Callable[[Any], None]) -> str:
     return _inline(name, buffer.getvalue())
 
 
-def _name_lines(axes: Any, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _name_lines(axes: Any, lines: Sequence[tuple[str, tuple[float, float]]]) -> None:
     """Each line's name at its end, so that no legend has to be matched by colour; moved apart where lines meet."""
     low, high = axes.get_ylim()
     gap = (high - low) / 12  # The height of a name.
-    ends = sorted(
-        (points[-1][1], label, colour) for (label, points), colour in zip(series.items(), _LINES, strict=False)
-    )
+    ends = sorted((y, x, label, colour) for (label, (x, y)), colour in zip(lines, _LINES, strict=False))
     above = -float("inf")
-    for value, label, colour in ends:
-        at = max(value, above + gap)
-        above = at
-        place = (series[label][-1][0], at)
+    for y, x, label, colour in ends:
+        above = max(y, above + gap)
+        place = (x, above)
         # A label is a user's text: a dollar sign in it begins no formula.
         axes.annotate(
             label, place, xytext=(9, 0), textcoords="offset points", va="center", color=colour, parse_math=False

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bert_ray.errors import BundleError, ColumnError, JobError, why
 from bert_ray.evaluation.leakage import rows_also_trained_on
@@ -29,7 +28,7 @@ from bert_ray.evaluation.rows import Rows, open_table, read_rows
 from bert_ray.model.bundle import encoder_config
 from bert_ray.model.tasks import TRAINED_ONLY
 from bert_ray.model.tasks.base import Task
-from bert_ray.model.tasks.sections import Cases, Confusion, Constant, Section, as_data
+from bert_ray.model.tasks.sections import MATRIX_LABELS, Cases, Confusion, Constant, Section, as_data
 
 if TYPE_CHECKING:
     from bert_ray.evaluation.job import EvaluateJob
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 # Rows annotated at a time: enough for the packing to find equal lengths, few enough for the bar to move.
 _BATCH_ROWS = 4_096
-# A confusion matrix of more labels is too wide to print.
-PRINTED_LABELS = 16
 # The annotation's name while measuring: one that no column of a real table has.
 _COLUMN = "bert_ray evaluation"
 
@@ -103,7 +100,7 @@ class Evaluation:
         """What `bert-ray evaluate` prints: `name value`, one a line; then words; the report's path last."""
         lines = _lines(self.values())
         for item in self.sections:
-            if isinstance(item, Confusion) and len(item.labels) <= PRINTED_LABELS:
+            if isinstance(item, Confusion) and len(item.labels) <= MATRIX_LABELS:
                 lines += ["", "confusion matrix (a row: the label; a column: what the model said)", *_matrix(item)]
         lines += ["", *_lines(self.fit.figures), self.fit.words]
         lines += [] if self.fit.verdict == "unknown" else [CAVEAT]
@@ -132,11 +129,6 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     started = time.perf_counter()
     annotations = _annotate(annotator, rows.inputs)
     seconds = time.perf_counter() - started
-    if _any_not_finite(annotations):
-        raise BundleError(
-            f"{job.model} gives scores that are no numbers (NaN): train it again, or if it computes in fp16 here, give "
-            "--dtype fp32"
-        )
     figures = task.metrics(annotations, rows.inputs, rows.truth)
     sections = task.report(annotations, rows.inputs, rows.truth, job.mistakes)
     evaluation = Evaluation(
@@ -179,19 +171,6 @@ def writable(place: str) -> Path:
 
 def _unwritable(output: Path, error: OSError) -> JobError:
     return JobError(f"output {output} cannot be written: {why(error)}; name another directory with --output")
-
-
-def _any_not_finite(values: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether any number in some annotations, however deep, is none."""
-    if isinstance(values, pa.ChunkedArray):
-        return any(map(_any_not_finite, values.chunks))
-    if pa.types.is_floating(values.type):
-        return bool(pc.any(pc.invert(pc.is_finite(values))).as_py())
-    if pa.types.is_map(values.type):
-        return _any_not_finite(values.items)
-    if pa.types.is_struct(values.type):
-        return any(map(_any_not_finite, values.flatten()))
-    return pa.types.is_nested(values.type) and _any_not_finite(values.flatten())
 
 
 def _annotator(job: EvaluateJob) -> Annotator:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bert_ray.evaluation.charts import curves, scatter, shares
 from bert_ray.evaluation.overfitting import CAVEAT, metrics_of
 from bert_ray.model.bundle import encoder_config
-from bert_ray.model.tasks.sections import Case, Confusion, Curve, Mark, Scatter, Section
+from bert_ray.model.tasks.sections import MATRIX_LABELS, Case, Confusion, Curve, Mark, Scatter, Section
 
 if TYPE_CHECKING:
     from bert_ray.evaluation.evaluate import Evaluation
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.tasks.base import Task
 
-# A matrix of more labels is too wide to read; then the most frequent confusions are listed instead.
-_MATRIX_LABELS = 16
 # One of more than these takes the page's whole width.
 _HALF_LABELS = 4
 _CONFUSIONS = 20
@@ -78,7 +76,7 @@ def render(evaluation: Evaluation, bundle: Bundle, task: Task, table: str) -> st
         large=figures[:_LARGE],
         small=figures[_LARGE:],
         sections=[(type(section).__name__.lower(), section, _prepared(section)) for section in evaluation.sections],
-        matrix_labels=_MATRIX_LABELS,
+        matrix_labels=MATRIX_LABELS,
         half_labels=_HALF_LABELS,
         drawings=[(title, Markup(svg)) for title, svg in _history(bundle) if svg],
         fit=evaluation.fit,
@@ -116,7 +114,7 @@ def _prepared(section: Section) -> Any:
     if isinstance(section, Scatter):
         return Markup(scatter(section))
     if isinstance(section, Confusion):
-        return _matrix(section) if len(section.labels) <= _MATRIX_LABELS else _confusions(section)
+        return _matrix(section) if len(section.labels) <= MATRIX_LABELS else _confusions(section)
     return None
 
 
@@ -138,10 +136,7 @@ def _matrix(confusion: Confusion) -> list[dict[str, Any]]:
 def _confusions(confusion: Confusion) -> list[dict[str, Any]]:
     """The most frequent confusions: what is so, what was said, how often."""
     found: list[dict[str, Any]] = [
-        {"label": label, "said": confusion.labels[column], "count": int(count)}
-        for row, label in enumerate(confusion.labels)
-        for column, count in enumerate(confusion.counts[row])
-        if row != column and count
+        {"label": label, "said": said, "count": count} for label, said, count in confusion.cells() if label != said
     ]
     return sorted(found, key=lambda entry: -entry["count"])[:_CONFUSIONS]
 

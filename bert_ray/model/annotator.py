@@ -37,6 +37,8 @@ from bert_ray.model.tokenization import Pieces, is_blank
 # Texts tokenised at a time. The first windows are small, so that the forward pass starts at once; later ones are wide
 # enough that the last, half-filled batch of a window is a small part of it.
 _FIRST_WINDOW_TEXTS, _LAST_WINDOW_TEXTS = 64, 2048
+# A table's rows are annotated so many at a time, and at about so much text.
+_CALL_ROWS, _CALL_BYTES = 2**16, 2**28
 # A window also ends at this much text, which bounds memory where rows are huge.
 _WINDOW_BYTES = 16 * 2**20
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +80,10 @@ class AnnotatorSpec:
         if isinstance(self.options, Mapping):
             # A description is hashed and compared: JSON is both, and says the same on every worker. In the order that
             # was given: labels have one.
-            object.__setattr__(self, "options", json.dumps(self.options) if self.options else "")
+            try:
+                object.__setattr__(self, "options", json.dumps(self.options) if self.options else "")
+            except TypeError as error:
+                raise JobError(f"options are {self.options!r}: give what JSON has, such as lists ({error})") from error
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise JobError(f"dtype is {self.dtype!r}; it is one of auto, fp32, bf16, fp16")
         if self.batch_tokens is not None and self.batch_tokens < 1:
@@ -103,10 +108,11 @@ class AnnotatorSpec:
 
 def _stamp(reference: str) -> tuple[tuple[str, int, int], ...]:
     """What tells the bundle in a directory from one that took its place; the same for all that is no directory."""
-    if not os.path.isdir(reference):
+    place = os.path.expanduser(os.fspath(reference).removeprefix("file://"))
+    if not os.path.isdir(place):
         return ()
     found = []
-    with os.scandir(reference) as entries:
+    with os.scandir(place) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):  # It is being replaced, or is a link to nothing.
                 found.append((entry.name, (status := entry.stat()).st_mtime_ns, status.st_ino))
@@ -167,8 +173,14 @@ class Annotator:
             ColumnError: an input column is missing or not text, or the annotation's name is taken.
         """
         self.check(table.schema)
-        annotation = self.annotate([table.column(name) for name in self.input_columns])
-        return table.append_column(self.output_field, annotation)
+        inputs = [table.column(name) for name in self.input_columns]
+        if isinstance(table, pa.RecordBatch):
+            return table.append_column(self.output_field, self.annotate(inputs))
+        # Some rows at a time: an array of Arrow's strings, or of lists, holds at most 2 GiB.
+        rows = min(_CALL_ROWS, max(1, table.num_rows * _CALL_BYTES // max(1, sum(array.nbytes for array in inputs))))
+        starts = range(0, table.num_rows, rows) or [0]
+        parts = [self.annotate([array.slice(start, rows) for array in inputs]) for start in starts]
+        return table.append_column(self.output_field, pa.chunked_array(parts, self.output_field.type))
 
     def check(self, schema: pa.Schema) -> None:
         """Raise a ColumnError that names the remedy where a table of this schema cannot be annotated."""
@@ -245,7 +257,11 @@ class Annotator:
 
     @torch.inference_mode()
     def outputs_of(self, pieces: Pieces) -> Outputs:
-        """The task's outputs for P pieces that are encoded already."""
+        """The task's outputs for P pieces that are encoded already.
+
+        Raises:
+            BundleError: some are no numbers, and would be taken for rows in which there is nothing to find.
+        """
         tokens = pieces.tokens
         batches = plan(tokens.lengths, self._encoder.even(int(tokens.lengths.sum()), self.batch_tokens))
 
@@ -255,6 +271,11 @@ class Annotator:
 
         # One copy from the device at the end, so that no batch waits for the one before it.
         found = torch.cat(self._encoder.map(outputs, batches)).cpu().numpy()
+        if not np.isfinite(found).all():
+            raise BundleError(
+                f"{self.bundle.reference} gives scores that are no numbers (NaN): train it again, or if it computes in "
+                "fp16 here, give dtype fp32 (--dtype fp32)"
+            )
         order = np.concatenate(batches)
         offsets = None
         if self.task.level == "token":

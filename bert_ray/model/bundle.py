@@ -229,6 +229,8 @@ def save_bundle(
         JobError: it cannot be written there; what was there before still is.
     """
     target = Path(directory).absolute()
+    if target.exists() and not target.is_dir():
+        raise JobError(f"output {target} is a file: choose another")
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
         raise BundleError(f"{target} is not empty and holds no bundle: choose another directory")
     from bert_ray.model.tasks import get_task
@@ -416,9 +418,12 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
     architecture = "" if made else (raw.get("architectures") or [""])[0]
     for task in TASKS.values():
         if task.architecture is not None and architecture.endswith(task.architecture) and task.fits(config):
-            found = Card(task=task.kind, inputs=list(task.inputs), max_length=max_length)
-            found.labels = task.labels_of(config)
-            return found
+            return Card(task=task.kind, inputs=list(task.inputs), max_length=max_length, labels=task.labels_of(config))
+    if architecture.endswith("ForSequenceClassification"):
+        raise BundleError(
+            f"{directory}: config.json says problem_type {config.problem_type} with {config.num_labels} outputs, of "
+            "which no task makes an annotation"
+        )
     pooling, normalize = "mean", False
     if made:
         for module in json.loads((directory / "modules.json").read_text("utf-8")):
@@ -445,7 +450,7 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
 def _read_limits(directory: Path) -> dict[str, Any]:
     """What sentence-transformers says of a text before it is tokenised: `max_seq_length`, `do_lower_case`."""
     path = directory / _LIMITS
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return _read_json(path, what=f"{path.parent}: {_LIMITS}") if path.exists() else {}
 
 
 def _lowers_first(normalizer: Any) -> bool:

@@ -34,7 +34,7 @@ def resolve(reference: str) -> Path:
         return _in_package(reference)
     if "://" in reference:
         return _in_store(reference)
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if path.is_dir():
         return path.absolute()
     if path.exists():

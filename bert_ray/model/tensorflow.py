@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def find_checkpoint(reference: str) -> Path:
     Raises:
         BundleError: there is none, or there are several.
     """
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))
     if not path.is_dir():
         stem = path.with_name(re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name))
         if path.parent.is_dir() and stem in checkpoints_in(path.parent):
@@ -221,7 +222,7 @@ def _folders(directory: Path) -> list[Path]:
 
 def _beside(prefix: Path, reference: str, name: str) -> Path:
     """A file of the release: where the checkpoint is, or in the directory that was given."""
-    places = dict.fromkeys([prefix.parent, Path(reference).expanduser()])
+    places = dict.fromkeys([prefix.parent, Path(os.path.expanduser(reference))])
     for place in places:
         if (place / name).is_file():
             return place / name
@@ -378,7 +379,7 @@ def _fill(config: BertConfig, weights: dict[str, np.ndarray]) -> PreTrainedModel
 
 def _lower_case(prefix: Path, reference: str, vocabulary: Iterable[str]) -> tuple[bool, str]:
     """Whether texts are to be lower-cased, and why."""
-    for name in (prefix.absolute().parent.name, Path(reference).expanduser().absolute().name):
+    for name in (prefix.absolute().parent.name, Path(os.path.expanduser(reference)).absolute().name):
         if "uncased" in name.lower():
             return True, f"the name {name} says uncased"
         if "cased" in name.lower():

@@ -160,6 +160,8 @@ class Tokenizer:
 
     def __call__(self, inputs: Sequence[pa.Array]) -> Pieces:
         """Tokenise rows given as one array of strings per input (one, or two for pairs), none of them null."""
+        if len(inputs) > 1 and self.max_length <= (special := self._backend.num_special_tokens_to_add(True)):
+            raise BundleError(f"max_length is {self.max_length}, and two texts have {special} special tokens alone")
         columns = [to_python_strings(array) for array in inputs]
         if self.overflow == "truncate":
             columns = [[self._head(text) for text in column] for column in columns]
@@ -276,7 +278,7 @@ def _without_middle(pieces: Pieces, max_length: int) -> Pieces:
     lengths = pieces.tokens.lengths
     if (lengths <= max_length).all():
         return pieces
-    head = max_length // 4
+    head = max(1, max_length // 4)
     keep = np.ones(len(pieces.tokens.ids), bool)
     for start, length in zip(
         pieces.tokens.offsets[:-1][lengths > max_length], lengths[lengths > max_length], strict=True

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
     from bert_ray.training.sources import Source
 
+# What an array of Arrow's strings holds at most; large_string has no such limit.
+_MOST_STRING_BYTES = 2**31 - 1
+
 
 @dataclass(kw_only=True, slots=True)
 class LabelledTable:
@@ -417,7 +420,9 @@ def of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array, dictionaries written out."""
+    """A column as one array, dictionaries written out; of more than Arrow's strings can hold, large_string."""
+    if pa.types.is_string(column.type) and column.nbytes > _MOST_STRING_BYTES:
+        column = column.cast(pa.large_string())
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # A column without rows keeps its chunks.
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)

@@ -97,10 +97,10 @@ class Faq(PooledTask):
     def read(self, task_input: str, array: pa.Array | pa.ChunkedArray, column: str) -> pa.Array:
         """Questions as large_string; a dialogue's turns joined, blank ones left empty. Null where the last is."""
         if not _is_list(array.type):
-            return super().read(task_input, array, column)
+            return pc.replace_substring(super().read(task_input, array, column), _TURN, " ")
         if isinstance(array, pa.ChunkedArray):
             array = array.combine_chunks() if array.num_chunks != 1 else array.chunk(0)
-        turns = pc.fill_null(as_strings(array.flatten(), column), "")
+        turns = pc.replace_substring(pc.fill_null(as_strings(array.flatten(), column), ""), _TURN, " ")
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         if not len(turns):
             return pa.nulls(len(lengths), pa.large_string())
@@ -170,8 +170,10 @@ class Faq(PooledTask):
             JobError: no row has both a question and an answer.
         """
         from bert_ray.model.annotator import Annotator, AnnotatorSpec
-        from bert_ray.model.bundle import Card, save_bundle
+        from bert_ray.model.bundle import Card, max_positions, save_bundle
 
+        if self.card.max_length > (limit := max_positions(base.config)):
+            raise JobError(f"max_length is {self.card.max_length}, but {base.reference} has {limit} positions")
         pairs, notes = _pairs(columns)
         encoding = Card(
             task="embedding",
@@ -314,7 +316,10 @@ def _pairs(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[dict[str,
     ids = columns.get("id", pa.array(range(rows)))
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
-    texts["id"] = ids.cast(pa.large_string())
+    try:
+        texts["id"] = ids.cast(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ColumnError(f"the id column is {ids.type}; give a name or a number for each pair") from None
     blank = pa.array(np.zeros(rows, bool))
     for array in texts.values():
         blank = pc.or_(blank, pc.fill_null(is_blank(array), True))

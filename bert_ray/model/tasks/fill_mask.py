@@ -47,6 +47,10 @@ class FillMaskOptions(Options):
             raise JobError(f"options.top_k is {self.top_k}; give a number from 1 to 100")
 
 
+# What stands for tokens and probabilities of a piece without a mask.
+_NO_MASK = -1.0
+
+
 class FillMask(Task):
     """The likeliest tokens in a mask's place."""
 
@@ -86,9 +90,9 @@ class FillMask(Task):
         self._tokenizer = tokenizer
 
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """The K likeliest token ids and their probabilities, (P, 2K), fp32; NaN where a piece has no mask."""
+        """The K likeliest token ids and their probabilities, (P, 2K), fp32; -1 where a piece has no mask."""
         top_k = min(self.options.top_k, model.config.vocab_size)
-        found = hidden.new_full((len(batch.lengths), 2 * top_k), float("nan"), dtype=torch.float32)
+        found = hidden.new_full((len(batch.lengths), 2 * top_k), _NO_MASK, dtype=torch.float32)
         places = (batch.input_ids == self._mask).nonzero().squeeze(1)
         pieces = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
         first = torch.ones_like(pieces, dtype=torch.bool)
@@ -103,7 +107,7 @@ class FillMask(Task):
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
         """Ids and probabilities float32 (P, 2K) -> lists; of a text in windows the first with a mask counts."""
         assert self._tokens is not None, "prepare comes first"
-        masked = np.flatnonzero(~np.isnan(outputs.values[:, 0]))
+        masked = np.flatnonzero(outputs.values[:, 0] != _NO_MASK)
         rows, which = np.unique(pieces.rows[masked], return_index=True)
         values, top_k = outputs.values[masked[which]], outputs.values.shape[1] // 2
         ids = values[:, :top_k].astype(np.int64).reshape(-1)

@@ -63,6 +63,8 @@ class MaskOptions(EntitiesOptions):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) and not (name == "kinds" and value is None):
                 raise JobError(f"options.{name} is {value!r}; give a list")
+            if strange := [item for item in value or () if not isinstance(item, str)]:
+                raise JobError(f"options.{name} has {strange[0]!r}; give a list of words")
         if strange := sorted(set(self.patterns) - set(PATTERNS)):
             raise JobError(f"options.patterns: {strange[0]!r} is none of {', '.join(PATTERNS)}")
         if not 0.0 <= self.least_score <= 1.0:

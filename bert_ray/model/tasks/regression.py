@@ -41,10 +41,8 @@ class Regression(SequenceTask):
 
     @classmethod
     def fits(cls, config: PretrainedConfig) -> bool:
-        """Where the configuration says so; a single output is a number unless it says something else."""
-        return config.problem_type == "regression" or (
-            config.num_labels == 1 and config.problem_type != "multi_label_classification"
-        )
+        """A single output is a number unless the configuration says something else."""
+        return config.num_labels == 1 and config.problem_type != "multi_label_classification"
 
     def output_type(self) -> pa.DataType:
         """float32."""

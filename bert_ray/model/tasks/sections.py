@@ -17,6 +17,8 @@ import pyarrow as pa
 
 from bert_ray.model.tokenization import to_python_strings
 
+# A matrix of more labels is too wide to read: then what occurs in it is listed.
+MATRIX_LABELS = 16
 # A text is shown up to here: enough to judge by, and the report stays small.
 SHOWN_CHARACTERS = 700
 # What a page draws marks as, for the notes of sections that have them.
@@ -63,6 +65,13 @@ class Confusion:
     labels: tuple[str, ...]
     counts: np.ndarray
     note: str = ""
+
+    def cells(self) -> list[tuple[str, str, int]]:
+        """(label, said, count) of each pair that occurs, the label rightly said among them, in the matrix's order."""
+        return [
+            (self.labels[row], self.labels[column], int(self.counts[row, column]))
+            for row, column in np.argwhere(self.counts).tolist()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,4 +279,8 @@ def as_data(section: Section) -> Any:
     if isinstance(section, Table):
         names = [name.lower().replace(" ", "_") for name in section.header]
         return [dict(zip(names, row, strict=True)) for row in section.rows]
-    return section.counts.tolist() if isinstance(section, Confusion) else None
+    if not isinstance(section, Confusion):
+        return None
+    if len(section.labels) <= MATRIX_LABELS:
+        return section.counts.tolist()
+    return [{"label": label, "said": said, "count": count} for label, said, count in section.cells()]

@@ -39,6 +39,8 @@ _MOST_LABELS, _LABEL_CHARACTERS, _DESCRIPTION_CHARACTERS = 500, 100, 1000
 # Chosen on AG News' training rows with MiniLM; benchmarks/zero_shot.py has the others.
 TEMPLATE = "This text is about {}."
 TEMPERATURE = 0.05
+# Of less, a cosine over it is beyond what fp32 holds; long before that one label has all.
+_LEAST_TEMPERATURE = 1e-6
 # A share of the scores: four labels at most. On texts about one topic and about two it does about as well on both;
 # judging each label alone, against a template about "something", did worse.
 _MULTILABEL_THRESHOLD = 0.25
@@ -144,8 +146,11 @@ class ZeroShotOptions(PromptOptions):
                 )
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise JobError(f"options.threshold is {self.threshold}; a score is from 0 to 1")
-        if not 0.0 < self.temperature < float("inf"):
-            raise JobError(f"options.temperature is {self.temperature}; give a number above 0, such as {TEMPERATURE}")
+        if not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise JobError(
+                f"options.temperature is {self.temperature}; give a number from {_LEAST_TEMPERATURE} on, such as "
+                f"{TEMPERATURE}"
+            )
         if self.multilabel and self.scores:
             raise JobError("options.scores and options.multilabel do not go together; threshold: 0 gives every label")
 

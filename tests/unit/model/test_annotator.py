@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 import bert_ray
 from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.model import annotator as annotator_module
 from bert_ray.model.annotator import Annotator, AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
 from tests.tiny_tasks import Tiny
@@ -29,8 +31,39 @@ def test_rows_order_and_columns_stay(tiny_bundle: Path) -> None:
     assert result.schema.field("sentiment").type == pa.struct({"label": pa.string(), "score": pa.float32()})
     labels = [item and item["label"] for item in result["sentiment"].to_pylist()]
     assert labels[1:4] == [None, None, None]  # null, empty and blank: nothing to judge
-    assert all(label in ("negative", "positive") for label in labels[:1] + labels[4:])
+    judged = [text for text in TEXTS if text and text.strip()]
+    each = [bert_ray.load(tiny_bundle)(pa.table({"text": [text]}))["sentiment"][0].as_py()["label"] for text in judged]
+    assert [label for label in labels if label] == each
     assert labels[0] == labels[5]
+
+
+@pytest.mark.parametrize("kind", ["classification", "entities", "multi-label", "answer", "embedding", "fill-mask"])
+def test_outputs_that_are_no_numbers_are_not_taken_for_nothing(
+    tiny: Callable[[str], Tiny], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = tiny(kind)
+    annotator = AnnotatorSpec(model=it.model, task=it.task, options=it.options, name="annotation").build()
+    forward = annotator.task.forward
+    # As where fp16 overflows in one of many pieces.
+    monkeypatch.setattr(
+        annotator.task, "forward", lambda *given: forward(*given).index_fill(0, torch.tensor([0]), float("nan"))
+    )
+    with pytest.raises(BundleError, match=r"gives scores that are no numbers \(NaN\).*give dtype fp32"):
+        annotator(it.table)
+
+
+def test_a_large_table_is_annotated_in_parts(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"text": [f"a film {row % 7}" for row in range(50)]})
+    annotate = bert_ray.load(tiny_bundle)
+    whole = annotate(table)
+    monkeypatch.setattr(annotator_module, "_CALL_ROWS", 16)
+    parts = annotate(table)
+    assert parts["sentiment"].num_chunks == 4
+    assert parts["sentiment"].combine_chunks().field("label") == whole["sentiment"].combine_chunks().field("label")
+    monkeypatch.setattr(annotator_module, "_CALL_ROWS", 2**16)
+    monkeypatch.setattr(annotator_module, "_CALL_BYTES", table["text"].nbytes // 5)
+    assert annotate(table)["sentiment"].num_chunks == 5
+    assert annotate(table.slice(0, 0))["sentiment"].type == whole["sentiment"].type
 
 
 def test_probabilities_are_transformers_own(tiny_bundle: Path, uci_sample: pa.Table) -> None:
@@ -217,6 +250,29 @@ def test_a_bundle_in_the_place_of_another_is_loaded(tiny: Callable[[str], Tiny],
         said.append(spec.build().task.kind)
         shutil.rmtree(place)
     assert said == ["multi-label", "classification"]
+
+
+@pytest.mark.parametrize("form", ["~/model", "file://{}/model"])
+def test_a_bundle_in_the_place_of_another_is_loaded_by_other_names_too(
+    tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = set()
+    for kind in ("classification", "embedding"):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(tiny(kind).model, tmp_path / "model")
+        seen.add(bert_ray.load(form.format(tmp_path)).fingerprint)
+    assert len(seen) == 2
+
+
+def test_options_that_json_has_not_are_told(tiny_bundle: Path) -> None:
+    with pytest.raises(JobError, match="give what JSON has"):
+        AnnotatorSpec(model=str(tiny_bundle), options={"labels": {"a", "b"}})
+
+
+def test_a_home_that_nobody_has(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="no model at ~nobody-has-this-name/model"):
+        bert_ray.load("~nobody-has-this-name/model")
 
 
 def test_a_device_that_is_none_is_told(tiny_bundle: Path) -> None:

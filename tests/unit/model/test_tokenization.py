@@ -50,6 +50,17 @@ def test_a_library_that_loses_text_is_refused(monkeypatch: pytest.MonkeyPatch) -
         tokenization.Tokenizer(tokenizer, 16, overflow="windows")
 
 
+def test_lengths_that_leave_no_room() -> None:
+    tokenizer = tiny_tokenizer()
+    pair = [pa.array(["good film"])] * 2
+    with pytest.raises(BundleError, match="max_length is 3, and two texts have 3 special tokens alone"):
+        tokenization.Tokenizer(tokenizer, 3)(pair)
+    assert tokenization.Tokenizer(tokenizer, 5)(pair).tokens.lengths.tolist() == [5]
+    (ids,) = [tokenization.Tokenizer(tokenizer, 3, overflow="head_tail")([pa.array(["good film good"])]).tokens.ids]
+    assert ids[0] == tokenizer.cls_token_id
+    assert ids[-1] == tokenizer.sep_token_id
+
+
 def test_the_library_that_is_here_is_not() -> None:
     tokenization.Tokenizer(tiny_tokenizer(), 16, overflow="windows")
 

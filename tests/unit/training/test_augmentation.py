@@ -141,7 +141,9 @@ def test_a_distorted_run_cut_off_goes_on_to_the_same_bits(
     whole = train(replace(job, output=str(tmp_path / "whole")), tell=lambda _: None)
     with pytest.raises(Cut):
         train(job, tell=lambda _: None, callbacks=[cut_at(6)])
-    resumed = train(job, tell=lambda _: None)
+    told: list[dict[str, Any]] = []
+    resumed = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 4)
     one, other = (dict(load_bundle(result.bundle).model().state_dict()) for result in (whole, resumed))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 

@@ -114,8 +114,9 @@ def test_whose_they_are(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
-    (tmp_path / ".new-00000002").mkdir()
-    (tmp_path / ".new-00000002" / STATE_FILE).write_bytes(b"torn")
+    left = tmp_path / ".new-step-00000002"
+    left.mkdir()
+    (left / STATE_FILE).write_bytes(b"torn")
     found = checkpoints.latest()
     assert found is not None and found.position == {"step": 1}
     checkpoints.save(2, {"weight/a": torch.zeros(1)}, {"step": 2})

@@ -14,6 +14,7 @@ from pyarrow import fs
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.bundle import Card, load_bundle
 from bert_ray.model.tasks import get_task
+from bert_ray.training import data
 from bert_ray.training.data import read_columns, read_labelled
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import prepare
@@ -53,6 +54,15 @@ def test_null_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert "1 with no text" in table.notes[0]
     assert "2 with a blank text" in table.notes[0]
     assert "1 with no label" in table.notes[0]
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 10])
+def test_more_text_than_arrow_s_strings_hold(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(data, "_MOST_STRING_BYTES", most)
+    column = pa.chunked_array([["a good film"], ["bad food", None]])
+    array = data.one_array(column)
+    assert array.type == (pa.large_string() if most == 10 else pa.string())
+    assert array.to_pylist() == ["a good film", "bad food", None]
 
 
 def test_a_table_on_a_store(object_store: str) -> None:

@@ -130,7 +130,9 @@ def test_a_kept_mean_is_what_it_says_also_after_a_cut(job_for: Jobs, tmp_path: P
     job = job_for(**settings, output=str(tmp_path / "mean"), keep_base=0.25)
     with pytest.raises(Cut):
         train(job, tell=lambda _: None, callbacks=[cut])
-    mean = train(job, tell=lambda _: None)
+    told: list[dict[str, Any]] = []
+    mean = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 2)
     base, trained, kept = (
         dict(load_bundle(job.model).model().state_dict()),
         *map(weights_of, (plain.bundle, mean.bundle)),

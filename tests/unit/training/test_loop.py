@@ -638,4 +638,7 @@ def test_a_run_that_is_stopped_at_an_epochs_last_step_goes_on(
 
     with pytest.raises(Stopped, match=rf"at step {last}; "):
         quiet(job, callbacks=[stop])
-    assert without_speed(quiet(job).history) == without_speed(whole.history)
+    told: list[dict[str, Any]] = []
+    result = train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", last)
+    assert without_speed(result.history) == without_speed(whole.history)

@@ -134,7 +134,6 @@ def test_head_and_tail(bundle: str, texts: list[str]) -> None:
         ({}, "classification"),
         ({"problem_type": "single_label_classification"}, "classification"),
         ({"problem_type": "multi_label_classification"}, "multi-label"),
-        ({"problem_type": "regression"}, "regression"),
         ({"num_labels": 1}, "regression"),
         ({"num_labels": 1, "problem_type": "multi_label_classification"}, "multi-label"),
     ],

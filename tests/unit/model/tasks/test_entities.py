@@ -100,8 +100,10 @@ def test_a_plain_directory_of_other_schemes(tmp_path: Path, tags: list[str], tex
     found = load_bundle(model)
     assert found.card.task == "entities"
     assert found.card.labels == [tag for tag in dict.fromkeys(tag.split("-")[-1] for tag in tags) if tag != "O"]
-    for text, entities in zip(texts[:30], annotate(model, texts[:30]), strict=True):
-        assert all(text[entity["start"] : entity["end"]] == entity["text"] for entity in entities)
+    annotated = annotate(model, texts[:30])
+    assert {entity["label"] for entities in annotated for entity in entities} == set(found.card.labels)
+    for text, entities in zip(texts[:30], annotated, strict=True):
+        assert [text[entity["start"] : entity["end"]] for entity in entities] == [entity["text"] for entity in entities]
 
 
 def test_targets_are_those_of_run_ner(bundle: Path, shared_data: Path) -> None:

@@ -155,6 +155,36 @@ def test_a_dialogue_is_the_mean_of_question_and_all_turns(shop: Path) -> None:
     np.testing.assert_allclose(vectors[1], one, atol=1e-5)
 
 
+def test_a_control_character_makes_no_dialogue(shop: Path) -> None:
+    plain, marked = "when is my parcel there", "when is\x1emy parcel there"
+    first, second = ask(shop, [plain, marked])
+    assert first == second
+    dialogues = [["hello", plain], ["hello", marked]]
+    first, second = ask(shop, pa.array(dialogues, pa.list_(pa.string())))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "message"),
+    [
+        ({}, {"max_length": 1000}, r"max_length is 1000, but \S+ has 512 positions"),
+        ({"id": [[1], [2]]}, {}, r"the id column is list<.*give a name or a number"),
+    ],
+)
+def test_an_index_that_cannot_be_leaves_what_was_there(
+    tiny_encoder: Path, tmp_path: Path, table: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    pairs = {"question": ["a", "b"], "answer": ["c", "d"]}
+    place = tmp_path / "faq"
+    before = build_index(str(tiny_encoder), pa.table(pairs), place)
+    with pytest.raises((JobError, ColumnError), match=message):
+        build_index(str(tiny_encoder), pa.table(pairs | table), place, **settings)
+    assert load_bundle(place).fingerprint == before.fingerprint
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match="file is a file"):
+        build_index(str(tiny_encoder), pa.table(pairs), tmp_path / "file")
+
+
 def test_a_long_dialogue_loses_its_oldest_turns(shop: Path) -> None:
     (found,) = ask(shop, [["chatter " * 50] * 40 + ["How can I pay?"]])
     assert found["id"] == "pay"

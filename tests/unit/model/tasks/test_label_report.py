@@ -11,6 +11,7 @@ import pytest
 from bert_ray.model.bundle import Card
 from bert_ray.model.tasks import Classification
 from bert_ray.model.tasks.label_report import label_sets_report, majority, one_label_report
+from bert_ray.model.tasks.sections import Confusion, as_data
 
 
 def annotations(said: list[str | None], scores: list[float] | None = None) -> pa.Array:
@@ -42,6 +43,19 @@ def test_figures_of_a_table_counted_by_hand() -> None:
     assert [case.row for case in found["mistakes"].cases] == [3, 5]
     # Scores of what was not said are not there, so that there is no curve.
     assert "precision-recall" not in found
+
+
+def test_of_many_labels_what_occurs_is_kept() -> None:
+    names = [f"label {number}" for number in range(17)]
+    counts = np.zeros((17, 17), np.int64)
+    counts[0, 0], counts[3, 16] = 5, 2
+    section = Confusion(key="confusion", title="", labels=tuple(names), counts=counts)
+    assert as_data(section) == [
+        {"label": "label 0", "said": "label 0", "count": 5},
+        {"label": "label 3", "said": "label 16", "count": 2},
+    ]
+    few = Confusion(key="confusion", title="", labels=tuple(names[:2]), counts=counts[:2, :2])
+    assert as_data(few) == [[5, 0], [0, 0]]
 
 
 def test_the_majority_says_one_label_always() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,7 +370,15 @@ def test_null_blank_and_long(trained: Any) -> None:
     annotator = AnnotatorSpec(model=str(trained.bundle), options={"beams": 1, "max_target_tokens": 20}).build()
     said = annotator(pa.table({"text": pa.array(texts, pa.string())}))["translation"].to_pylist()
     assert said[:3] == [None, "", ""]
-    assert all(isinstance(text, str) for text in said[1:])
+    assert said[3]  # Learned by heart: whatever the others are, it says something.
+    assert None not in said[1:]
+
+
+def test_a_long_run_of_blanks_takes_time_by_its_length() -> None:
+    started = time.perf_counter()
+    assert sentences("x" + " " * 1_000_000 + "y. z") == ["x" + " " * 1_000_000 + "y.", "z"]
+    assert sentences("a" + "\n " * 100_000 + "b") == ["a", "b"]
+    assert time.perf_counter() - started < 20
 
 
 def test_rows_that_teach_nothing_are_left_out(tmp_path: Path, tiny_encoder: Path) -> None:

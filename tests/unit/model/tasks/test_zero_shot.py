@@ -100,8 +100,12 @@ def test_every_form_of_labels() -> None:
 
 def test_500_labels_of_100_characters(tiny_encoder: Path) -> None:
     names = [f"{number:03}" + "x" * 97 for number in range(500)]
-    found = annotate(["a film", "bad food"], str(tiny_encoder), labels=names)
-    assert all(row["label"] in names for row in found)
+    found = annotate(["a film", "bad food"], str(tiny_encoder), labels=names, scores=True)
+    for row in found:
+        scores = dict(row["scores"])
+        assert list(scores) == names
+        assert row["score"] == scores[row["label"]] == max(scores.values())
+        assert sum(scores.values()) == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +152,7 @@ def test_labels_that_cannot_be_chosen_from(labels: Any, message: str, tiny_encod
         ({"template": ["{}", 3]}, "template has 3"),
         ({"threshold": 1.5}, "a score is from 0 to 1"),
         ({"threshold": "high"}, "threshold is 'high'; give a number"),
-        ({"temperature": 0}, "temperature is 0; give a number above 0"),
+        ({"temperature": 0}, "temperature is 0; give a number from 1e-06 on"),
         ({"temperature": None}, "temperature is None"),
         ({"multilabel": "yes"}, "multilabel is 'yes'; give true or false"),
         ({"multilabel": True, "scores": True}, "do not go together"),
