@@ -182,17 +182,31 @@ def timed(contestant: Ours | Transformers, device: torch.device, pieces: int, st
 
 
 def profile(contestant: Ours | Transformers, device: torch.device) -> None:
-    """Print where one step's time goes."""
+    """Print where the time of a step of two pieces goes, by operation and its shapes, and how much none accounts for.
+
+    What the wall clock has beyond the sum of the kernels is launching and waiting; shapes tell products that are far
+    from the device's rate from those that are near it.
+    """
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as found:
-        contestant.piece(0, 1)
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
+        start = time.perf_counter()
+        for number in range(2):
+            contestant.piece(number, 2)
         contestant.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
+        wall = time.perf_counter() - start
     key = f"self_{device.type}_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80), flush=True)
+    total = sum(getattr(item, key.replace("cuda", "device")) for item in found.key_averages()) / 1e6
+    table = found.key_averages(group_by_input_shape=True).table(
+        sort_by=key, row_limit=60, max_name_column_width=60, max_shapes_column_width=60
+    )
+    print(
+        f"{table}\nwall {wall * 1e3:.1f} ms, of which {total * 1e3:.1f} ms are in operations on {device.type}",
+        flush=True,
+    )
 
 
 def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
