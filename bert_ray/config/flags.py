@@ -93,4 +93,4 @@ def _bracketed(value: str) -> str:
     """keep=a,b for keep=[a, b]. Every list is one of text, so `labels=0,1` and `keep=no,x` are text as well."""
     if "'" in value or '"' in value:  # Quoted as YAML has it: a comma may be part of a word.
         return f"[{value}]"
-    return json.dumps([word.strip() for word in value.split(",")], ensure_ascii=False)
+    return json.dumps([word for part in value.split(",") if (word := part.strip())], ensure_ascii=False)

@@ -177,7 +177,7 @@ class Annotator:
         if isinstance(table, pa.RecordBatch):
             return table.append_column(self.output_field, self.annotate(inputs))
         # Some rows at a time: an array of Arrow's strings, or of lists, holds at most 2 GiB.
-        rows = min(_CALL_ROWS, max(1, table.num_rows * _CALL_BYTES // max(1, sum(array.nbytes for array in inputs))))
+        rows = min(_CALL_ROWS, max(1, table.num_rows * _CALL_BYTES // max(1, sum(map(_bytes, inputs)))))
         starts = range(0, table.num_rows, rows) or [0]
         parts = [self.annotate([array.slice(start, rows) for array in inputs]) for start in starts]
         return table.append_column(self.output_field, pa.chunked_array(parts, self.output_field.type))
@@ -283,6 +283,15 @@ class Annotator:
         values = np.empty_like(found)
         values[order] = found
         return Outputs(values=values, offsets=offsets)
+
+
+def _bytes(array: pa.ChunkedArray) -> int:
+    """How large a column is, about: of a dictionary that chunks share, and of a slice, what is its own."""
+    whole = array.get_total_buffer_size()
+    try:
+        return min(whole, array.nbytes)
+    except pa.ArrowTypeError:  # Of views, until pyarrow tells their bytes.
+        return whole
 
 
 def _distinct(arrays: list[pa.Array]) -> tuple[list[pa.Array], np.ndarray]:

@@ -419,11 +419,6 @@ def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) 
     for task in TASKS.values():
         if task.architecture is not None and architecture.endswith(task.architecture) and task.fits(config):
             return Card(task=task.kind, inputs=list(task.inputs), max_length=max_length, labels=task.labels_of(config))
-    if architecture.endswith("ForSequenceClassification"):
-        raise BundleError(
-            f"{directory}: config.json says problem_type {config.problem_type} with {config.num_labels} outputs, of "
-            "which no task makes an annotation"
-        )
     pooling, normalize = "mean", False
     if made:
         for module in json.loads((directory / "modules.json").read_text("utf-8")):
@@ -457,7 +452,10 @@ def _lowers_first(normalizer: Any) -> bool:
     """Whether texts are made lower-case before anything else is done to them."""
     from tokenizers import normalizers
 
-    return isinstance(normalizer, normalizers.Sequence) and isinstance(normalizer[0], normalizers.Lowercase)
+    try:
+        return isinstance(normalizer, normalizers.Sequence) and isinstance(normalizer[0], normalizers.Lowercase)
+    except IndexError:  # A sequence of none.
+        return False
 
 
 def _pooling(settings: dict[str, Any], directory: Path) -> str:

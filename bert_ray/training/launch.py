@@ -8,9 +8,9 @@ With engine ray on several machines, `<output>` lies on storage that all of them
 from __future__ import annotations
 
 import datetime
-import glob
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -146,8 +146,9 @@ def _train(
     from bert_ray.model.bundle import load_bundle
 
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
-    for left in output.parent.glob(f".{glob.escape(output.name)}.*.start"):  # What a killed start left.
-        shutil.rmtree(left, ignore_errors=True)
+    for left in output.parent.iterdir():  # What a killed start left.
+        if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.start", left.name):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         base, asked = _base(job, fresh)
         task = new_task(job, base)
@@ -166,6 +167,8 @@ def _train(
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if output.exists() and any(output.iterdir()):
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
+        if begun_in(directory) is None:  # Who began by a version that ignored them goes on.
+            _check_kind(job)
         enter(job, directory, identity)
         if fresh.exists():
             base = _keep_start(job, data, fresh, directory / START, tell)
@@ -276,7 +279,6 @@ def new_task(job: TrainJob, base: Bundle) -> Task:
     from bert_ray.model.tasks import TRAINED_ONLY
 
     kind = TRAINED_ONLY.get(job.task)
-    _check_kind(job)
     limit, layers = max_positions(base.config), encoder_config(base.config).num_hidden_layers
     if job.freeze_layers > layers:
         raise JobError(f"freeze_layers is {job.freeze_layers}, but {job.model} has {layers} layers")
@@ -310,7 +312,7 @@ def _reads_corpus(job: TrainJob) -> bool:
 
 
 def _check_kind(job: TrainJob) -> None:
-    """Refuse keys that the job's kind of training would ignore, and that stand in the way of a run that goes on."""
+    """Refuse keys that the job's kind of training would ignore."""
     default = TrainJob(model=job.model, output=job.output, data=DataOptions(train=job.data.train))
     reads_corpus = _reads_corpus(job)
     given = [

@@ -435,7 +435,7 @@ class Loop:
                     save_bundle(self._best, self.module.model, tokenizer, self.card, task=task)
                     sync_tree(self._best)  # The checkpoint that comes next says that it is there.
                     sync(self.directory)
-                except JobError as error:
+                except (JobError, OSError) as error:
                     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
                     raise self.checkpoints.failed(f"the best model to {self._best}", cause) from error
         self.peers.wait()

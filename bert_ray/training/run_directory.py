@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_ray.errors import BundleError, JobError, LakeError
+from bert_ray.errors import BundleError, JobError, LakeError, why
 from bert_ray.lake.files import sync, sync_tree, write_json
 from bert_ray.training.job import is_uri
 
@@ -47,10 +47,13 @@ def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
         _leave_place(job, directory, identity)
     if job.checkpoint.directory:
         _enter_checkpoints(job, directory, identity)
-    if begun is None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / RUN_FILE, identity)
-    write_json(directory / _PLACE_FILE, {"directory": job.checkpoint.directory})
+    try:
+        if begun is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / RUN_FILE, identity)
+        write_json(directory / _PLACE_FILE, {"directory": job.checkpoint.directory})
+    except OSError as error:
+        raise LakeError(f"{directory} cannot be written: {why(error)}. When that is mended, run it again") from error
 
 
 def begun_in(directory: Path) -> dict[str, Any] | None:
@@ -66,10 +69,11 @@ def begun_in(directory: Path) -> dict[str, Any] | None:
 def _check_place(job: TrainJob, directory: Path) -> None:
     """Checkpoints in the output would stand where the bundle is to come; in the run's directory, in their own way."""
     place, output = job.checkpoint.directory, Path(job.output)
-    if place is None or is_uri(place):
+    if place is None or (is_uri(place) and not place.startswith("file:")):
         return
+    path = Path(place.removeprefix("file:").replace("//", "/", 1))
     for taken in (output, directory):
-        if taken in (Path(place), *Path(place).parents):
+        if taken in (path, *path.parents):
             what = "where the bundle is to come" if taken == output else "the run's own directory"
             raise JobError(f"checkpoint.directory {place} is in {taken}, {what}: choose another, or leave it out")
 
@@ -89,10 +93,11 @@ def _leave_place(job: TrainJob, directory: Path, identity: dict[str, Any]) -> No
         there = old.names()
     except OSError as error:
         raise LakeError(f"the checkpoints in {old.where} cannot be listed: {error}") from error
-    if there:
+    own = before is None or old.begun() == _owner(job, identity)
+    if there and own:
         again = "leave checkpoint.directory out" if before is None else f"give checkpoint.directory={before}"
         raise JobError(f"this run's checkpoints lie in {old.where}: {again} to go on with it, or delete them")
-    if before and old.begun() == _owner(job, identity):
+    if before and own:
         old.remove()
 
 
@@ -169,10 +174,15 @@ def publish(
         "seconds": round(seconds, 1),
     }
     save_card(best, card)
-    # The checkpoints go next: what takes their place outlives a power cut.
-    sync_tree(best)
-    os.replace(best, output)
-    sync(output.parent)
+    try:
+        # The checkpoints go next: what takes their place outlives a power cut.
+        sync_tree(best)
+        os.replace(best, output)
+        sync(output.parent)
+    except OSError as error:
+        raise LakeError(
+            f"{best} cannot be brought to {output}: {why(error)}. When that is mended, the same command does it"
+        ) from error
     clear(job, directory, identity)
 
 

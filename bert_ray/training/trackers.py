@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import JobError
@@ -67,16 +70,28 @@ Write = Callable[[dict[str, float], int], None]
 
 
 def _tensorboard(job: TrainJob, stack: contextlib.ExitStack) -> Write:
+    # Not its SummaryWriter: that writes in a thread, and waits for ever where a full disk has ended the thread.
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
     except ImportError as error:
         raise JobError("trackers: tensorboard needs tensorboardX: pip install 'bert-ray[train]'") from error
-    writer = SummaryWriter(f"{job.output}.tensorboard", flush_secs=10)
-    stack.callback(writer.close)
+    place, numbers = Path(f"{job.output}.tensorboard"), itertools.count()
+    files: list[Any] = []
+    stack.callback(lambda: [file.close() for file in files])
 
     def write(figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name, value, step)
+        try:
+            if not files:
+                place.mkdir(parents=True, exist_ok=True)
+                files.append(EventsWriter(str(place / "events"), f".{os.getpid()}.{next(numbers)}"))
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+            files[0].write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            files[0].flush()
+        except OSError:
+            files.clear()  # What comes after a half-written event is not read: the next one begins another file.
+            raise
 
     return write
 
@@ -100,7 +115,7 @@ def _mlflow(job: TrainJob, stack: contextlib.ExitStack) -> Write:
             run = mlflow.start_run(run_id=cut_off[0].info.run_id)
         else:
             run = mlflow.start_run(run_name=job.output, tags={_TAG: name})
-        stack.enter_context(run)
+        stack.push(_ended(run, mlflow))
         # MLflow takes values of up to 6,000 characters.
         mlflow.log_params({key: str(value)[:6000] for key, value in settings.items()})
     except (mlflow.exceptions.MlflowException, OSError) as error:
@@ -113,6 +128,16 @@ def _mlflow(job: TrainJob, stack: contextlib.ExitStack) -> Write:
         mlflow.log_metrics(figures, step=step)
 
     return write
+
+
+def _ended(run: Any, mlflow: Any) -> Callable[..., None]:
+    """What ends MLflow's run as finished or failed; where its server is gone, the training has ended all the same."""
+
+    def leave(*error: Any) -> None:
+        with contextlib.suppress(mlflow.exceptions.MlflowException, OSError):
+            run.__exit__(*error)
+
+    return leave
 
 
 _OPENERS: dict[str, Callable[[TrainJob, contextlib.ExitStack], Write]] = {

@@ -111,6 +111,8 @@ def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
     # Every list is one of text, whatever its words look like; quoted ones may hold a comma.
     assert load("input=x", "keep=no,1, null,{x}").keep == ["no", "1", "null", "{x}"]
     assert load("input=x", "keep='a,b',c").keep == ["a,b", "c"]
+    assert load("input=x", "keep=").keep == []
+    assert load("input=x", "keep=a, b,").keep == ["a", "b"]
     job = load("input=ä", "keep=a,b", "cluster.config.spark.a.b=c", "rate=3e-5", "name=12", "scores=true", "level=2")
     path = tmp_path / "dumped.yaml"
     for one in (job, load("input=1e5", "name=7e1"), load("input=true", "name=null")):

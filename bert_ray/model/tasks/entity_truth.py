@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError
-from bert_ray.model.tasks.spans import WORD_END, entity_runs, is_tag, plain, read_tags
+from bert_ray.model.tasks.spans import entity_runs, is_tag, plain, read_tags
 from bert_ray.model.tokenization import is_text, to_python_strings
 
 _SPAN = pa.struct([("start", pa.int64()), ("end", pa.int64()), ("label", pa.string())])
@@ -259,8 +259,3 @@ def _tags(spans: Flat, places: Sequence[dict[int, int]]) -> list[list[str]]:
         tags[row][first] = f"B-{label}"
         tags[row][first + 1 : last] = [f"I-{label}"] * (last - first - 1)
     return tags
-
-
-def words_text(words: Sequence[str]) -> str:
-    """A list of words as the text that spans count in."""
-    return plain("".join(word.replace(WORD_END, " ") + WORD_END for word in words))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle
 
 # Stands between the turns of a dialogue on their way to the tokenizer: ASCII's record separator.
-_TURN = "\x1e"
+_TURN = "\ufdd0"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -97,10 +97,10 @@ class Faq(PooledTask):
     def read(self, task_input: str, array: pa.Array | pa.ChunkedArray, column: str) -> pa.Array:
         """Questions as large_string; a dialogue's turns joined, blank ones left empty. Null where the last is."""
         if not _is_list(array.type):
-            return pc.replace_substring(super().read(task_input, array, column), _TURN, " ")
+            return super().read(task_input, array, column)
         if isinstance(array, pa.ChunkedArray):
             array = array.combine_chunks() if array.num_chunks != 1 else array.chunk(0)
-        turns = pc.replace_substring(pc.fill_null(as_strings(array.flatten(), column), ""), _TURN, " ")
+        turns = pc.fill_null(as_strings(array.flatten(), column), "")
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         if not len(turns):
             return pa.nulls(len(lengths), pa.large_string())

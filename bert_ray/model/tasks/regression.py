@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from bert_ray.errors import ColumnError, JobError
+from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Targets
 from bert_ray.model.tasks.base import Learning, Outputs
 from bert_ray.model.tasks.heads import SequenceTask, by_row, by_sample
@@ -24,6 +24,7 @@ from bert_ray.model.tasks.numbers import correlations, narrow, not_finite, numbe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from bert_ray.model.annotator import Annotator
     from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
     from bert_ray.model.tasks.sections import Section
@@ -41,8 +42,10 @@ class Regression(SequenceTask):
 
     @classmethod
     def fits(cls, config: PretrainedConfig) -> bool:
-        """A single output is a number unless the configuration says something else."""
-        return config.num_labels == 1 and config.problem_type != "multi_label_classification"
+        """Where the configuration says so; a single output is a number unless it says something else."""
+        return config.problem_type == "regression" or (
+            config.num_labels == 1 and config.problem_type != "multi_label_classification"
+        )
 
     def output_type(self) -> pa.DataType:
         """float32."""
@@ -51,6 +54,19 @@ class Regression(SequenceTask):
     def new_model(self, base: Bundle, dropout: float | None = None, attention_dropout: float | None = None) -> Any:
         """The base's encoder and pooler with a fresh head of one output."""
         return self.fresh_model(base, problem_type="regression", dropout=dropout, attention_dropout=attention_dropout)
+
+    def prepare(self, annotator: Annotator) -> None:
+        """Check that there is one number.
+
+        Raises:
+            BundleError: there are several, as of a model that was trained elsewhere.
+        """
+        super().prepare(annotator)
+        if (several := annotator.bundle.config.num_labels) > 1:
+            raise BundleError(
+                f"{annotator.bundle.reference} gives {several} numbers for a text, of which task regression makes no "
+                "annotation; another model can be trained from it"
+            )
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:
         """Outputs float32 (P, 1) -> numbers; of a text in windows the mean counts."""

@@ -315,11 +315,26 @@ def test_what_a_killed_start_left_is_swept(job_for: Jobs, tmp_path: Path) -> Non
     left = tmp_path / ".model.1234.start"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / ".another.1234.start"
-    other.mkdir()
+    others = [tmp_path / name for name in (".another.1234.start", ".model.v2.1234.start")]
+    for other in others:
+        other.mkdir()
     quiet(job_for(epochs=1))
     assert not left.exists()
-    assert other.exists()
+    assert all(other.exists() for other in others)
+
+
+def test_a_run_begun_with_a_key_that_was_ignored_goes_on(job_for: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_for(batch_tokens=999, checkpoint=CheckpointOptions(every_steps=2))
+    with pytest.raises(JobError, match="batch_tokens: for a task that reads a corpus"):
+        quiet(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_OF_A_CORPUS", ())
+        with pytest.raises(Cut):
+            quiet(job, callbacks=[cut_at(3)])
+    told: list[dict[str, Any]] = []
+    train(job, tell=told.append)
+    assert (told[0]["what"], told[0]["step"]) == ("resumed", 2)
+    assert not quiet(job).trained
 
 
 @pytest.mark.parametrize("when", ["in the third epoch", "at the end"])

@@ -134,6 +134,7 @@ def test_head_and_tail(bundle: str, texts: list[str]) -> None:
         ({}, "classification"),
         ({"problem_type": "single_label_classification"}, "classification"),
         ({"problem_type": "multi_label_classification"}, "multi-label"),
+        ({"problem_type": "regression"}, "regression"),
         ({"num_labels": 1}, "regression"),
         ({"num_labels": 1, "problem_type": "multi_label_classification"}, "multi-label"),
     ],
@@ -151,6 +152,12 @@ def test_a_plain_directory_says_what_its_head_is_for(tmp_path: Path, settings: d
     assert card.task == kind
     assert card.inputs == (["text", "text_pair"] if kind == "regression" else ["text"])
     assert len(card.labels) == (0 if kind == "regression" else settings.get("num_labels", 3))
+    if kind == "regression" and "num_labels" not in settings:
+        with pytest.raises(
+            BundleError, match="gives 3 numbers for a text, of which task regression makes no annotation"
+        ):
+            Annotator(load_bundle(tmp_path))
+        return
     annotator = Annotator(load_bundle(tmp_path))
     columns = {name: ["a nice film"] for name in card.inputs}
     assert annotator(pa.table(columns)).column(len(columns)).null_count == 0

@@ -18,7 +18,7 @@ from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tasks.entities import Entities
-from bert_ray.model.tasks.entity_truth import scores, words_text
+from bert_ray.model.tasks.entity_truth import scores
 from bert_ray.model.tasks.spans import entity_runs, marked_texts, plain_texts, read_tags
 from tests.conftest import TINY_SEED, tiny_config, tiny_tokenizer
 
@@ -237,7 +237,6 @@ def test_given_words_are_kept(bundle: Path) -> None:
     words = [["U.S.", "and", "New York", "don't"], [], None, ["x", "", "y"], ["a\u205fb", None, "(c)"]]
     marked = marked_texts(pa.array(words, pa.list_(pa.string())))
     assert plain_texts(marked).to_pylist() == ["U.S. and New York don't", "", None, "x  y", "a b  (c)"]
-    assert words_text(["U.S.", "and"]) == "U.S. and"
     found = annotate(bundle, words, pa.list_(pa.string()))
     assert found[1] == [] and found[2] is None
     edges = {0, 4, 5, 8, 9, 17, 18, 23}

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import BundleError, ColumnError, JobError
+from bert_ray.evaluation.evaluate import evaluate
+from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.inference import local
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle, save_bundle
@@ -156,12 +158,33 @@ def test_a_dialogue_is_the_mean_of_question_and_all_turns(shop: Path) -> None:
 
 
 def test_a_control_character_makes_no_dialogue(shop: Path) -> None:
-    plain, marked = "when is my parcel there", "when is\x1emy parcel there"
-    first, second = ask(shop, [plain, marked])
-    assert first == second
-    dialogues = [["hello", plain], ["hello", marked]]
-    first, second = ask(shop, pa.array(dialogues, pa.list_(pa.string())))
-    assert first == second
+    annotator = AnnotatorSpec(model=str(shop)).build()
+    tokenizer = annotator.task.tokenizer(annotator.bundle.tokenizer())
+    asked = pa.array(["".join(map(chr, range(1, 32))) + "when is my parcel there\x1eat last"])
+    pieces = annotator.task.encode(tokenizer, [annotator.task.read("question", asked, "question")])
+    assert pieces.rows.tolist() == [0]
+
+
+def test_dialogues_are_measured_as_they_are_annotated(shop: Path, tmp_path: Path) -> None:
+    dialogues = [
+        ["My watch is empty by noon.", "Is that how long the battery lasts?", "And the other one?"],
+        ["I ordered on Monday.", "You will get it soon.", "On which day exactly?"],
+        ["When will my parcel arrive?", "Tomorrow.", "How can I pay?"],
+    ]
+    said = ids(ask(shop, dialogues))
+    assert said == ["battery", "delivery", "pay"]
+    # As one text, the turns in the order in which they were said, the last dialogue is about its first turn as well.
+    assert ask(shop, [" ".join(dialogues[2])])[0]["score"] < ask(shop, [dialogues[2]])[0]["score"]
+    pq.write_table(pa.table({"question": dialogues, "id": said}), tmp_path / "asked.parquet")
+    job = EvaluateJob(model=str(shop), table=str(tmp_path / "asked.parquet"), output=str(tmp_path / "report"))
+    found = evaluate(job)
+    assert found.figures["recall@1"] == 1.0
+    assert found.figures["mrr"] == 1.0
+    job = dataclasses.replace(job, options={"history_weight": 0.0})
+    alone = ids(ask(shop, dialogues, history_weight=0.0))
+    share = sum(one == other for one, other in zip(alone, said, strict=True)) / 3
+    assert evaluate(job).figures["recall@1"] == pytest.approx(share)
+    assert share < 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bert_ray.errors import BertRayError, BundleError, ColumnError, JobError
+from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import Card, load_bundle
 from bert_ray.model.tasks import get_task
@@ -76,17 +76,6 @@ def test_of_windows_the_mean_counts(bundle: str, texts: list[str]) -> None:
 def test_null_and_blank_give_null(bundle: str) -> None:
     found = annotate(bundle, {"text": ["a", None, "a", " "], "text_pair": ["b", "b", "", "b"]})
     assert [item is None for item in found] == [False, True, True, True]
-
-
-def test_several_outputs_are_no_regression(bundle: str, tmp_path: Path) -> None:
-    from transformers import BertForSequenceClassification
-
-    model = BertForSequenceClassification.from_pretrained(bundle, num_labels=3, ignore_mismatched_sizes=True)
-    model.config.problem_type = "regression"
-    model.save_pretrained(tmp_path)
-    load_bundle(bundle).tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(BundleError, match=r"problem_type regression with 3 outputs, of which no task"):
-        load_bundle(str(tmp_path))
 
 
 def test_two_texts_unless_told_otherwise() -> None:
