@@ -15,7 +15,7 @@ from bert_ray.errors import JobError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2: `no` and `on` are text, `1e-5` is a number."""
+    """YAML with the scalars of version 1.2: `no` and `on` are text, `1e-5` is a number, `010` is ten, `1:30` text."""
 
     close = yaml.SafeLoader.dispose
 
@@ -24,16 +24,19 @@ class Dumper(yaml.SafeDumper):
     """The way back: puts in quotes what `_Loader` would take for something else than text."""
 
 
+_OF_VERSION_1_1 = ("bool", "float", "int", "timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("bool", "float", "timestamp")]
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _OF_VERSION_1_1]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), "-+0123456789")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^(?:[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     "-+0123456789.",
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 

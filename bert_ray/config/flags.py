@@ -35,7 +35,7 @@ class Arguments:
                 if not equals:
                     value = self._value(word, key, left)
                 self._add(key, rest, value, word if equals else f"{word} {value}")
-            elif _KEY_VALUE.match(word) and not os.path.isfile(word):
+            elif _KEY_VALUE.match(word) and not os.path.exists(word):
                 name, _, value = word.partition("=")
                 key, rest = self._find(name, word)
                 self._add(key, rest, value, word)

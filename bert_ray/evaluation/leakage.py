@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from bert_ray.errors import BertRayError
+from bert_ray.lake.snapshots import parquet_of
 from bert_ray.model.tokenization import to_python_strings
 from bert_ray.training.data import of_one_schema, rows_known
 
@@ -42,7 +43,7 @@ def rows_also_trained_on(
         return None
     columns = [named.get(name, name) for name in task.inputs]
     try:
-        table = of_one_schema(pads.dataset(path, format="parquet", partitioning="hive"))
+        table = of_one_schema(pads.dataset(parquet_of(path), format="parquet", partitioning="hive"))
         if sum(Path(file).stat().st_size for file in table.files) > most_bytes:
             return None
         if not set(columns) <= set(table.schema.names):

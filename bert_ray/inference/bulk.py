@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import shlex
 import sys
 import time
 import uuid
@@ -102,6 +103,7 @@ class Summary:
 
     def __str__(self) -> str:
         output = printable(self.output)
+        quoted = shlex.quote(output)
         lines = [
             f"annotated {self.rows:,} rows in {self.done:,} units on {self.engine}: "
             f"{self.rows_per_second:,.1f} rows/s, {self.seconds:.1f} s of which {self.startup_seconds:.1f} s start-up",
@@ -111,12 +113,12 @@ class Summary:
         if self.skipped:
             lines.append(f"  skipped  {self.skipped:,} units that earlier runs have done")
         if self.failed:
-            lines.append(f"  failed   {self.failed:,} units; all of them: bert-ray runs failures {output}")
+            lines.append(f"  failed   {self.failed:,} units; all of them: bert-ray runs failures {quoted}")
             lines += [f"           {note['error']}" for note in self.failures[:_FAILURES_SHOWN]]
         if self.stopped:
             lines.append(f"  stopped  {self.stopped}")
         if self.left:
-            lines.append(f"  left     {self.left:,} units; to go on: bert-ray runs resume {output}")
+            lines.append(f"  left     {self.left:,} units; to go on: bert-ray runs resume {quoted}")
         return "\n".join(lines)
 
 
@@ -193,7 +195,7 @@ def _run(job: AnnotateJob, engine: ModuleType, began: float, began_wall: float) 
         finished = len(Journal(plan.work.output).receipts())
         print(
             f"\nstopped by Ctrl-C: {finished:,} of {summary.units:,} units are done and stay done; "
-            f"to go on: bert-ray runs resume {printable(summary.output)}",
+            f"to go on: bert-ray runs resume {shlex.quote(printable(summary.output))}",
             file=sys.stderr,
             flush=True,
         )
@@ -289,6 +291,8 @@ def prepare(job: AnnotateJob) -> Plan:
     )
     keep = _kept(job, schema, table.partitions)
     annotator.check(_checked(schema, annotator.input_columns, (*keep, *table.partitions)))
+    units = table.units(job.unit_rows)
+    _check_directories(units, annotator.output_field.name)
     session = uuid.uuid4().hex[:12]
     work = Work(
         session=session,
@@ -317,7 +321,6 @@ def prepare(job: AnnotateJob) -> Plan:
         known = {"task": settings["task"]} | earlier["settings"]
         known["options"] = settings["options"] | known.get("options", {})
         refuse_another_job(output, known, settings)
-    units = table.units(job.unit_rows)
     if earlier:
         _reconcile(journal, units)
     done = journal.receipts()
@@ -333,7 +336,9 @@ def prepare(job: AnnotateJob) -> Plan:
             "sessions": [*earlier.get("sessions", []), note][-_SESSIONS:],
         }
     )
-    todo = [unit for unit in units if unit.id not in done]
+    # Those that were cut off come last: one of which its process dies would else keep the others from being done.
+    begun = journal.started()
+    todo = sorted((unit for unit in units if unit.id not in done), key=lambda unit: unit.id in begun)
     return Plan(job=job, work=work, units=units, todo=todo, warnings=_warnings(annotator, work.reader, todo))
 
 
@@ -349,7 +354,7 @@ def _precision(job: AnnotateJob, journal: Journal) -> str:
 def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
     """Where the model's vocabulary cannot spell the language of an input, by some rows from all over the table."""
     batches = []
-    for unit in units[:: max(1, len(units) // _JUDGED_UNITS)][:_JUDGED_UNITS]:
+    for unit in units[:: max(1, -(-len(units) // _JUDGED_UNITS))]:
         # What is wrong with a file its own unit will tell.
         with contextlib.suppress(LakeError):
             columns = list(dict.fromkeys(annotator.input_columns))  # Two inputs may be one column.
@@ -383,6 +388,19 @@ def _checked(schema: Any, inputs: tuple[str, ...], kept: tuple[str, ...]) -> Any
     return pa.schema([schema.field(name) for name in dict.fromkeys((*kept, *inputs))])
 
 
+def _check_directories(units: list[Any], annotation: str) -> None:
+    """A directory of the output must not spell a column of the annotation's name."""
+    from bert_ray.lake.units import partition_values
+
+    for directory in {unit.partition_directory for unit in units}:
+        for name in partition_values(f"{directory}/"):
+            if name.casefold() == annotation.casefold():
+                raise ColumnError(
+                    f"the directories are partitioned by {name!r}, as those of the output will be; give the annotation "
+                    f"another name than {annotation!r} with --name (name: in a job file)"
+                )
+
+
 def _reconcile(journal: Journal, units: list[Any]) -> None:
     """Bring the journal of earlier runs in line with the table as it is now.
 
@@ -406,7 +424,7 @@ def _reconcile(journal: Journal, units: list[Any]) -> None:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise JobError(
             f"the input's file {lost[0]}{more} is {how} since {journal.output} has its rows: "
-            "restore it, or choose another output"
+            "restore it as it was, with its time (cp -p, rsync -t), or choose another output"
         )
     for unit_id in receipts:
         journal.discard(unit_id)

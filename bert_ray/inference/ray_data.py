@@ -72,6 +72,8 @@ def plan_pool(
         JobError: the cluster cannot hold the workers asked for, and would wait for ever.
     """
     most = tasks if tasks is not None else 2**31
+    if device.partition(":")[2] not in ("", "0"):
+        raise JobError(f"device is {device!r}, but Ray gives each worker a GPU of its own: give auto or cuda")
     if device.startswith("cuda") or (device == "auto" and gpus >= 1):
         if gpus < max(1, workers or 1):
             raise JobError(f"{workers or 1} workers with a GPU each are asked for, the cluster has {gpus:g} GPUs")

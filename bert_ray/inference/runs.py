@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +46,9 @@ def status(output: str | os.PathLike[str]) -> Report:
     if begun := journal.started() - done:
         lines.append(f"  begun    {len(begun):,} units are under way, or were cut off")
     if failed:
-        lines.append(f"  why      bert-ray runs failures {where}")
+        lines.append(f"  why      bert-ray runs failures {shlex.quote(where)}")
     if failed or left:
-        lines.append(f"  go on    bert-ray runs resume {where}")
+        lines.append(f"  go on    bert-ray runs resume {shlex.quote(where)}")
     return Report("\n".join(lines), int(bool(failed or left)))
 
 
@@ -67,7 +68,7 @@ def failures(output: str | os.PathLike[str]) -> Report:
         groups = note.get("row_groups")
         which = f", row groups {groups[0]} to {groups[1] - 1}" if groups else ""
         lines += [f"  {printable(note.get('file', ''))}{which}", f"    {note.get('error')}"]
-    lines.append(f"mend the files and go on: bert-ray runs resume {where}")
+    lines.append(f"mend the files and go on: bert-ray runs resume {shlex.quote(where)}")
     return Report("\n".join(lines), 1)
 
 

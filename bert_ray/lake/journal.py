@@ -164,7 +164,7 @@ class Journal:
         with output_errors(self.output):
             if note:
                 (self.output / note["output"]).unlink(missing_ok=True)
-                (self.root / "receipts" / f"{unit_id}.json").unlink(missing_ok=True)
+            (self.root / "receipts" / f"{unit_id}.json").unlink(missing_ok=True)
             self.clear(unit_id)
 
     def sweep(self) -> None:
@@ -219,7 +219,9 @@ def refuse_another_job(output: Path, earlier: dict[str, Any], now: dict[str, Any
     """
     differences = []
     for key, value in now.items():
-        if (was := earlier.get(key)) == value:
+        was = earlier.get(key)
+        # A part's columns stand in an order, which equal dictionaries need not have.
+        if was == value and (key != "output columns" or list(was) == list(value)):
             continue
         if isinstance(was, dict) and isinstance(value, dict):
             differences += [

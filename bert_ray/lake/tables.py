@@ -1,6 +1,6 @@
-"""Tables as lists of units. Today a directory of Parquet files, hive-partitioned or flat, or one such file.
+"""Tables as lists of units: a directory of Parquet files, hive-partitioned or flat, one such file, or a Delta table.
 
-A further format (Delta, Iceberg) is a class with the attributes of `Table` and a line in `open_table`: it lists the
+A further format (Iceberg) is a class with the attributes of `Table` and a line in `open_table`: it lists the
 data files of a snapshot as units and gives a reader that knows what of them counts.
 """
 
@@ -21,6 +21,7 @@ import pyarrow as pa
 from bert_ray.errors import LakeError
 from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import merge, plain
+from bert_ray.lake.snapshots import active_files, is_delta, refuse_iceberg
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
@@ -70,7 +71,7 @@ class ParquetTable:
     """A directory of Parquet files.
 
     A file belongs to the table if its name ends in .parquet, .parq or .pq, or it begins as a Parquet file does. Names
-    that begin with "_" or "." are skipped with all below them, as Spark, Hive and pyarrow do.
+    that begin with "_" or "." are skipped with all below them, as Spark does (of "_" those alone that have no "=").
 
     Attributes:
         name: the path, absolute.
@@ -130,13 +131,29 @@ class ParquetTable:
         return ParquetReader(root=str(self.root), schema=self.schema)
 
 
+class DeltaTable(ParquetTable):
+    """The active files of a Delta table's latest version."""
+
+    def __init__(self, path: Path) -> None:
+        """List them.
+
+        Raises:
+            LakeError: see `snapshots.active_files`.
+        """
+        self.name, self.root = str(path), path
+        self._paths = sorted(local_target(file) for file in active_files(path))
+
+
 def open_table(path: str | os.PathLike[str]) -> Table:
-    """The table at a path: a directory with Parquet files at any depth, or one Parquet file.
+    """The table at a path: a directory with Parquet files at any depth, one Parquet file, or a Delta table.
 
     Raises:
-        LakeError: nothing is there, it holds no Parquet files, or it is in a store that is not read.
+        LakeError: nothing is there, it holds no Parquet files, it is an Iceberg table, or it is in a store that is not
+            read.
     """
-    return ParquetTable(local_path(path))
+    place = local_path(path)
+    refuse_iceberg(place)
+    return DeltaTable(place) if is_delta(place) else ParquetTable(place)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -189,8 +206,10 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
 
 
 def is_data(name: str) -> bool:
-    """Whether a file or a directory holds data by its name, as Hadoop has it: not what begins with _ or a dot."""
-    return not name.startswith(("_", "."))
+    """Whether a file or a directory holds data by its name, as Spark has it: not what begins with a dot, or with _
+    unless it is a partition's directory (`_year=2026`).
+    """
+    return not name.startswith(".") and (not name.startswith("_") or "=" in name)
 
 
 def _data_files(directory: Path) -> Iterator[Path]:

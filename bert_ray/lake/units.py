@@ -23,6 +23,8 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 # A batch ends at this many rows or about this much data, whichever comes first. Rows: enough for the annotator to pack
 # rows of like length together. Bytes: what bounds a worker's memory where rows are huge.
 _BATCH_ROWS, _BATCH_BYTES = 8192, 32 * 2**20
+# Rows that show how large rows are.
+_PROBE_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +133,11 @@ class ParquetReader:
                 self._check(told, found, target, constants, required)
                 wanted = [name for name in columns if name in found.names]
                 groups = range(*unit.row_groups) if unit.row_groups else range(file.num_row_groups)
+                # By name alone a plain column "a.b" and the field b of a struct a are alike: conform() picks.
+                only = None if set(wanted) >= set(found.names) else wanted
                 for group in groups:
-                    batches = file.iter_batches(
-                        batch_size=_batch_rows(file.metadata.row_group(group)),
-                        row_groups=[group],
-                        # By name alone a plain column "a.b" and the field b of a struct a are alike: conform() picks.
-                        columns=None if set(wanted) >= set(found.names) else wanted,
-                    )
-                    for batch in batches:
+                    rows = _batch_rows(file, group, only)
+                    for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=only):
                         yield conform(batch, target, constants)
         except FileNotFoundError:
             raise LakeError(f"{told} is gone, or this machine does not see it") from None
@@ -181,8 +180,17 @@ def open_parquet(source: pa.NativeFile) -> pq.ParquetFile:
     return pq.ParquetFile(source, coerce_int96_timestamp_unit="us")
 
 
-def _batch_rows(group: pq.RowGroupMetaData) -> int:
-    bytes_per_row = max(1, group.total_byte_size // max(1, group.num_rows))
+def _batch_rows(file: pq.ParquetFile, group: int, columns: list[str] | None) -> int:
+    """How many rows of a row group to take at a time, by their size as the footer has it and as the first ones are.
+
+    A footer counts a text that many rows share once: of such rows a few show what they are when read.
+    """
+    about = file.metadata.row_group(group)
+    bytes_per_row = max(1, about.total_byte_size // max(1, about.num_rows))
+    if about.num_rows > _PROBE_ROWS:
+        probe = next(file.iter_batches(batch_size=_PROBE_ROWS, row_groups=[group], columns=columns), None)
+        if probe is not None and len(probe):
+            bytes_per_row = max(bytes_per_row, probe.get_total_buffer_size() // len(probe))
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // bytes_per_row))
 
 

@@ -17,6 +17,7 @@ import pyarrow.dataset as pads
 from pyarrow import fs
 
 from bert_ray.errors import ColumnError, JobError, meant
+from bert_ray.lake.snapshots import parquet_of
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
 from bert_ray.training.job import is_uri
@@ -376,6 +377,7 @@ def read_columns(
 
     Raises:
         JobError: nothing there, not Parquet.
+        LakeError: a Delta table that cannot be read, or an Iceberg table.
         ColumnError: a column is missing.
     """
     try:
@@ -387,8 +389,13 @@ def read_columns(
         raise JobError(f"{path} cannot be reached: {error}") from error
     if kind == fs.FileType.NotFound:
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
+    files: str | list[str] = place
+    if isinstance(system, fs.LocalFileSystem):
+        files = parquet_of(place)
+    elif system.get_file_info(f"{place}/_delta_log").type == fs.FileType.Directory:
+        raise JobError(f"{path} is a Delta table on a store, which is not read: copy it here, or write it as Parquet")
     try:
-        dataset = of_one_schema(pads.dataset(place, filesystem=system, format="parquet", partitioning="hive"))
+        dataset = of_one_schema(pads.dataset(files, filesystem=system, format="parquet", partitioning="hive"))
         known = dataset.schema.names
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error

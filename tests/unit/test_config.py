@@ -108,6 +108,7 @@ def test_an_empty_group_is_its_defaults(tmp_path: Path) -> None:
 def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
     many = [f"column_{number}" for number in range(100)]  # Longer than a file's name may be.
     assert load("input=x", f"keep={','.join(many)}").keep == many
+    assert load("input=x", "rows=010").rows == 10  # As YAML 1.2 has it.
     # Every list is one of text, whatever its words look like; quoted ones may hold a comma.
     assert load("input=x", "keep=no,1, null,{x}").keep == ["no", "1", "null", "{x}"]
     assert load("input=x", "keep='a,b',c").keep == ["a,b", "c"]

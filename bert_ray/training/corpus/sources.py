@@ -14,15 +14,12 @@ import pyarrow as pa
 
 from bert_ray.errors import ColumnError, JobError, LakeError
 from bert_ray.lake.files import printable
-from bert_ray.lake.tables import ParquetTable, local_path, local_target
+from bert_ray.lake.snapshots import is_delta
+from bert_ray.lake.tables import DeltaTable, ParquetTable, local_path
 from bert_ray.lake.units import ParquetReader, Unit
 from bert_ray.model.tokenization import is_text, to_python_strings
 from bert_ray.training.corpus.job import ReadingOptions
 from bert_ray.training.corpus.text import TextReader, spans_of, text_files
-
-_DELTA_LOG = "_delta_log"
-# Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
-_BEYOND_FILES = ("deletionVectors", "columnMapping")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,34 +137,6 @@ class _TableSource:
         return _TableReader(parquet=self._table.reader(), columns=self._columns, bad_bytes=self._bad_bytes)
 
 
-class _DeltaTable(ParquetTable):
-    """The active files of a Delta table's latest version."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import deltalake
-        except ImportError as error:
-            raise JobError(f"{path} is a Delta table: pip install 'bert-ray[delta]'") from error
-        try:
-            table = deltalake.DeltaTable(path)
-            beyond = set(table.protocol().reader_features or ()) & set(_BEYOND_FILES)
-            # By reader version 2 a table has no list of features.
-            if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
-                beyond.add("columnMapping")
-            if beyond:
-                raise LakeError(
-                    f"{path} uses Delta's {' and '.join(sorted(beyond))}, which is not read: write the table anew "
-                    "without it (for deletion vectors: REORG TABLE … APPLY (PURGE))"
-                )
-            files = table.file_uris()
-        except deltalake.exceptions.DeltaError as error:
-            raise LakeError(f"{path} cannot be read as a Delta table: {' '.join(str(error).split())}") from error
-        self.name, self.root = str(path), path
-        self._paths = sorted(local_target(file) for file in files)
-        if not self._paths:
-            raise LakeError(f"the Delta table {path} has no rows")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TextParts:
     """A `TextReader` of parts."""
@@ -231,13 +200,13 @@ def _open(path: Path, columns: Sequence[str], options: ReadingOptions) -> Source
         if not (files := text_files(path)):
             raise LakeError(f"{path} holds no files named .txt or .txt.gz: name the directory that has them, or one")
         return _TextSource(path, files, options)
-    table = _DeltaTable(path) if form == "delta" else ParquetTable(path)
+    table = DeltaTable(path) if form == "delta" else ParquetTable(path)
     return _TableSource(table, columns, options.bad_bytes)
 
 
 def _format(path: Path) -> str:
     """What a place looks like."""
-    if path.is_dir() and (path / _DELTA_LOG).is_dir():
+    if is_delta(path):
         return "delta"
     if path.is_file():
         return "text" if path.name.lower().endswith((".txt", ".txt.gz")) else "parquet"

@@ -122,6 +122,40 @@ def test_another_job_in_the_same_output_is_refused(job: AnnotateJob, change: dic
     assert named in str(error.value)
 
 
+def test_columns_in_another_order_are_refused(job: AnnotateJob) -> None:
+    bulk.prepare(changed(job, keep=["id", "text"]))
+    bulk.prepare(changed(job, keep=["id", "text"]))
+    with pytest.raises(JobError, match="output columns: were in the order id, text, sentiment, are in text, id, sent"):
+        bulk.prepare(changed(job, keep=["text", "id"]))
+
+
+def test_what_was_cut_off_comes_last(job: AnnotateJob) -> None:
+    plan = bulk.prepare(job)
+    assert len(plan.todo) > 2
+    first, *others = plan.todo
+    Journal(Path(job.output)).start(first.id, "a session that was killed")
+    assert bulk.prepare(job).todo == [*others, first]
+
+
+def test_directories_of_the_annotation_s_name_are_refused(job: AnnotateJob) -> None:
+    for path in list(Path(job.input).rglob("*.parquet")):
+        # The files have the column as well, so that it is theirs; it is not kept.
+        table = pq.read_table(path, partitioning=None)
+        place = path.parent / "Sentiment=x"
+        place.mkdir(exist_ok=True)
+        pq.write_table(table.append_column("Sentiment", pa.array(["x"] * len(table))), place / path.name)
+        path.unlink()
+    with pytest.raises(ColumnError, match="directories are partitioned by 'Sentiment'"):
+        bulk.prepare(changed(job, keep=["id"]))
+
+
+def test_what_is_told_to_be_typed_can_be_pasted(job: AnnotateJob, tmp_path: Path, capsys: Any) -> None:
+    job = changed(job, output=str(tmp_path / "my out"))
+    bulk.prepare(job)
+    report = runs.status(job.output)
+    assert f"bert-ray runs resume '{tmp_path}/my out'" in report.text
+
+
 def test_another_model_in_the_same_output_is_refused(job: AnnotateJob, tiny_encoder: Path) -> None:
     bulk.prepare(job)
     with pytest.raises(JobError, match="model's fingerprint was"):

@@ -46,6 +46,9 @@ def test_what_the_user_says_counts() -> None:
 def test_a_gpu_each() -> None:
     assert plan(32, 16, gpus=4) == Pool(actors=4, cpus=1, gpus=1, threads=None)
     assert plan(32, 16, gpus=4, device="cpu").gpus == 0
+    assert plan(32, 16, gpus=4, device="cuda:0").gpus == 1
+    with pytest.raises(JobError, match=r"device is 'cuda:1', but Ray gives each worker a GPU of its own"):
+        plan(32, 16, gpus=4, device="cuda:1")
 
 
 @pytest.mark.parametrize("asked", [{"workers": 9}, {"workers": 2, "device": "cuda"}, {"workers": 4, "threads": 4}])

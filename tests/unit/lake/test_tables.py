@@ -89,7 +89,44 @@ def test_which_files_belong(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("about this lake")
     (tmp_path / "loop").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert [unit.path for unit in open_table(tmp_path).units(9)] == ["000000_0", "a.parquet", "b.PQ", "d/e.parq"]
+    found = ["000000_0", "a.parquet", "b.PQ", "d/e.parq"]
+    assert [unit.path for unit in open_table(tmp_path).units(9)] == found
+    # As Spark has it: a partition may be of a column whose name begins so.
+    (tmp_path / "_year=2026").mkdir()
+    pq.write_table(table, tmp_path / "_year=2026" / "f.parquet")
+    table_of_two = open_table(tmp_path)
+    assert [unit.path for unit in table_of_two.units(9)] == [*found[:1], "_year=2026/f.parquet", *found[1:]]
+    assert table_of_two.partitions == ("_year",)
+
+
+def test_a_delta_table_s_replaced_rows_are_not_read(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    path = tmp_path / "t"
+    rows = pa.table({"id": [1, 2, 3], "text": ["a", "b", "c"], "part": ["x", "x", "y y"]})
+    deltalake.write_deltalake(path, rows, partition_by=["part"])
+    deltalake.DeltaTable(path).update(updates={"text": "'B'"}, predicate="id = 2")
+    deltalake.DeltaTable(path).delete("id = 1")
+    assert len(list(path.rglob("*.parquet"))) > 2
+    table = open_table(path)
+    assert table.partitions == ("part",)
+    columns = ["id", "text", "part"]
+    batches = [batch for unit in table.units(9) for batch in table.reader().read(unit, columns)]
+    assert sorted(map(str, pa.Table.from_batches(batches).to_pylist())) == sorted(
+        map(str, ({"id": 2, "text": "B", "part": "x"}, {"id": 3, "text": "c", "part": "y y"}))
+    )
+    deltalake.DeltaTable(path).delete()
+    with pytest.raises(LakeError, match="has no rows"):
+        open_table(path)
+
+
+def test_an_iceberg_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "metadata").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data" / "f.parquet")
+    assert len(open_table(tmp_path).units(9)) == 1
+    (tmp_path / "metadata" / "00001-ab.metadata.json").write_text("{}")
+    with pytest.raises(LakeError, match="is an Iceberg table, which is not read"):
+        open_table(tmp_path)
 
 
 def test_a_store_that_is_not_read_is_named() -> None:
@@ -117,6 +154,14 @@ def test_batches_are_small_where_rows_are_large(tmp_path: Path) -> None:
     sizes = [batch.num_rows for batch in table.reader().read(table.units(99)[0], ["text"])]
     assert sum(sizes) == 20
     assert max(sizes) <= 8
+    # A text that many rows share stands in the file once.
+    shared = pa.table({"text": [os.urandom(2**19).hex()] * 500})  # 1 MiB a row
+    pq.write_table(shared, path)
+    assert path.stat().st_size < 3 * 2**20
+    table = open_table(path)
+    sizes = [batch.num_rows for batch in table.reader().read(table.units(999)[0], ["text"])]
+    assert sum(sizes) == 500
+    assert max(sizes) <= 32
 
 
 def test_a_column_with_a_dot_is_not_a_field_of_another(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import fs
 
 from bert_ray.errors import BertRayError, ColumnError, JobError
+from bert_ray.evaluation.rows import open_table
 from bert_ray.model.bundle import Card, load_bundle
 from bert_ray.model.tasks import get_task
 from bert_ray.training import data
@@ -54,6 +55,16 @@ def test_null_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert "1 with no text" in table.notes[0]
     assert "2 with a blank text" in table.notes[0]
     assert "1 with no label" in table.notes[0]
+
+
+def test_of_a_delta_table_the_rows_that_count(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    path = str(tmp_path / "t")
+    deltalake.write_deltalake(path, pa.table({"text": ["a", "b"], "label": ["x", "y"]}))
+    deltalake.DeltaTable(path).delete("text = 'a'")
+    names = {"text": "text", "label": "label"}
+    assert read_columns(path, names, key="columns").to_pylist() == [{"text": "b", "label": "y"}]
+    assert open_table(path).to_table().to_pylist() == [{"text": "b", "label": "y"}]
 
 
 @pytest.mark.parametrize("most", [2**31 - 1, 10])

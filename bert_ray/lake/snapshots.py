@@ -1,0 +1,67 @@
+"""Tables whose directory holds more than their rows: which of its Parquet files count now.
+
+A Delta table keeps the files that an update, a deletion or a compaction has replaced; only its log tells them from
+those that count. An Iceberg table does so too, and its log is not read yet.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bert_ray.errors import LakeError
+
+_DELTA_LOG = "_delta_log"
+# Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
+_BEYOND_FILES = ("deletionVectors", "columnMapping")
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a directory is a Delta table."""
+    return (path / _DELTA_LOG).is_dir()
+
+
+def refuse_iceberg(path: Path) -> None:
+    """Raise a LakeError where a directory is an Iceberg table: replaced rows would be read with the others."""
+    if (path / "metadata").is_dir() and any((path / "metadata").glob("*.metadata.json")):
+        raise LakeError(f"{path} is an Iceberg table, which is not read: write its rows as Parquet, and give that")
+
+
+def active_files(path: Path) -> list[str]:
+    """The data files of a Delta table's latest version, absolute, in the log's order.
+
+    Raises:
+        LakeError: it has no rows, cannot be read, or uses what its files do not tell; or deltalake is not installed.
+    """
+    try:
+        import deltalake
+    except ImportError as error:
+        raise LakeError(f"{path} is a Delta table: pip install 'bert-ray[delta]'") from error
+    try:
+        table = deltalake.DeltaTable(path)
+        beyond = set(table.protocol().reader_features or ()) & set(_BEYOND_FILES)
+        # By reader version 2 a table has no list of features.
+        if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+            beyond.add("columnMapping")
+        if beyond:
+            raise LakeError(
+                f"{path} uses Delta's {' and '.join(sorted(beyond))}, which is not read: write the table anew "
+                "without it (for deletion vectors: REORG TABLE … APPLY (PURGE))"
+            )
+        files = table.file_uris()
+    except deltalake.exceptions.DeltaError as error:
+        raise LakeError(f"{path} cannot be read as a Delta table: {' '.join(str(error).split())}") from error
+    if not files:
+        raise LakeError(f"the Delta table {path} has no rows")
+    return files
+
+
+def parquet_of(path: str | os.PathLike[str]) -> str | list[str]:
+    """What a reader of Parquet is to be given for a local path: itself, or the files that count of a table there.
+
+    Raises:
+        LakeError: see `active_files`; or it is an Iceberg table.
+    """
+    place = Path(path)
+    refuse_iceberg(place)
+    return active_files(place) if is_delta(place) else os.fspath(path)
