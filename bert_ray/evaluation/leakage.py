@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from bert_ray.errors import BertRayError
-from bert_ray.lake.snapshots import parquet_of
+from bert_ray.lake.tables import parquet_dataset
 from bert_ray.model.tokenization import to_python_strings
 from bert_ray.training.data import of_one_schema, rows_known
 
 if TYPE_CHECKING:
+    import pyarrow.dataset as pads
+
     from bert_ray.model.tasks.base import Task
 
 # Training data larger than this on disk are not looked at: measuring a small table should not read a lake. A quarter
@@ -43,7 +44,7 @@ def rows_also_trained_on(
         return None
     columns = [named.get(name, name) for name in task.inputs]
     try:
-        table = of_one_schema(pads.dataset(parquet_of(path), format="parquet", partitioning="hive"))
+        table = of_one_schema(parquet_dataset(path))
         if sum(Path(file).stat().st_size for file in table.files) > most_bytes:
             return None
         if not set(columns) <= set(table.schema.names):

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from bert_ray.errors import ColumnError, LakeError, meant
-from bert_ray.lake.snapshots import parquet_of
+from bert_ray.lake.tables import parquet_dataset
 from bert_ray.training.data import of_one_schema, one_array, usable_rows
 
 if TYPE_CHECKING:
+    import pyarrow.dataset as pads
+
     from bert_ray.model.tasks.base import Task
 
 
@@ -50,7 +51,7 @@ def open_table(path: str) -> pads.Dataset:
     if not Path(path).exists():
         raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
     try:
-        table = of_one_schema(pads.dataset(parquet_of(path), format="parquet", partitioning="hive"))
+        table = of_one_schema(parquet_dataset(path))
     except (pa.ArrowException, OSError) as error:
         raise LakeError(f"{path} cannot be read as Parquet: {error}") from error
     if not table.files:

@@ -228,7 +228,11 @@ def refuse_another_job(output: Path, earlier: dict[str, Any], now: dict[str, Any
                 f"{key}: {name} was {was.get(name, 'not there')}, is {value.get(name, 'not there')}"
                 for name in {**was, **value}
                 if was.get(name) != value.get(name)
-            ] or [f"{key}: were in the order {', '.join(was)}, are in {', '.join(value)}"]
+            ]
+            if was == value:
+                differences.append(
+                    f"{key}: were in the order {', '.join(was)}, are in {', '.join(value)}; --keep gives the order"
+                )
         else:
             differences.append(f"{key} was {was}, is {value}")
     if differences:

@@ -18,17 +18,17 @@ _BEYOND_FILES = ("deletionVectors", "columnMapping")
 
 def is_delta(path: Path) -> bool:
     """Whether a directory is a Delta table."""
-    return (path / _DELTA_LOG).is_dir()
+    return os.path.isdir(path / _DELTA_LOG)
 
 
 def refuse_iceberg(path: Path) -> None:
     """Raise a LakeError where a directory is an Iceberg table: replaced rows would be read with the others."""
-    if (path / "metadata").is_dir() and any((path / "metadata").glob("*.metadata.json")):
+    if os.path.isdir(path / "metadata") and any((path / "metadata").glob("*.metadata.json")):
         raise LakeError(f"{path} is an Iceberg table, which is not read: write its rows as Parquet, and give that")
 
 
-def active_files(path: Path) -> list[str]:
-    """The data files of a Delta table's latest version, absolute, in the log's order.
+def active_files(path: Path) -> list[Path]:
+    """The data files of a Delta table's latest version, in order, below `path`.
 
     Raises:
         LakeError: it has no rows, cannot be read, or uses what its files do not tell; or deltalake is not installed.
@@ -48,20 +48,14 @@ def active_files(path: Path) -> list[str]:
                 f"{path} uses Delta's {' and '.join(sorted(beyond))}, which is not read: write the table anew "
                 "without it (for deletion vectors: REORG TABLE … APPLY (PURGE))"
             )
-        files = table.file_uris()
+        root, files = f"{table.table_uri.rstrip('/')}/".removeprefix("file://"), []
+        for uri in table.file_uris():
+            # The root as deltalake spells it, %-encoded; what is behind it is a plain path.
+            if not uri.removeprefix("file://").startswith(root):
+                raise LakeError(f"{path} has a file elsewhere, {uri}, which is not read: write the table anew")
+            files.append(path / uri.removeprefix("file://").removeprefix(root))
     except deltalake.exceptions.DeltaError as error:
         raise LakeError(f"{path} cannot be read as a Delta table: {' '.join(str(error).split())}") from error
     if not files:
         raise LakeError(f"the Delta table {path} has no rows")
-    return files
-
-
-def parquet_of(path: str | os.PathLike[str]) -> str | list[str]:
-    """What a reader of Parquet is to be given for a local path: itself, or the files that count of a table there.
-
-    Raises:
-        LakeError: see `active_files`; or it is an Iceberg table.
-    """
-    place = Path(path)
-    refuse_iceberg(place)
-    return active_files(place) if is_delta(place) else os.fspath(path)
+    return sorted(files)

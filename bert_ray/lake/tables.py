@@ -17,6 +17,8 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
+import pyarrow.dataset as pads
+from pyarrow import fs
 
 from bert_ray.errors import LakeError
 from bert_ray.lake.files import printable
@@ -141,7 +143,7 @@ class DeltaTable(ParquetTable):
             LakeError: see `snapshots.active_files`.
         """
         self.name, self.root = str(path), path
-        self._paths = sorted(local_target(file) for file in active_files(path))
+        self._paths = active_files(path)
 
 
 def open_table(path: str | os.PathLike[str]) -> Table:
@@ -154,6 +156,34 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     place = local_path(path)
     refuse_iceberg(place)
     return DeltaTable(place) if is_delta(place) else ParquetTable(place)
+
+
+def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | None = None) -> pads.Dataset:
+    """A Parquet file or directory as Arrow's dataset, of the same files as `open_table` has.
+
+    Args:
+        path: local, or of `filesystem`.
+        filesystem: a store's.
+
+    Raises:
+        LakeError: a Delta table that cannot be read, or an Iceberg table.
+        pa.ArrowException, OSError: what is there cannot be read as Parquet.
+    """
+    if filesystem is not None and not isinstance(filesystem, fs.LocalFileSystem):
+        if filesystem.get_file_info(f"{path}/_delta_log").type == fs.FileType.Directory:
+            raise LakeError(f"{path} is a Delta table on a store, which is not read: copy it here")
+        return pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
+    place = Path(os.path.abspath(path))
+    refuse_iceberg(place)
+    files = None
+    if is_delta(place):
+        files = active_files(place)
+    elif any("=" in folder.name for folder in place.rglob("_*=*")):  # Arrow takes what begins with _ for no data.
+        files = sorted(_data_files(place))
+    if files is None:
+        return pads.dataset(place, format="parquet", partitioning="hive")
+    named = [os.fspath(file) for file in files]
+    return pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=os.fspath(place))
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -186,12 +186,14 @@ def _batch_rows(file: pq.ParquetFile, group: int, columns: list[str] | None) -> 
     A footer counts a text that many rows share once: of such rows a few show what they are when read.
     """
     about = file.metadata.row_group(group)
-    bytes_per_row = max(1, about.total_byte_size // max(1, about.num_rows))
-    if about.num_rows > _PROBE_ROWS:
-        probe = next(file.iter_batches(batch_size=_PROBE_ROWS, row_groups=[group], columns=columns), None)
-        if probe is not None and len(probe):
-            bytes_per_row = max(bytes_per_row, probe.get_total_buffer_size() // len(probe))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // bytes_per_row))
+    rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, about.total_byte_size // max(1, about.num_rows))))
+    few = min(rows, _PROBE_ROWS)
+    if few == 1 or about.num_rows <= few:
+        return rows
+    probe = next(file.iter_batches(batch_size=few, row_groups=[group], columns=columns), None)
+    if probe is None or not len(probe):
+        return rows
+    return max(1, min(rows, _BATCH_BYTES // max(1, probe.get_total_buffer_size() // len(probe))))
 
 
 def _one_line(error: BaseException) -> str:

@@ -217,15 +217,15 @@ def _table_rows(job: TrainJob, asked: PlanJob, model: _Model, notes: list[str]) 
 def _sample(job: TrainJob, model: _Model) -> tuple[int, float, Any]:
     """Rows of the table; of the first ones windows of each, and tokens of each window."""
     import pyarrow as pa
-    import pyarrow.dataset as pads
 
     from bert_ray.errors import ColumnError
+    from bert_ray.lake.tables import parquet_dataset
     from bert_ray.training.launch import new_task
 
     assert model.base is not None, "only pretraining starts from a new model"
     task = new_task(job, model.base)
     try:
-        table = pads.dataset(job.data.train, format="parquet", partitioning="hive")
+        table = parquet_dataset(job.data.train)
         columns = {name: (job.data.columns or {}).get(name, name) for name in task.inputs}
         if missing := [column for column in columns.values() if column not in table.schema.names]:
             raise ColumnError(f"{job.data.train} has no column {missing[0]!r}: name it with data.columns")

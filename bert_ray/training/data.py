@@ -17,7 +17,8 @@ import pyarrow.dataset as pads
 from pyarrow import fs
 
 from bert_ray.errors import ColumnError, JobError, meant
-from bert_ray.lake.snapshots import parquet_of
+from bert_ray.lake.schemas import merge, merge_fields, plain
+from bert_ray.lake.tables import parquet_dataset
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
 from bert_ray.training.job import is_uri
@@ -389,13 +390,8 @@ def read_columns(
         raise JobError(f"{path} cannot be reached: {error}") from error
     if kind == fs.FileType.NotFound:
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
-    files: str | list[str] = place
-    if isinstance(system, fs.LocalFileSystem):
-        files = parquet_of(place)
-    elif system.get_file_info(f"{place}/_delta_log").type == fs.FileType.Directory:
-        raise JobError(f"{path} is a Delta table on a store, which is not read: copy it here, or write it as Parquet")
     try:
-        dataset = of_one_schema(pads.dataset(files, filesystem=system, format="parquet", partitioning="hive"))
+        dataset = of_one_schema(parquet_dataset(place, system))
         known = dataset.schema.names
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
@@ -420,15 +416,23 @@ def of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
     schemas = [fragment.physical_schema for fragment in dataset.get_fragments()]
     if all(schema.equals(schemas[0]) for schema in schemas):
         return dataset
-    # The first file may have a column as null, or not at all.
-    files = pa.unify_schemas(schemas, promote_options="permissive")
+    # The first file may have a column as null, or not at all; or as views of text, where another has text.
+    files = plain(schemas[0])
+    for other in schemas[1:]:
+        for item in other:
+            if item.name in files.names and merge_fields(known := files.field(item.name), item) is None:
+                raise pa.ArrowInvalid(f"column {item.name!r} is {known.type} in a file, and {item.type} in another")
+        files = merge(files, other)
     partitions = [field for field in dataset.schema if field.name not in files.names]
-    return dataset.replace_schema(pa.schema([*files, *partitions]))
+    # Not by replace_schema, which refuses text in another layout that reading casts.
+    fragments, whole = list(dataset.get_fragments()), pa.schema([*files, *partitions])
+    return pads.FileSystemDataset(fragments, whole, dataset.format, dataset.filesystem)
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
     """A column as one array, dictionaries written out; of more than Arrow's strings can hold, large_string."""
-    if pa.types.is_string(column.type) and column.nbytes > _MOST_STRING_BYTES:
+    # Of views, as deltalake writes them, Arrow can neither filter nor take.
+    if pa.types.is_string_view(column.type) or (pa.types.is_string(column.type) and column.nbytes > _MOST_STRING_BYTES):
         column = column.cast(pa.large_string())
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # A column without rows keeps its chunks.

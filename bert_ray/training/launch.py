@@ -145,6 +145,9 @@ def _train(
     """`train`, while no other run works on the same output."""
     from bert_ray.model.bundle import load_bundle
 
+    # Who began, or ended, by a version that ignored such keys goes on with them.
+    if begun_in(directory) is None and not (output.exists() and any(output.iterdir())):
+        _check_kind(job)
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
     for left in output.parent.iterdir():  # What a killed start left.
         if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.start", left.name):
@@ -167,8 +170,6 @@ def _train(
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if output.exists() and any(output.iterdir()):
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
-        if begun_in(directory) is None:  # Who began by a version that ignored them goes on.
-            _check_kind(job)
         enter(job, directory, identity)
         if fresh.exists():
             base = _keep_start(job, data, fresh, directory / START, tell)

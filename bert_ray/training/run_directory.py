@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import fs
+
 from bert_ray.errors import BundleError, JobError, LakeError, why
 from bert_ray.lake.files import sync, sync_tree, write_json
 from bert_ray.training.job import is_uri
@@ -71,7 +73,7 @@ def _check_place(job: TrainJob, directory: Path) -> None:
     place, output = job.checkpoint.directory, Path(job.output)
     if place is None or (is_uri(place) and not place.startswith("file:")):
         return
-    path = Path(place.removeprefix("file:").replace("//", "/", 1))
+    path = Path(fs.FileSystem.from_uri(place)[1] if is_uri(place) else place)
     for taken in (output, directory):
         if taken in (path, *path.parents):
             what = "where the bundle is to come" if taken == output else "the run's own directory"
@@ -94,7 +96,7 @@ def _leave_place(job: TrainJob, directory: Path, identity: dict[str, Any]) -> No
     except OSError as error:
         raise LakeError(f"the checkpoints in {old.where} cannot be listed: {error}") from error
     own = before is None or old.begun() == _owner(job, identity)
-    if there and own:
+    if there and (own or not old.begun()):
         again = "leave checkpoint.directory out" if before is None else f"give checkpoint.directory={before}"
         raise JobError(f"this run's checkpoints lie in {old.where}: {again} to go on with it, or delete them")
     if before and own:

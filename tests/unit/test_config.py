@@ -108,7 +108,8 @@ def test_an_empty_group_is_its_defaults(tmp_path: Path) -> None:
 def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
     many = [f"column_{number}" for number in range(100)]  # Longer than a file's name may be.
     assert load("input=x", f"keep={','.join(many)}").keep == many
-    assert load("input=x", "rows=010").rows == 10  # As YAML 1.2 has it.
+    # As YAML 1.2 has it.
+    assert [load("input=x", f"rows={word}").rows for word in ("010", "1_000", "+7")] == [10, 1000, 7]
     # Every list is one of text, whatever its words look like; quoted ones may hold a comma.
     assert load("input=x", "keep=no,1, null,{x}").keep == ["no", "1", "null", "{x}"]
     assert load("input=x", "keep='a,b',c").keep == ["a,b", "c"]

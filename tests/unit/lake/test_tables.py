@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import LakeError
-from bert_ray.lake.tables import open_table
+from bert_ray.lake import units
+from bert_ray.lake.tables import open_table, parquet_dataset
 from bert_ray.lake.units import Unit, partition_values
 from bert_ray.model.tokenization import as_strings
 from tests.lakes import make_lake
@@ -97,11 +98,15 @@ def test_which_files_belong(tmp_path: Path) -> None:
     table_of_two = open_table(tmp_path)
     assert [unit.path for unit in table_of_two.units(9)] == [*found[:1], "_year=2026/f.parquet", *found[1:]]
     assert table_of_two.partitions == ("_year",)
+    read = parquet_dataset(tmp_path).to_table()
+    assert sorted(map(str, read["_year"].to_pylist())) == ["2026", "None", "None", "None", "None"]
 
 
-def test_a_delta_table_s_replaced_rows_are_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["t", "my 数据/t", "part=z/t"])
+def test_a_delta_table_s_replaced_rows_are_not_read(tmp_path: Path, where: str) -> None:
     deltalake = pytest.importorskip("deltalake")
-    path = tmp_path / "t"
+    path = tmp_path / where
+    path.mkdir(parents=True)
     rows = pa.table({"id": [1, 2, 3], "text": ["a", "b", "c"], "part": ["x", "x", "y y"]})
     deltalake.write_deltalake(path, rows, partition_by=["part"])
     deltalake.DeltaTable(path).update(updates={"text": "'B'"}, predicate="id = 2")
@@ -114,6 +119,14 @@ def test_a_delta_table_s_replaced_rows_are_not_read(tmp_path: Path) -> None:
     assert sorted(map(str, pa.Table.from_batches(batches).to_pylist())) == sorted(
         map(str, ({"id": 2, "text": "B", "part": "x"}, {"id": 3, "text": "c", "part": "y y"}))
     )
+    # As evaluation and training read it: their partitions are the table's own, not those of what it lies in.
+    dataset = parquet_dataset(path)
+    assert set(dataset.schema.names) == {"id", "text", "part"}
+    rows_read = dataset.to_table(columns=["id", "text", "part"]).to_pylist()
+    assert sorted(rows_read, key=lambda row: row["id"]) == [
+        {"id": 2, "text": "B", "part": "x"},
+        {"id": 3, "text": "c", "part": "y y"},
+    ]
     deltalake.DeltaTable(path).delete()
     with pytest.raises(LakeError, match="has no rows"):
         open_table(path)
@@ -125,8 +138,9 @@ def test_an_iceberg_table_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data" / "f.parquet")
     assert len(open_table(tmp_path).units(9)) == 1
     (tmp_path / "metadata" / "00001-ab.metadata.json").write_text("{}")
-    with pytest.raises(LakeError, match="is an Iceberg table, which is not read"):
-        open_table(tmp_path)
+    for read in (open_table, parquet_dataset):
+        with pytest.raises(LakeError, match="is an Iceberg table, which is not read"):
+            read(tmp_path)
 
 
 def test_a_store_that_is_not_read_is_named() -> None:
@@ -154,6 +168,19 @@ def test_batches_are_small_where_rows_are_large(tmp_path: Path) -> None:
     sizes = [batch.num_rows for batch in table.reader().read(table.units(99)[0], ["text"])]
     assert sum(sizes) == 20
     assert max(sizes) <= 8
+    # Nor are those that show how large rows are too many at once.
+    pq.write_table(pa.table({"text": big * 5}), path, compression="none", use_dictionary=False)
+    reader, taken = pq.ParquetFile(path), []
+
+    class Counting:
+        metadata = reader.metadata
+
+        def iter_batches(self, batch_size: int, **more: Any) -> Any:
+            taken.append(batch_size)
+            return reader.iter_batches(batch_size, **more)
+
+    assert units._batch_rows(Counting(), 0, ["text"]) <= 8  # type: ignore[arg-type]
+    assert max(taken) <= 8
     # A text that many rows share stands in the file once.
     shared = pa.table({"text": [os.urandom(2**19).hex()] * 500})  # 1 MiB a row
     pq.write_table(shared, path)

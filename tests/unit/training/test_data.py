@@ -65,6 +65,11 @@ def test_of_a_delta_table_the_rows_that_count(tmp_path: Path) -> None:
     names = {"text": "text", "label": "label"}
     assert read_columns(path, names, key="columns").to_pylist() == [{"text": "b", "label": "y"}]
     assert open_table(path).to_table().to_pylist() == [{"text": "b", "label": "y"}]
+    rows = {"text": [f"text {row}" for row in range(20)] + [None], "label": ["x", "y"] * 10 + ["x"]}
+    deltalake.write_deltalake(path, pa.table(rows), mode="append")
+    table = read_labelled(path, get_task(Card(task="classification")), None)
+    assert len(table.inputs[0]) == 21
+    assert set(table.truth[0].to_pylist()) == {"x", "y"}
 
 
 @pytest.mark.parametrize("most", [2**31 - 1, 10])

@@ -280,8 +280,9 @@ def test_checkpoints_that_lie_elsewhere_are_not_forgotten(job_for: Jobs, tmp_pat
 
 @pytest.mark.parametrize("place", ["model", "model/checkpoints", "model.run", "model.run/checkpoints/mine"])
 def test_checkpoints_are_not_where_the_bundle_comes(job_for: Jobs, tmp_path: Path, place: str) -> None:
-    with pytest.raises(JobError, match=r"checkpoint\.directory \S+ is in \S+/model(\.run)?, .*choose another"):
-        quiet(job_for(checkpoint=CheckpointOptions(directory=str(tmp_path / place))))
+    for directory in (str(tmp_path / place), (tmp_path / place).as_uri()):
+        with pytest.raises(JobError, match=r"checkpoint\.directory \S+ is in \S+/model(\.run)?, .*choose another"):
+            quiet(job_for(checkpoint=CheckpointOptions(directory=directory)))
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "model.run").exists()
 

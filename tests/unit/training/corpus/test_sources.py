@@ -85,6 +85,14 @@ def test_a_delta_table_that_its_files_do_not_tell_is_refused(tmp_path: Path) -> 
         read(tmp_path / "t", ["text"])
 
 
+def test_an_iceberg_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t" / "metadata").mkdir(parents=True)
+    (tmp_path / "t" / "metadata" / "1.metadata.json").write_text("{}")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t" / "f.parquet")
+    with pytest.raises(LakeError, match="Iceberg"):
+        read(tmp_path / "t", ["text"])
+
+
 def test_a_delta_table_whose_columns_have_other_names_in_its_files_is_refused(tmp_path: Path) -> None:
     """As an upgrade by `delta.columnMapping.mode` leaves it: reader version 2, which lists no features."""
     deltalake = pytest.importorskip("deltalake")
