@@ -298,7 +298,11 @@ def main() -> None:
                 settings = {"rounds": options.rounds, "steps": options.steps, "tokens": options.tokens}
                 threads = 1 if name == "workers" else options.threads  # Of each worker.
                 settings |= {"threads": threads}
-                figures[name] = {"machine": common.machine(), "settings": settings, **section(scratch, options)}
+                found = {"machine": common.machine(), "settings": settings, **section(scratch, options)}
+                # What a CPU of another kind has measured stays beside it.
+                vector = found["machine"]["vector"]
+                other = figures.get(name, {}).get("machine", {}).get("vector", vector) != vector
+                figures[f"{name}, {vector}" if other else name] = found
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     common.keep("pretrain", {name: value for name, value in figures.items() if name != "machine"})
