@@ -35,6 +35,12 @@ def merge(table: pa.Schema, file: pa.Schema) -> pa.Schema:
     return pa.schema(list(fields.values()))
 
 
+def holds(field: pa.Field, other: pa.Field) -> bool:
+    """Whether a field of a merged schema holds another's values without loss."""
+    both = merge_fields(field, other)
+    return both is not None and bool(both.type == field.type)
+
+
 def merge_fields(one: pa.Field, other: pa.Field) -> pa.Field | None:
     """A field that holds the values of both without loss, None where there is none."""
     if one.type.equals(other.type):

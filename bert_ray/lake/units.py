@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from bert_ray.errors import LakeError
 from bert_ray.lake.files import printable
-from bert_ray.lake.schemas import conform, merge_fields
+from bert_ray.lake.schemas import conform, holds
 
 # What Hive, Spark and pyarrow write for a null partition value.
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -163,8 +163,7 @@ class ParquetReader:
                 raise LakeError(f"{path} has {len(indices)} columns named {field.name!r}: rename all but one")
             if indices:
                 kind = found.field(indices[0]).type
-                merged = merge_fields(field, found.field(indices[0]))
-                if merged is None or merged.type != field.type:
+                if not holds(field, found.field(indices[0])):
                     raise LakeError(
                         f"{path}: column {field.name!r} is {kind}, in the rest of the table it is {field.type}: "
                         "rewrite the file with that type"

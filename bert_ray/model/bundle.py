@@ -229,13 +229,11 @@ def save_bundle(
         JobError: it cannot be written there; what was there before still is.
     """
     target = Path(directory).absolute()
-    if target.exists() and not target.is_dir():
-        raise JobError(f"output {target} is a file: choose another")
+    make_room(target)
     if target.exists() and any(target.iterdir()) and not (target / "config.json").exists():
         raise BundleError(f"{target} is not empty and holds no bundle: choose another directory")
     from bert_ray.model.tasks import get_task
 
-    make_room(target)
     fresh = target.parent / f".{target.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -262,6 +260,8 @@ def make_room(target: Path) -> None:
     Raises:
         JobError: that cannot be done there.
     """
+    if target.exists() and not target.is_dir():
+        raise JobError(f"output {target} is a file: choose another")
     if os.path.ismount(target):  # A rename does not reach over a file system's edge.
         raise JobError(f"output {target} is a mount point: name a directory in it, such as {target / 'model'}")
     try:

@@ -17,7 +17,7 @@ import pyarrow.dataset as pads
 from pyarrow import fs
 
 from bert_ray.errors import ColumnError, JobError, meant
-from bert_ray.lake.schemas import merge, merge_fields, plain
+from bert_ray.lake.schemas import holds, merge, plain
 from bert_ray.lake.tables import parquet_dataset
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
@@ -419,10 +419,10 @@ def of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
     # The first file may have a column as null, or not at all; or as views of text, where another has text.
     files = plain(schemas[0])
     for other in schemas[1:]:
-        for item in other:
-            if item.name in files.names and merge_fields(known := files.field(item.name), item) is None:
-                raise pa.ArrowInvalid(f"column {item.name!r} is {known.type} in a file, and {item.type} in another")
         files = merge(files, other)
+    for item in (item for schema in schemas for item in schema):
+        if not holds(known := files.field(item.name), item):
+            raise pa.ArrowInvalid(f"column {item.name!r} is {known.type} in a file, and {item.type} in another")
     partitions = [field for field in dataset.schema if field.name not in files.names]
     # Not by replace_schema, which refuses text in another layout that reading casts.
     fragments, whole = list(dataset.get_fragments()), pa.schema([*files, *partitions])

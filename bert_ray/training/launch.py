@@ -126,8 +126,6 @@ def train(
         raise JobError(f"output {job.output} is no directory: give one, and copy the bundle there when it is finished")
     job = job.absolute()
     output, directory = Path(job.output), Path(f"{job.output}.run")
-    if output.exists() and not output.is_dir():
-        raise JobError(f"output {output} is a file: choose another")
     make_room(output)
     lock = output.with_name(f".{output.name}.lock")
     with exclusive(lock, f"the training run of {output}"), tracked(job, tell) as told:
@@ -146,7 +144,8 @@ def _train(
     from bert_ray.model.bundle import load_bundle
 
     # Who began, or ended, by a version that ignored such keys goes on with them.
-    if begun_in(directory) is None and not (output.exists() and any(output.iterdir())):
+    has_ended = output.exists() and any(output.iterdir())
+    if begun_in(directory) is None and not has_ended:
         _check_kind(job)
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
     for left in output.parent.iterdir():  # What a killed start left.
@@ -168,7 +167,7 @@ def _train(
                 base = load_bundle(fresh)
         card, data, notes = prepare(job, base, table)
         identity = job.identity() | {"base": asked, "rows": data.digest()}
-        if output.exists() and any(output.iterdir()):
+        if has_ended:
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
         enter(job, directory, identity)
         if fresh.exists():

@@ -13,11 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyarrow import fs
-
 from bert_ray.errors import BundleError, JobError, LakeError, why
 from bert_ray.lake.files import sync, sync_tree, write_json
-from bert_ray.training.job import is_uri
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Card
@@ -34,7 +31,6 @@ BEST = "best"
 
 def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
     """Begin a run, or go on with one of equal settings; its checkpoints are not another run's, nor elsewhere."""
-    _check_place(job, directory)
     begun = begun_in(directory)
     if begun is not None and begun != identity:
         where = "that directory" + (f" and {job.checkpoint.directory}" if job.checkpoint.directory else "")
@@ -68,18 +64,6 @@ def begun_in(directory: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _check_place(job: TrainJob, directory: Path) -> None:
-    """Checkpoints in the output would stand where the bundle is to come; in the run's directory, in their own way."""
-    place, output = job.checkpoint.directory, Path(job.output)
-    if place is None or (is_uri(place) and not place.startswith("file:")):
-        return
-    path = Path(fs.FileSystem.from_uri(place)[1] if is_uri(place) else place)
-    for taken in (output, directory):
-        if taken in (path, *path.parents):
-            what = "where the bundle is to come" if taken == output else "the run's own directory"
-            raise JobError(f"checkpoint.directory {place} is in {taken}, {what}: choose another, or leave it out")
-
-
 def _leave_place(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
     """Refuse to look for a run's checkpoints elsewhere than where they lie: it would begin anew without a word."""
     from bert_ray.training.checkpoints import checkpoints_of
@@ -108,6 +92,11 @@ def _enter_checkpoints(job: TrainJob, directory: Path, identity: dict[str, Any])
     from bert_ray.training.checkpoints import checkpoints_of
 
     checkpoints, run = checkpoints_of(job, directory), _owner(job, identity)
+    for taken, what in ((Path(job.output), "where the bundle is to come"), (directory, "the run's own directory")):
+        if taken in (checkpoints.directory, *checkpoints.directory.parents):
+            raise JobError(
+                f"checkpoint.directory {checkpoints.where} is in {taken}, {what}: choose another, or leave it out"
+            )
     begun = checkpoints.begun()
     if begun is None:
         checkpoints.begin(run)

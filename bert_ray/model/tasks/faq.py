@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bert_ray.model.annotator import Annotator
     from bert_ray.model.bundle import Bundle
 
-# Stands between the turns of a dialogue on their way to the tokenizer: ASCII's record separator.
+# Stands between the turns of a dialogue on their way to the tokenizer: a code point that Unicode keeps out of texts.
 _TURN = "\ufdd0"
 
 
