@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 from pyarrow import fs
 
 from bert_ray.errors import LakeError
@@ -25,6 +24,9 @@ from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import merge, plain
 from bert_ray.lake.snapshots import active_files, is_delta, refuse_iceberg
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
@@ -169,19 +171,18 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         LakeError: a Delta table that cannot be read, or an Iceberg table.
         pa.ArrowException, OSError: what is there cannot be read as Parquet.
     """
+    import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
+
     if filesystem is not None and not isinstance(filesystem, fs.LocalFileSystem):
         if filesystem.get_file_info(f"{path}/_delta_log").type == fs.FileType.Directory:
             raise LakeError(f"{path} is a Delta table on a store, which is not read: copy it here")
         return pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
     place = Path(os.path.abspath(path))
     refuse_iceberg(place)
-    files = None
-    if is_delta(place):
-        files = active_files(place)
-    elif any("=" in folder.name for folder in place.rglob("_*=*")):  # Arrow takes what begins with _ for no data.
-        files = sorted(_data_files(place))
-    if files is None:
-        return pads.dataset(place, format="parquet", partitioning="hive")
+    if not place.is_dir():
+        return pads.dataset(place, format="parquet")
+    # Listed here: Arrow takes what begins with _ for no data, a partition's directory too.
+    files = active_files(place) if is_delta(place) else sorted(_data_files(place))
     named = [os.fspath(file) for file in files]
     return pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=os.fspath(place))
 
