@@ -30,7 +30,7 @@ from pyspark.sql.functions import arrow_udf
 from pyspark.sql.pandas.types import from_arrow_type
 
 from bert_ray.errors import BundleError, JobError
-from bert_ray.inference.spark import spark_array, worker_threads
+from bert_ray.inference.spark import on_gpu, spark_array, worker_threads
 from bert_ray.inference.specs import annotator_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _on_arrays(
     """The function that runs on the workers; Spark reads its kind off the annotations."""
 
     def annotate(arrays: Iterator[pa.Array]) -> Iterator[pa.Array]:
-        annotator = spec.build()  # The same object for all tasks and all functions of this process.
+        annotator = on_gpu(spec).build()  # The same object for all tasks and all functions of this process.
         for array in arrays:
             yield finish(annotator.annotate([_as_text(array, annotator)]))
 

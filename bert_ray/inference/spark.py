@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ import pyarrow as pa
 # PySpark warns of pandas 3 at every turn; nothing here goes through pandas.
 warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas", category=FutureWarning)
 
-from pyspark import SparkContext  # noqa: E402
+from pyspark import SparkContext, TaskContext  # noqa: E402
 from pyspark.sql import DataFrame, SparkSession  # noqa: E402
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
 from pyspark.sql.types import StructField, StructType  # noqa: E402
@@ -85,11 +86,35 @@ def annotate(
 
 def _row_annotator(spec: AnnotatorSpec) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def annotate_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        annotator = spec.build()  # The same object for every task of this process.
+        annotator = on_gpu(spec).build()  # The same object for every task of this process.
         for batch in batches:
             yield as_spark(annotator(batch))
 
     return annotate_batches
+
+
+def on_gpu(spec: AnnotatorSpec) -> AnnotatorSpec:
+    """In a task, on a machine of several GPUs: the description with one of them named, where it names none."""
+    import torch
+
+    if spec.device not in ("auto", "cuda") or (gpus := torch.cuda.device_count()) < 2:
+        return spec
+    return dataclasses.replace(spec, device=f"cuda:{gpu_of_task(gpus)}")
+
+
+def gpu_of_task(gpus: int) -> int:
+    """Which of so many GPUs this task computes on: the one that Spark gave it, else one in turn."""
+    task = TaskContext.get()
+    given = task.resources().get("gpu") if task else None
+    if given and given.addresses[0].isdigit():
+        return int(given.addresses[0]) % gpus  # Where CUDA shows a worker its own alone, it counts from 0.
+    return _turn(gpus)
+
+
+@functools.cache  # A process keeps its GPU: the model is there.
+def _turn(gpus: int) -> int:
+    task = TaskContext.get()
+    return (task.partitionId() if task else 0) % gpus
 
 
 def as_spark(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -130,9 +155,10 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
 
 def _unit_annotator(work: Work) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def annotate_units(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        here = dataclasses.replace(work, annotator=on_gpu(work.annotator))
         for batch in batches:
             for text in batch.column(0).to_pylist():
-                outcome = annotate_unit(work, Unit.from_json(text))
+                outcome = annotate_unit(here, Unit.from_json(text))
                 yield pa.RecordBatch.from_pydict({"outcome": [outcome.to_json()]})
 
     return annotate_units

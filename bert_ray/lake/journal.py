@@ -112,7 +112,7 @@ class Journal:
             OutputError: the output cannot be written.
         """
         with output_errors(self.output):
-            destination.parent.mkdir(parents=True, exist_ok=True)
+            _make_directory(destination.parent)
             size_bytes = temporary.stat().st_size
             os.replace(temporary, destination)
             _sync_directory(destination.parent)
@@ -252,6 +252,15 @@ def output_errors(output: Path) -> Iterator[None]:
             f"cannot write to {printable(output)}: {why(error)}. "
             "When that is mended, the same command goes on where this run stopped"
         ) from error
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory, and those above it, so that each outlives a power cut."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync_directory(directory.parent)
 
 
 def _sync_directory(directory: Path) -> None:

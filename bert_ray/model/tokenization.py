@@ -324,6 +324,11 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether Arrow type `kind` is of lists; list views, which few of Arrow's functions know, are none."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def is_blank(array: pa.Array) -> pa.BooleanArray:
     """Where a text is empty or white space alone."""
     try:

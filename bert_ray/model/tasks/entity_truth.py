@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError
 from bert_ray.model.tasks.spans import entity_runs, is_tag, plain, read_tags
-from bert_ray.model.tokenization import is_text, to_python_strings
+from bert_ray.model.tokenization import is_list, is_text, to_python_strings
 
 _SPAN = pa.struct([("start", pa.int64()), ("end", pa.int64()), ("label", pa.string())])
 
@@ -54,13 +54,11 @@ class Flat:
 
 def is_words(kind: pa.DataType) -> bool:
     """Whether a column of this type holds lists of strings."""
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
-    return any(check(kind) for check in lists) and is_text(kind.value_type)
+    return is_list(kind) and is_text(kind.value_type)
 
 
 def _is_spans(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list)
-    return any(check(kind) for check in lists) and pa.types.is_struct(kind.value_type)
+    return is_list(kind) and pa.types.is_struct(kind.value_type)
 
 
 def read_truth(truth: pa.Array, texts: pa.Array) -> pa.Array:

@@ -28,7 +28,7 @@ from bert_ray.model.tasks.faq_index import FaqIndex, Match
 from bert_ray.model.tasks.faq_report import faq_report
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
 from bert_ray.model.tasks.sections import Section
-from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, is_text, to_python_strings
+from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, is_list, is_text, to_python_strings
 
 if TYPE_CHECKING:
     from bert_ray.model.annotator import Annotator
@@ -92,11 +92,11 @@ class Faq(PooledTask):
 
     def readable(self, task_input: str, kind: pa.DataType) -> bool:
         """Text, or lists of text."""
-        return is_text(kind.value_type if _is_list(kind) else kind)
+        return is_text(kind.value_type if is_list(kind) else kind)
 
     def read(self, task_input: str, array: pa.Array | pa.ChunkedArray, column: str) -> pa.Array:
         """Questions as large_string; a dialogue's turns joined, blank ones left empty. Null where the last is."""
-        if not _is_list(array.type):
+        if not is_list(array.type):
             return super().read(task_input, array, column)
         if isinstance(array, pa.ChunkedArray):
             array = array.combine_chunks() if array.num_chunks != 1 else array.chunk(0)
@@ -335,7 +335,3 @@ def _pairs(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[dict[str,
     if left < rows:
         notes.append(f"{rows - left} of {rows} rows left out: without a question, an answer or an id")
     return kept, notes
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -25,7 +25,7 @@ from bert_ray.model.tasks.base import Learning, Options, Outputs
 from bert_ray.model.tasks.classification import Classification, label_indices, labels_of
 from bert_ray.model.tasks.heads import SequenceOptions, SequenceTask, by_row, by_sample, weights_of
 from bert_ray.model.tasks.label_report import SCORED_LABELS, label_sets_report
-from bert_ray.model.tokenization import is_text
+from bert_ray.model.tokenization import is_list, is_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,14 +37,6 @@ if TYPE_CHECKING:
 
 # More distinct labels than this, and most of them in one list alone: free text, not labels.
 _MANY_LABELS = 50
-
-_LISTS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -303,7 +295,7 @@ def _lists(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     kind = column.type
     if pa.types.is_null(kind):
         return column.cast(pa.list_(pa.string()))
-    if not any(is_so(kind) for is_so in _LISTS):
+    if not is_list(kind):
         raise ColumnError(
             f"the label column is {kind}; task multi-label learns from lists of labels (one label a row: task "
             "classification)"

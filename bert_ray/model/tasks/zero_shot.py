@@ -27,7 +27,7 @@ from bert_ray.model.tasks.base import Options, Outputs
 from bert_ray.model.tasks.classification import Classification, label_indices
 from bert_ray.model.tasks.label_report import SCORED_LABELS, label_sets_report, majority, one_label_report
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit
-from bert_ray.model.tokenization import Pieces, Ragged
+from bert_ray.model.tokenization import Pieces, Ragged, is_list
 
 if TYPE_CHECKING:
     from bert_ray.model.annotator import Annotator
@@ -268,7 +268,7 @@ class ZeroShot(LabelsByEmbedding):
     def _sets(self, labels: pa.Array, lists: pa.Array | None = None) -> np.ndarray:
         """Lists of labels as int8 (B, C), 1 where the label is in the list; a null list is an empty one."""
         lists = labels if lists is None else lists
-        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+        if not is_list(lists.type):
             raise ColumnError(f"the label column is {lists.type}; with multilabel, it holds lists of labels")
         flat = pc.list_flatten(labels) if lists is labels else labels
         rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)

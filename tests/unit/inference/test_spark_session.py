@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import torch
 
 from bert_ray.errors import EngineError
 from bert_ray.inference.job import SparkOptions
@@ -12,9 +17,11 @@ from tests.conftest import needs
 
 needs("pyspark", "spark")
 
+from pyspark import TaskContext  # noqa: E402
 from pyspark.sql import SparkSession  # noqa: E402
 
 from bert_ray.inference import spark as engine  # noqa: E402
+from bert_ray.model.annotator import AnnotatorSpec  # noqa: E402
 
 
 def test_the_session_of_another_thread_is_used_and_not_stopped(spark: SparkSession) -> None:
@@ -84,3 +91,31 @@ def test_a_job_that_is_submitted_late_is_cancelled_all_the_same(monkeypatch: pyt
     engine._cancel(SimpleNamespace(cancelJobsWithTag=cancel), "tag", thread)
     assert early == ["tag"]
     assert not thread.is_alive()
+
+
+def test_tasks_take_a_machines_gpus_in_turn_and_a_process_keeps_its_own(spark: SparkSession) -> None:
+    def take(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            task = TaskContext.get()
+            assert task is not None
+            gpu = engine.gpu_of_task(3)
+            yield pa.RecordBatch.from_pydict({"process": [os.getpid()], "task": [task.partitionId()], "gpu": [gpu]})
+
+    rows = spark.range(0, 8, 1, 8).mapInArrow(take, "process long, task long, gpu long").collect()
+    first = {}
+    for row in sorted(rows, key=lambda row: row.task):
+        first.setdefault(row.process, row.task % 3)
+    assert len(rows) == 8
+    assert [row.gpu for row in rows] == [first[row.process] for row in rows]
+
+
+def test_a_task_computes_on_the_gpu_that_spark_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = SimpleNamespace(resources=lambda: {"gpu": SimpleNamespace(addresses=["2"])}, partitionId=lambda: 0)
+    monkeypatch.setattr(engine.TaskContext, "get", lambda: given)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    spec = AnnotatorSpec(model="bundle")
+    assert engine.on_gpu(spec).device == "cuda:2"
+    assert engine.on_gpu(dataclasses.replace(spec, device="cuda:1")).device == "cuda:1"
+    assert engine.on_gpu(dataclasses.replace(spec, device="cpu")).device == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert engine.on_gpu(spec) is spec

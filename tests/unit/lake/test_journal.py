@@ -33,6 +33,26 @@ def test_a_unit_becomes_visible_with_its_receipt(journal: Journal) -> None:
     assert journal_names(journal.output, "tmp") == []
 
 
+def test_a_part_and_its_directories_reach_the_disk_before_its_receipt(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def sync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(journal.output))
+        fsync(descriptor)
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", sync)
+    with journal.temporary("u1") as temporary:
+        temporary.write_text("rows")
+        journal.commit("u1", temporary, journal.output / "a=1" / "b=2" / "part-u1.parquet", {"rows": 3})
+    # Each directory that was made, in the one that holds it; then the part's place; then the receipt and its place.
+    assert [path.as_posix() for path in synced[:3]] == [".", "a=1", "a=1/b=2"]
+    receipt, place = synced[3:]
+    assert (receipt.parent.name, place.name) == ("tmp", "receipts")
+
+
 def test_starts_of_one_session_count(journal: Journal) -> None:
     assert [journal.start("u", "one"), journal.start("u", "one"), journal.start("u", "two")] == [0, 1, 0]
     journal.fail("u", {"error": "no", "file": "f"})
