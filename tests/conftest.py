@@ -34,6 +34,7 @@ os.environ.update(
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; unset, every worker warns about it
         "RAY_worker_niceness": "0",  # else whatever else runs here (Spark, another pytest) goes before Ray's workers
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # of 30, for one that waits for a dead worker
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2: how long Ray Train's end, or a death, may go unnoticed
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
@@ -77,28 +78,29 @@ def needs(package: str, extra: str) -> None:
         pytest.skip(f"{package} is not installed: pip install 'bert-ray[{extra}]'", allow_module_level=True)
 
 
-def _together(nodeid: str) -> str:
-    """What a test has to share a process with: by its name, Ray or Spark, the last that is named; else its file."""
-    path, _, name = nodeid.partition("::")
-    if path.startswith("tests/unit/") and "_on_ray_" not in name:
-        return path  # Engines are words there.
-    if path == "tests/integration/test_sql_functions.py":
+def _engine(item: pytest.Item) -> str | None:
+    """On which session's engine a test runs, by its fixtures; one that asks for them itself has it as parameter."""
+    fixtures = getattr(item, "fixturenames", ())
+    if "spark" in fixtures:
         return "spark"
-    engines = [word for word in re.split(r"[^a-z]+", name) if word in ("ray", "spark")]
-    return engines[-1] if engines else path
+    if "ray_session" in fixtures:
+        return "ray"
+    parameters = re.split(r"[^a-z]+", item.name.partition("[")[2]) if "request" in fixtures else []
+    return next((word for word in parameters if word in ("ray", "spark")), None)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Two processes (`make test`): one has the tests on its Ray, one those on its Spark, so that each starts once.
 
-    A test on an engine that its name does not tell starts another, and passes as well.
+    All others stay together with their file.
     """
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadGroupScheduling
 
-    class Together(LoadScopeScheduling):
+    class Together(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _together(nodeid)
+            scope = super()._split_scope(nodeid)  # The group, or the test's own name where it has none.
+            return str(scope) if scope != nodeid else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return Together(config, log)
@@ -106,11 +108,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In two processes, what takes longest goes first, so that they end at about the same time."""
-    if hasattr(config, "workerinput"):
-        slow = {_together(item.nodeid) for item in items if item.get_closest_marker("slow")}
-        first = {"ray": 0, "spark": 1, "tests/integration/test_demo.py": 2}
-        ranks = {item: first.get(_together(item.nodeid), 3 if _together(item.nodeid) in slow else 4) for item in items}
-        items.sort(key=ranks.__getitem__)
+    if not hasattr(config, "workerinput"):
+        return
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    ranks = {}
+    for item in items:
+        engine = _engine(item)
+        if engine:
+            item.add_marker(pytest.mark.xdist_group(engine))
+        ranks[item] = {"ray": 0, "spark": 1}.get(engine or "", 3 if item.path in slow else 4)
+        if item.path.name == "test_demo.py":
+            ranks[item] = 2
+    items.sort(key=ranks.__getitem__)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from bert_ray.errors import JobError, LakeError, why
 from bert_ray.lake.files import sync, write_json
 from bert_ray.model.bundle import WRITE_ERRORS
+from bert_ray.training.job import is_uri
 from bert_ray.training.run_directory import RUN_FILE
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Checkpoints:
         # Name -> what `latest` found wrong with it.
         self.damaged: dict[str, str] = {}
         self._store = None
-        if "://" in self.where:
+        if is_uri(self.where):
             try:
                 system, root = fs.FileSystem.from_uri(self.where)
             except ValueError as error:

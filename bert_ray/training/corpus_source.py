@@ -24,6 +24,7 @@ from bert_ray.model.examples import ranges
 from bert_ray.model.packing import PackedBatch
 from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, special_ids, uniform
 from bert_ray.training.order import SMALLEST_BATCH, epoch_order, mean_batch
+from bert_ray.training.schedule import share_of
 from bert_ray.training.shards import Documents
 
 if TYPE_CHECKING:
@@ -148,13 +149,6 @@ class _Stream:
             begin += last - inside
         return np.concatenate(chosen)
 
-    def at(self, token: int) -> np.ndarray:
-        """The sample that a token of the stream belongs to."""
-        number, inside = divmod(token, self.pass_tokens)
-        order, starts = self._pass(number)
-        place = int(np.searchsorted(starts, inside, side="right")) - 1
-        return number * self._rows + self._first + order[place : place + 1]
-
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of a pass in order, and where each begins in it, in tokens."""
         if self._order[0] != number:
@@ -196,12 +190,14 @@ class CorpusSource:
         if not judged and not all(stream.pass_tokens for stream in streams):
             raise JobError(f"{job.data.train if not streams[0].pass_tokens else job.data.replay} has no rows to learn")
         self._batch_tokens, self._warmup = job.batch_tokens, job.batch_warmup
+        self._smallest = self._batch_tokens / SMALLEST_BATCH if judged else self._smallest_step(job)
         tokens = job.epochs * streams[0].pass_tokens / self._shares[0]
-        self.steps = job.steps or max(1, math.ceil(tokens / (job.batch_tokens * mean_batch(self._warmup))))
-        self._rising = math.ceil(self._warmup * self.steps)
+        mean_tokens = job.batch_tokens * mean_batch(self._warmup, self._smallest / job.batch_tokens)
+        self.steps = job.steps or max(1, math.ceil(tokens / mean_tokens))
+        self._rising = share_of(self._warmup, self.steps)
         while not job.steps and self._tokens_before(self.steps) < tokens:  # The line has corners.
             self.steps += 1
-            self._rising = math.ceil(self._warmup * self.steps)
+            self._rising = share_of(self._warmup, self.steps)
         self.round_steps = min(job.evaluate_every, self.steps)
 
     def __len__(self) -> int:
@@ -210,14 +206,12 @@ class CorpusSource:
     def select(self, step: int) -> np.ndarray:
         """See Source."""
         begin, end = self._tokens_before(step), self._tokens_before(step + 1)
-        samples = np.concatenate(
+        return np.concatenate(
             [
                 stream.between(round(share * begin), round(share * end))
                 for share, stream in zip(self._shares, self._streams, strict=True)
             ]
         )
-        # A step of fewer tokens than the next row has: it takes that row too, rather than none.
-        return samples if len(samples) else self._streams[0].at(round(self._shares[0] * begin))
 
     def lengths_of(self, samples: np.ndarray) -> np.ndarray:
         """See Source."""
@@ -274,13 +268,28 @@ class CorpusSource:
     def _row_of(self, samples: np.ndarray) -> np.ndarray:
         return samples % self._all if self._judged is None else self._judged[samples]
 
+    def _smallest_step(self, job: TrainJob) -> float:
+        """Tokens of the first step of a batch-size warm-up: in as many as the longest row has, one begins.
+
+        Raises:
+            JobError: whole steps have fewer.
+        """
+        full, share, longest = job.batch_tokens, self._shares[0], int(self._lengths[: self._own].max())
+        rounded = longest + (2 if len(self._shares) > 1 else 0)  # Shares of steps are rounded to whole tokens.
+        if full * share < rounded:
+            raise JobError(
+                f"batch_tokens is {full}, but rows have up to {longest} tokens, and some steps would have none: give "
+                f"batch_tokens={math.ceil(rounded / share)} or more, or a smaller max_length"
+            )
+        return min(full, max(full / SMALLEST_BATCH, (longest + 2) / share))
+
     def _tokens_before(self, step: int) -> int:
         """Tokens of the stream that the steps before this one take."""
         full = self._batch_tokens
         if not self._rising:
             return step * full
         # The sum over the steps of a line.
-        low, rising = full / SMALLEST_BATCH, min(step, self._rising)
+        low, rising = self._smallest, min(step, self._rising)
         risen = rising * low + (full - low) * rising * (rising - 1) / 2 / self._rising
         return round(risen) + (step - rising) * full
 

@@ -360,13 +360,18 @@ class TrainJob:
         for name in ("batch_warmup", "cooldown"):
             share = getattr(self, name)
             _check(0.0 <= share < 1.0, f"{name} is {share}; give a share of the steps, from 0 to below 1")
+        _check(
+            self.schedule != "trapezoidal" or self.warmup + self.cooldown <= 1.0,
+            f"warmup is {self.warmup} and cooldown {self.cooldown}: a trapezoidal schedule has no room for both; give "
+            "shares whose sum is 1 at most",
+        )
         _check(self.timeout_minutes > 0, f"timeout_minutes is {self.timeout_minutes}; give a number above 0")
         _check(
             not self.loss_spike or self.loss_spike > 1,
             f"loss_spike is {self.loss_spike}; give 0 (say nothing) or a factor above 1, such as 1.5",
         )
         _check(
-            self.micro_batches is None or self.workers <= self.micro_batches,
+            self.micro_batches is None or self.engine == "local" or self.workers <= self.micro_batches,
             f"workers is {self.workers}, but a step has {self.micro_batches} micro_batches: those beyond would have "
             f"nothing to do; give micro_batches={self.workers} or more",
         )

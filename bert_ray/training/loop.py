@@ -55,6 +55,9 @@ _EVALUATION_TOKENS = 4096
 _LOOK_EVERY = 10
 _LOOK_EVERY_SEC = 2.0
 
+# After so many steps in a row that overflow in fp16 the scale is the least there is: no further step will do.
+_MOST_OVERFLOWS = 50
+
 # A loss so many times the usual one is told of a corpus, unless the job says otherwise: its steps are alike.
 _CORPUS_SPIKE = 1.5
 
@@ -196,6 +199,7 @@ class Loop:
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor | None]] = []
         self._look_every = 1
         self._told = self._looked = time.monotonic()
+        self._overflows = 0  # in a row
         self._recent = (time.monotonic(), self.position.tokens, 0.0)
 
     def _kept_epoch(self) -> int:
@@ -320,7 +324,11 @@ class Loop:
             size = None if norm is None else float(norm)
             if size is not None and self.stepper.scaling() and not np.isfinite(size):
                 size = None  # fp16 overflowed: the optimiser took no step, and the scale is smaller now.
-            if not np.isfinite(value) or not (size is None or np.isfinite(size)):
+                self._overflows += 1
+            else:
+                self._overflows = 0
+            finite = np.isfinite(value) and (size is None or np.isfinite(size))
+            if not finite or self._overflows >= _MOST_OVERFLOWS:
                 position.diverged = step + 1
                 self._tell("note", text=f"step {step + 1}: {self.train.where(self.train.select(step))}")
                 break

@@ -148,7 +148,7 @@ def make_optimizer(
         if weight.requires_grad:
             groups.setdefault((factors.get(id(weight), 1.0), id(weight) in matrices), []).append(weight)
     chosen: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": weight_decay if is_matrix else 0.0, "factor": factor}
+        {"params": weights, "weight_decay": weight_decay if is_matrix else 0.0, "factor": factor, "adam": not is_matrix}
         for (factor, is_matrix), weights in groups.items()
     ]
     if kind == "lamb":
@@ -156,7 +156,12 @@ def make_optimizer(
             from pytorch_optimizer import Lamb
         except ImportError as error:
             raise JobError("optimizer lamb needs pytorch-optimizer: pip install 'bert-ray[train]'") from error
-        return Lamb(chosen, lr=0.0, betas=(0.9, 0.999), eps=1e-6)
+        # As Google's own code for BERT has it: decay is a part of the step that the trust ratio scales (the library's
+        # default shrinks the weights first), what does not decay has a ratio of 1, nothing is corrected for the
+        # moments' start (the library's default makes the first steps ten times as long), norms are not clamped.
+        optimizer = Lamb(chosen, lr=0.0, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False, adam_debias=True)
+        optimizer.clamp = float("inf")
+        return optimizer
     # One fused kernel.
     return torch.optim.AdamW(chosen, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 

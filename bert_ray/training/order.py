@@ -64,12 +64,12 @@ def pieces_of_step(job: TrainJob, world: int) -> tuple[int, int]:
     return job.micro_batches, -(-job.micro_batches // world)
 
 
-def mean_batch(warmup: float) -> float:
-    """The mean of a run's steps' tokens as a share of `batch_tokens`: they rise on a line in the first `warmup` of it.
+def mean_batch(warmup: float, first: float = 1 / SMALLEST_BATCH) -> float:
+    """The mean of a run's steps' tokens as a share of `batch_tokens`.
 
-    They begin with 1 / SMALLEST_BATCH.
+    They rise on a line in the first `warmup` of the run, from the share `first` of it.
     """
-    return 1 - warmup * (1 - 1 / SMALLEST_BATCH) / 2
+    return 1 - warmup * (1 - first) / 2
 
 
 def noise_seed(seed: int, step: int, piece: int) -> int:

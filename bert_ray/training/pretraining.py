@@ -72,7 +72,12 @@ class CorpusData:
     def sources(self, job: TrainJob, base: Bundle, card: Card, device: torch.device) -> tuple[Source, Source]:
         """What to train on, and what to be judged by."""
         marks = marks_of(base.tokenizer(), base.reference)
-        room = card.max_length - (2 if job.pretraining.sentences == "none" else 3)
+        two = job.pretraining.sentences != "none"
+        room = card.max_length - (3 if two else 2)
+        if two and room < 2:
+            raise JobError(
+                f"max_length is {card.max_length}; a row of two sentences needs 5 tokens, three of them special"
+            )
         parts = [part.documents("train") for part in (self.corpus, self.replay) if part]
         train, validation = Rows(Documents.joined(parts), room), Rows(self.corpus.documents("validation"), room)
         own = train.before(len(parts[0]))

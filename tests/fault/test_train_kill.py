@@ -87,6 +87,8 @@ def test_a_killed_ray_worker(ray_session: None, job: TrainJob, tmp_path: Path) -
 
 def drive_and_die(job: TrainJob, marker: Path, everyone: bool) -> None:
     """Kill this driver once the first epoch is told, after all that it has started, or alone; what that is is noted."""
+    # Of 60: how long Ray's agents on a node ask its dead head for an answer before they end.
+    os.environ.update({"RAY_gcs_server_request_timeout_seconds": "10"})
 
     def tell(event: dict[str, object]) -> None:
         if event["what"] == "epoch":

@@ -24,6 +24,7 @@ _QUICK = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "8",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a node that was cut off ends itself
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # of 60: workers on a node that is gone by then do not come
 }
 
 

@@ -12,7 +12,6 @@ Shapes: D documents of the whole corpus, P permutations, b bands.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
@@ -20,13 +19,15 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+import regex
 
 from bert_ray.training.corpus.cleaning import CHINESE, slices
 from bert_ray.training.corpus.job import NearOptions
 
 KEPT, EXACT, NEAR = 0, 1, 2
 
-_WORD = re.compile(f"[{CHINESE}]|[^\\W{CHINESE}]+")
+# A word has its marks: the vowels of Hindi and Thai are some.
+_WORD = regex.compile(rf"[{CHINESE}]|[[\p{{L}}\p{{M}}\p{{N}}_]--[{CHINESE}]]+", regex.V1)
 _SEED = 1
 # Runs are hashed by so many at a time: their values under all permutations stay in a core's cache.
 _RUNS = 2048

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,6 +220,14 @@ def _format(path: Path) -> str:
         raise LakeError(
             f"{path} holds no Parquet files and none named .txt or .txt.gz: name the directory that has them"
         ) from None
+    if texts := text_files(path):
+        print(
+            f"warning: {path} is read as Parquet; it holds {len(texts):,} files of plain text too, such as "
+            f"{printable(texts[0].relative_to(path))}, which are left out: if they are documents, name them as inputs "
+            "of their own, or give reading.format=text",
+            file=sys.stderr,
+            flush=True,
+        )
     return "parquet"
 
 

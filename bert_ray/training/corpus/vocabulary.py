@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 
 from bert_ray import __version__
 from bert_ray.errors import JobError
@@ -42,6 +43,8 @@ _PREFIX = "##"
 _MAX_LENGTH = 512
 # Words of one length only are counted, as WordPiece has it: longer ones are unknown whatever the vocabulary.
 _LONGEST_WORD = 100
+# What a domain's word is made of: letters and their marks, the vowels of Hindi and Thai among them.
+_LETTERS = regex.compile(r"\p{L}[\p{L}\p{M}]*")
 # The texts come in units of about so many rows, or so many bytes.
 _UNIT_ROWS, _UNIT_BYTES = 50_000, 64 * 2**20
 # What the summary measures on: so many texts, and so many characters of each.
@@ -270,7 +273,7 @@ def _count_words(backend: Backend, texts: _Texts) -> tuple[Counter[str], Counter
             text = backend.normalizer.normalize_str(text)
         characters.update(text)
         parts = (word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-        words.update(word for word in parts if 1 < len(word) <= _LONGEST_WORD and word.isalpha())
+        words.update(word for word in parts if 1 < len(word) <= _LONGEST_WORD and _LETTERS.fullmatch(word))
     return words, characters
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training.corpus_source import Rows
 from bert_ray.training.job import DataOptions, PretrainingOptions, TrainJob
@@ -51,6 +52,17 @@ def test_a_step_takes_its_tokens_and_batch_warmup_begins_with_an_eighth(corpus: 
     assert tokens[0] < 512 / 8 + 40
     assert np.mean(tokens[20:]) == pytest.approx(512, rel=0.02)
     assert np.mean(tokens[5:15]) < np.mean(tokens[10:20])
+
+
+def test_no_step_is_smaller_than_a_row(corpus: Path, pretraining_for: Jobs) -> None:
+    """Else a row would be taken by several, or a step have none."""
+    longest = int(corpus_source(corpus, pretraining_for(steps=1)).lengths_of(np.arange(50)).max())
+    rows = corpus_source(corpus, pretraining_for(batch_warmup=0.5, steps=40, batch_tokens=2 * longest))
+    taken = [rows.select(step) for step in range(40)]
+    assert min(map(len, taken)) >= 1
+    assert len(set(np.concatenate(taken).tolist())) == sum(map(len, taken))
+    with pytest.raises(JobError, match=r"batch_tokens is 8, but rows have up to \d+ tokens.*batch_tokens=\d+ or more"):
+        corpus_source(corpus, pretraining_for(steps=40, batch_tokens=8))
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 0.9])

@@ -38,6 +38,31 @@ def test_lower_layers_learn_more_slowly(tiny_encoder: Path) -> None:
     assert all((decay[id(weight)] > 0) == (weight.dim() > 1) for weight in model.parameters())
 
 
+def test_lamb_steps_as_its_paper_says() -> None:
+    """Algorithm 2 of You et al. (arXiv 1904.00962) without bias correction; a bias steps as Adam's would."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 30)
+    model.weight.data *= 20  # A norm far above 10, at which some clamp it.
+    optimizer = make_optimizer(model, 0.1, kind="lamb")
+    moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in model.named_parameters()}
+    expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for step in range(3):
+        set_rate(optimizer, 0.01 * (step + 1))
+        for name, weight in model.named_parameters():
+            weight.grad = torch.randn(weight.shape)
+            mean, square = moments[name]
+            mean.mul_(0.9).add_(0.1 * weight.grad)
+            square.mul_(0.999).add_(0.001 * weight.grad**2)
+            move = mean / (square.sqrt() + 1e-6)
+            if name == "weight":
+                move += 0.1 * expected[name]
+                move *= expected[name].norm() / move.norm()
+            expected[name] -= 0.01 * (step + 1) * move
+        optimizer.step()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("largest", [0.5, 1e6])
 def test_gradients_are_clipped_as_torch_does(largest: float) -> None:
     draw = torch.Generator().manual_seed(0)

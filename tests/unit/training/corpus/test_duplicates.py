@@ -83,5 +83,11 @@ def test_short_texts_are_told_apart_by_all_they_say() -> None:
     assert verdicts(["plumless", "buckeroo", "Plumless!"]) == [KEPT, KEPT, NEAR]
 
 
+def test_a_word_has_its_marks() -> None:
+    """Vowels of Hindi and tones of Thai are marks: without them these would be the same words."""
+    assert verdicts(["बहुत अच्छा", "बहुत अच्छी", "बहुत अच्छा!"]) == [KEPT, KEPT, NEAR]
+    assert verdicts(["ไม่ ใหม่", "ไม้ ไหม้", "ไม่, ใหม่"]) == [KEPT, KEPT, NEAR]
+
+
 def test_nothing_to_decide() -> None:
     assert decide(np.empty((0, 2), np.uint64), None, 0).tolist() == []

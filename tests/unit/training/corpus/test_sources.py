@@ -55,6 +55,15 @@ def test_a_place_within_another_is_not_read_twice(tmp_path: Path) -> None:
     assert len(open_sources([whole, str(tmp_path / "lake" / "notes.txt")], ["text"], ReadingOptions())) == 2
 
 
+def test_text_beside_a_tables_files_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "f.parquet")
+    (tmp_path / "notes.txt").write_text("b\n")
+    assert read(tmp_path, ["text"])[0] == ["a"]
+    assert "it holds 1 files of plain text too, such as notes.txt, which are left out" in capsys.readouterr().err
+    assert read(tmp_path, ["text"], format="parquet")[0] == ["a"]
+    assert capsys.readouterr().err == ""
+
+
 def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"caf\xe9", None], pa.binary())
     bad = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0], raw.null_count)

@@ -176,3 +176,9 @@ def test_an_extension_takes_what_stands_often_enough(tmp_path: Path, tiny_encode
     (tmp_path / "medical.txt").write_text("\n".join(texts), "utf-8")
     summary = run(make(tmp_path / "medical.txt", tmp_path / "v", extend=str(tiny_encoder), min_count=3))
     assert summary.added == ["好", "remdesivir"]
+
+
+def test_words_with_marks_are_words(tmp_path: Path, tiny_encoder: Path) -> None:
+    (tmp_path / "hindi.txt").write_text("टीका का टीका\n" * 5, "utf-8")
+    summary = run(make(tmp_path / "hindi.txt", tmp_path / "v", extend=str(tiny_encoder), min_count=3))
+    assert {"टीका", "का"} <= set(summary.added)
