@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = CUT_OFF  # Unless the command had come to its end.
     try:
         status = _dispatch(words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: it was closed before we began.
+            sys.stdout.flush()
         return status
     except BertRayError as error:
         print(f"error: {error}", file=sys.stderr)

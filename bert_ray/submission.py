@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bert_ray.config import dump_job, load_job, peek
+from bert_ray.config.flags import Arguments
+from bert_ray.config.keys import list_keys
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob, SparkOptions
 from bert_ray.training.corpus.job import CorpusJob
@@ -135,23 +137,25 @@ def _kind(words: list[str]) -> tuple[str, type]:
     keys = {
         re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0] for word in words if "=" in word or word[:2] == "--"
     }
-    files = [
-        word
-        for word in words
-        if word.endswith((".yaml", ".yml", ".json"))
-        and not word.startswith("--")
-        and ("=" not in word or os.path.isfile(word))
-    ]
-    if files:
-        keys |= set(peek(files[0]))
+    file = _job_file(words)
+    if file:
+        keys |= set(peek(file))
     if not words or not keys:
         raise JobError("no job: give a job file, as in bert-ray submit jobs/annotate.yaml --to ray")
     if ("input" in keys) == ("data" in keys):
-        which = files[0] if files else "the command"
+        which = file or "the command"
         raise JobError(f"{which} is neither an annotate job (it has `input`) nor a train job (it has `data`)")
     if "input" not in keys:
         return "train", TrainJob
     return ("corpus", CorpusJob) if "tokenizer" in keys else ("annotate", AnnotateJob)
+
+
+def _job_file(words: list[str]) -> str | None:
+    """The job file among a job's words, told as the command of any of the jobs would."""
+    for cls in (AnnotateJob, TrainJob, CorpusJob):
+        with contextlib.suppress(JobError):  # The words are another job's; or of none, which its command will say.
+            return Arguments(list_keys(cls), "bert-ray submit", (), True, words).file
+    return next((word for word in words if word.endswith((".yaml", ".yml")) and os.path.isfile(word)), None)
 
 
 def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
@@ -184,7 +188,7 @@ def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
             ],
             capture_output=True,
             text=True,
-            env=_quiet_ray(),
+            env=_quiet_ray(address),
         )
     if submission.returncode:
         raise JobError(f"Ray at {address} did not take the job: {_reason(submission.stdout + submission.stderr)}")
@@ -193,37 +197,47 @@ def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
         print(_follow_ray(name, address, job), flush=True)
         return 0
     try:
-        subprocess.run([*head, "logs", "--follow", *where, name], env=_quiet_ray(), check=False)
-        return _ray_status(head, where, name)
+        subprocess.run([*head, "logs", "--follow", *where, name], env=_quiet_ray(address), check=False)
+        return _ray_status(head, address, name)
     except KeyboardInterrupt:
         print(f"\nno longer following {name}; it goes on.\n{_follow_ray(name, address, job)}", file=sys.stderr)
         return 130
 
 
 def _follow_ray(name: str, address: str, job: Any) -> str:
+    # Ray's client takes another cluster that the environment names, whatever --address says.
+    other = os.environ.get("RAY_API_SERVER_ADDRESS", os.environ.get("RAY_ADDRESS", address)) != address
+    ray = f"RAY_API_SERVER_ADDRESS={address} ray job" if other else "ray job"
     lines = [
-        f"  follow  ray job logs --follow --address {address} {name}",
-        f"  status  ray job status --address {address} {name}",
-        f"  stop    ray job stop --address {address} {name}",
+        f"  follow  {ray} logs --follow --address {address} {name}",
+        f"  status  {ray} status --address {address} {name}",
+        f"  stop    {ray} stop --address {address} {name}",
     ]
     return "\n".join(lines + _progress(job))
 
 
-def _ray_status(head: list[str], where: list[str], name: str) -> int:
-    """The driver's exit status, as `ray job status` tells it; 1 where the job failed before it had a driver.
+def _ray_status(head: list[str], address: str, name: str) -> int:
+    """The driver's exit status, as `ray job status` tells it.
 
     Ray's own client is asked, not the REST API behind it: it knows the cluster's token, TLS and proxies.
+
+    Raises:
+        JobError: the job failed without a driver's end, or Ray does not say how it ended.
     """
     began, told = time.monotonic(), False
     silent: float | None = None  # Since when no answer has been one.
     while True:
-        said = _said([*head, "status", *where, name])
+        said = _said([*head, "status", "--address", address, name], address)
         if re.search(r"Job '.*' succeeded", said):
             return 0
-        if code := re.search(r"failed with exit code (\d+)", said):
-            return int(code[1])
-        if re.search(r"Job '.*' (failed|was stopped)", said):
-            return 1
+        # In the message's first line: behind it comes the end of the log, which may say anything.
+        if code := re.search(r"Status message: [^\n]*failed with exit code (-?\d+)", said):
+            return _exit_status(int(code[1]))
+        if re.search(r"Job '.*' was stopped", said):
+            return _exit_status(-signal.SIGTERM)
+        if re.search(r"Job '.*' failed", said):
+            why = re.search(r"Status message: ([^\n]*)", said)
+            raise JobError(f"{name} failed, and not by its own end: {why[1] if why else _reason(said)}")
         now = time.monotonic()
         if re.search(r"RUNNING|PENDING", said):
             silent = None
@@ -238,11 +252,16 @@ def _ray_status(head: list[str], where: list[str], name: str) -> int:
         time.sleep(1.0)
 
 
-def _said(words: list[str]) -> str:
+def _exit_status(code: int) -> int:
+    """As a shell has it for a process that a signal ended."""
+    return code if code >= 0 else 128 - code
+
+
+def _said(words: list[str], address: str) -> str:
     """What a command of Ray's client says; how it failed is in it."""
     try:
         asked = subprocess.run(
-            words, capture_output=True, text=True, env=_quiet_ray(), timeout=2 * _STATUS_TIMEOUT_SECONDS
+            words, capture_output=True, text=True, env=_quiet_ray(address), timeout=2 * _STATUS_TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired:
         return "no answer"
@@ -256,6 +275,9 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
         raise JobError("no Spark master: give --master spark://HOST:7077 (or yarn), or spark.master in the job file")
     if job.spark.config.get("spark.submit.deployMode", "client") != "client":
         raise JobError("spark.submit.deployMode: the driver runs where you submit (client mode); leave it out")
+    for key, value in options.env.items():
+        if value != value.strip():
+            raise JobError(f"env.{key} is {value!r}: Spark takes blanks off the ends of what its executors get")
     # spark-submit says which master; the session that the driver makes then takes it from there.
     job = replace(_absolute(job), engine="spark", spark=replace(job.spark, master=None))
     name, stage = _stage(options, command, job)
@@ -297,7 +319,7 @@ def _foreground(words: list[str], environment: dict[str, str]) -> int:
         try:
             while not terminated.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return driver.wait(_LOOK_SECONDS)
+                    return _exit_status(driver.wait(_LOOK_SECONDS))
             driver.terminate()
         except KeyboardInterrupt:
             pass
@@ -379,9 +401,13 @@ def _archive(stage: Path) -> Path:
     return archive
 
 
-def _quiet_ray() -> dict[str, str]:
-    # The client would colour its lines, and ask about usage statistics.
-    return {**os.environ, "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"), "NO_COLOR": "1"}
+def _quiet_ray(address: str) -> dict[str, str]:
+    """The environment of Ray's client: it would colour its lines, and ask about usage statistics.
+
+    A cluster that the environment names wins over its `--address`.
+    """
+    usage = os.environ.get("RAY_USAGE_STATS_ENABLED", "0")
+    return {**os.environ, "RAY_API_SERVER_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": usage, "NO_COLOR": "1"}
 
 
 def _reason(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from bert_ray.config.files import Dumper, JobFile, peek, read_job_file
-from bert_ray.config.flags import DOT, Arguments
+from bert_ray.config.flags import DOT, Arguments, is_mapping
 from bert_ray.config.keys import (
     Key,
     alternatives,
@@ -30,6 +30,7 @@ from bert_ray.config.keys import (
     describe,
     did_you_mean,
     flag,
+    is_free,
     list_keys,
     literals,
     nearest,
@@ -83,6 +84,9 @@ def load_job(
     file = read_job_file(arguments.file, keys) if arguments.file else None
     namespace = _check_file(cls, file) if file else None
     job = _parse(cls, arguments, namespace)
+    job |= _free_values(cls, file)
+    for name, inner, value in arguments.free:
+        job[name] = value if inner is None else {**job[name], inner: value}
     if missing := [key.name for key in keys if key.default is MISSING and job.get(key.name) is None]:
         where = f"{file.path}: " if file else ""
         flags = ", ".join(name.upper() if name in positionals else f"--{flag(name)}" for name in missing)
@@ -116,7 +120,8 @@ def help_text(
 def _check_file(cls: type, file: JobFile) -> Any:
     """The file's values, their types checked, as jsonargparse's namespace."""
     try:
-        return _parser(cls, strict=False).parse_object(_without_empty_groups(cls, file.values), defaults=False)
+        values = {name: value for name, value in file.values.items() if name not in _free_values(cls, file)}
+        return _parser(cls, strict=False).parse_object(_without_empty_groups(cls, values), defaults=False)
     except _REFUSALS as error:
         key = _key_in(error, cls)
         if key is None:
@@ -126,6 +131,13 @@ def _check_file(cls: type, file: JobFile) -> Any:
             value = value.get(part) if isinstance(value, Mapping) else None
         taken = f"{key.name} takes {describe(key.type)}, not {show(value)}{_hint(key, value)}"
         raise JobError(f"{file.place(key.name)}: {taken}") from error
+
+
+def _free_values(cls: type, file: JobFile | None) -> dict[str, dict[str, Any]]:
+    """The file's mappings whose values may be anything, as YAML has them; those that are no such mappings left out."""
+    free = [key.name for key in list_keys(cls) if is_free(key.type)]
+    found = {name: file.values[name] for name in free if file and name in file.values}
+    return {name: dict(value) for name, value in found.items() if is_mapping(value)}
 
 
 def _without_empty_groups(cls: Any, values: dict[str, Any]) -> dict[str, Any]:

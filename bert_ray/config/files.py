@@ -55,6 +55,14 @@ class JobFile:
         return f"{self.path}:{self.lines[key]}" if key in self.lines else self.path
 
 
+def read_value(text: str) -> Any:
+    """A value as it would stand in a job file; what is no YAML is text."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
 def read_job_file(path: str, keys: list[Key]) -> JobFile:
     """Read a job file and check its keys against the job's."""
     node, values = _load_yaml(path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from bert_ray.config.keys import Key, contains, describe, did_you_mean, flag, nearest
+from bert_ray.config.files import read_value
+from bert_ray.config.keys import Key, contains, describe, did_you_mean, flag, is_free, nearest
 from bert_ray.errors import JobError
 
 # Stands for a dot inside a free key (`--spark.config.spark.executor.memory=4g`), which jsonargparse would split.
@@ -16,13 +18,19 @@ _KEY_VALUE = re.compile(r"^[A-Za-z_][\w.+-]*=")
 
 
 class Arguments:
-    """The command line taken apart: the job file, and `--key=value` tokens that jsonargparse reads."""
+    """The command line taken apart: the job file, and `--key=value` tokens that jsonargparse reads.
+
+    Attributes:
+        free: of mappings whose values may be anything, what is to be changed, in order: the mapping's key, a name in it
+            and its value; without a name the whole mapping. jsonargparse would read their texts as YAML once more.
+    """
 
     def __init__(
         self, keys: list[Key], command: str, positionals: Sequence[str], job_file: bool, argv: Sequence[str]
     ) -> None:
         self.file: str | None = None
         self.tokens: list[str] = []
+        self.free: list[tuple[str, str | None, Any]] = []
         self.typed: dict[str, str] = {}  # Dotted key -> how the user wrote it.
         self._keys = {key.name: key for key in keys}
         self._command = command
@@ -86,7 +94,17 @@ class Arguments:
         if contains(key.type, list) and rest != "+" and value != "null" and not value.lstrip().startswith("["):
             value = _bracketed(value)
         self.typed[key.name] = typed
+        if is_free(key.type):
+            found = read_value(value)
+            if rest or is_mapping(found):
+                self.free.append((key.name, rest[1:].replace(DOT, ".") or None, found))
+                return
         self.tokens.append(f"--{key.name}{rest}={value}")
+
+
+def is_mapping(value: Any) -> bool:
+    """Whether it is a mapping whose keys are text."""
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
 
 
 def _bracketed(value: str) -> str:

@@ -92,6 +92,11 @@ def contains(kind: Any, wanted: type) -> bool:
     return any(option is wanted or get_origin(option) is wanted for option in alternatives(kind))
 
 
+def is_free(kind: Any) -> bool:
+    """Whether a type is a mapping of names to values of any kind, which only who uses them can check."""
+    return get_origin(kind) is dict and get_args(kind)[1] is Any
+
+
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """The members of a union; else the type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)

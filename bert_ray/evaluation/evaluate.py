@@ -208,7 +208,12 @@ def _columns(job: EvaluateJob, task: Task) -> dict[str, str]:
     if job.column is not None:
         names[task.inputs[0]] = job.column
     # `label` names the truth, however the task calls it, where there is but one.
-    if job.label != "label" and (len(task.truths) == 1 or "label" in task.truths):
+    if job.label != "label":
+        if len(task.truths) > 1 and "label" not in task.truths:
+            asked = " and ".join(f"columns.{name}" for name in task.truths)
+            raise JobError(
+                f"label is {job.label!r}, but task {task.kind} has several truths: name their columns by {asked}"
+            )
         names["label" if "label" in task.truths else task.truths[0]] = job.label
     return names
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import ColumnError, LakeError, meant
+from bert_ray.lake.files import printable
 from bert_ray.lake.tables import parquet_dataset
 from bert_ray.training.data import of_one_schema, one_array, usable_rows
 
@@ -48,6 +49,10 @@ def open_table(path: str) -> pads.Dataset:
     Raises:
         LakeError: there is none.
     """
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Arrow takes no such names, and no report could be written of it.
+        raise LakeError(f"{printable(path)} is no UTF-8: give the table a name that is") from None
     if not Path(path).exists():
         raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
     try:

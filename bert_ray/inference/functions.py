@@ -133,7 +133,11 @@ def _bundles(directory: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     unusable = []
     # Names with a dot in front are of directories that are being made, or were when their process was killed.
-    for path in sorted(path for path in directory.iterdir() if path.name[0] != "." and _is_bundle(path)):
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise JobError(f"{directory} cannot be listed: {error.strerror}; give references by name instead") from error
+    for path in (directory / name for name in names if name[0] != "." and _is_bundle(directory / name)):
         try:
             name = load_bundle(path).card.name or path.name
         except BundleError as error:
@@ -148,4 +152,5 @@ def _bundles(directory: Path) -> dict[str, str]:
 
 
 def _is_bundle(path: Path) -> bool:
-    return (path / _CARD).exists() or (path / "config.json").exists()
+    # Not Path.exists: of a directory that may not be entered it raises.
+    return any(os.path.exists(path / name) for name in (_CARD, "config.json"))

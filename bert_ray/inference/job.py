@@ -28,6 +28,13 @@ class SparkOptions:
     master: str | None = None
     config: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if (named := self.config.get("spark.master")) is not None:
+            if self.master not in (None, named):
+                raise JobError(f"spark.master is {self.master}, but {named} in spark.config: give one of them")
+            self.master = named
+            self.config = {name: value for name, value in self.config.items() if name != "spark.master"}
+
     @staticmethod
     def check_java() -> None:
         """Raise a JobError where there is no Java to run Spark."""

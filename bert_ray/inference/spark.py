@@ -139,10 +139,10 @@ def run_units(plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
     """
     with _session(plan.job.spark, plan.job.workers) as (session, held):
         job = plan.job
-        threads = job.threads or worker_threads(session, tasks=len(plan.todo))
-        work = dataclasses.replace(plan.work, annotator=dataclasses.replace(plan.work.annotator, threads=threads))
         # Where the master is ours too it holds the workers to their number; elsewhere the tasks must.
         tasks = min(len(plan.todo), _MOST_TASKS, (job.workers if not held else None) or _MOST_TASKS)
+        threads = job.threads or worker_threads(session, tasks=tasks)
+        work = dataclasses.replace(plan.work, annotator=dataclasses.replace(plan.work.annotator, threads=threads))
         # From Arrow: rows of Python's would each go through Python workers that do nothing else.
         turns = pa.array([place % tasks for place in range(len(plan.todo))], pa.int32())
         units = pa.table({"unit": [unit.to_json() for unit in plan.todo], "task": turns})

@@ -227,3 +227,38 @@ def test_the_job_files_in_jobs_load() -> None:
     pretrain = load_job(TrainJob, [str(ROOT / "jobs" / "pretrain.yaml"), "data.train=corpora/mine", "workers=4"])
     assert (pretrain.task, pretrain.model, pretrain.architecture.start) == ("pretraining", "new", "cooccurrence")
     assert load_job(CorpusJob, [str(ROOT / "jobs" / "corpus.yaml"), "input=lake", "output=corpus"]).inputs == ["lake"]
+
+
+def test_what_a_task_is_told_is_read_as_yaml_once(tmp_path: Path) -> None:
+    """A text in quotes is text, whatever it would be without them."""
+    told = {"mark": "[MASKED]", "template": "Topic: {}", "prompt": "2024", "labels": ["a", "b"], "threshold": 0.5}
+    file = tmp_path / "job.yaml"
+    file.write_text(dump_job(AnnotateJob(input="i", model="m", output="o", options=told)))
+    job = load_job(AnnotateJob, [str(file)])
+    assert job.options == told
+    changed = [
+        str(file),
+        "--options.threshold",
+        "0.25",
+        "options.labels=[c, d]",
+        "options.prompt='7'",
+        "options.top.k=3",
+    ]
+    job = load_job(AnnotateJob, changed)
+    assert job.options == told | {"threshold": 0.25, "labels": ["c", "d"], "prompt": "7", "top.k": 3}
+    assert load_job(AnnotateJob, [str(file), "options={mark: x}"]).options == {"mark": "x"}
+    with pytest.raises(JobError, match="options takes"):
+        load_job(AnnotateJob, [str(file), "options=3"])
+    file.write_text("input: i\nmodel: m\noutput: o\noptions: [a]\n")
+    with pytest.raises(JobError, match=r"job\.yaml:4: options takes"):
+        load_job(AnnotateJob, [str(file)])
+
+
+def test_sparks_master_has_one_name() -> None:
+    job = load_job(AnnotateJob, ["input=i", "model=m", "output=o", "spark.config.spark.master=local[3]"])
+    assert (job.spark.master, job.spark.config) == ("local[3]", {})
+    with pytest.raises(JobError, match=r"spark.master is local, but local\[3\] in spark.config: give one"):
+        load_job(
+            AnnotateJob,
+            ["input=i", "model=m", "output=o", "spark.master=local", "spark.config.spark.master=local[3]"],
+        )

@@ -37,7 +37,7 @@ def test_the_words_are_shared_out() -> None:
     assert submission._split(["--scores", "to=ray"]) == (["to=ray"], ["--scores"])
 
 
-def test_a_job_file_is_known_as_the_commands_know_it(tmp_path: Path) -> None:
+def test_a_job_file_is_known_as_the_commands_know_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "env=prod").mkdir()
     (tmp_path / "env=prod" / "job.yaml").write_text("input: lake\n")
     (tmp_path / "job.json").write_text('{"data": {"train": "t.parquet"}}')
@@ -45,6 +45,9 @@ def test_a_job_file_is_known_as_the_commands_know_it(tmp_path: Path) -> None:
     assert (ours, theirs) == (["--to", "ray", "env.A=b"], ["env=prod/job.yaml", "--input", "env=prod/lake"])
     assert submission._kind(theirs) == ("annotate", AnnotateJob)
     assert submission._kind(["--scores", "job.json"]) == ("train", TrainJob)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nightly.job").write_text("input: lake\n")
+    assert submission._kind(["nightly.job", "workers=4", "--name", "job.json"]) == ("annotate", AnnotateJob)
 
 
 def test_no_key_of_a_job_is_taken_for_submissions() -> None:
@@ -211,15 +214,45 @@ def test_a_job_whose_log_was_cut_off_is_waited_for(
 ) -> None:
     running = "Status for job 'one': RUNNING"
     said_in_turn(monkeypatch, running, running, running, "Job 'one' succeeded")
-    assert submission._ray_status(["ray"], [], "one") == 0
+    assert submission._ray_status(["ray"], "http://head:8265", "one") == 0
     assert capsys.readouterr().err.count("the log of one is no longer followed; waiting for its end") == 1
-    said_in_turn(monkeypatch, running, "failed with exit code 3")
-    assert submission._ray_status(["ray"], [], "one") == 3
+    ended = "Job 'one' failed\nStatus message: Job entrypoint command failed with exit code {}, last logs:\n"
+    said_in_turn(monkeypatch, running, ended.format(3) + "failed with exit code 9")
+    assert submission._ray_status(["ray"], "http://head:8265", "one") == 3
+    # As a shell has it for a process that a signal ended, or as Ray stops one.
+    said_in_turn(monkeypatch, ended.format(-9) + "failed with exit code 1")
+    assert submission._ray_status(["ray"], "http://head:8265", "one") == 137
+    said_in_turn(monkeypatch, "Job 'one' was stopped")
+    assert submission._ray_status(["ray"], "http://head:8265", "one") == 143
+    said_in_turn(monkeypatch, "Job 'one' failed\nStatus message: no worker for it")
+    with pytest.raises(JobError, match="one failed, and not by its own end: no worker for it"):
+        submission._ray_status(["ray"], "http://head:8265", "one")
     said_in_turn(monkeypatch, running, "no connection")
     with pytest.raises(JobError, match="Ray does not say how one ended: no connection"):
-        submission._ray_status(["ray"], [], "one")
+        submission._ray_status(["ray"], "http://head:8265", "one")
     # A single question that is not answered is none, the first one neither.
     said_in_turn(monkeypatch, "no connection", running, "Job 'one' succeeded")
-    assert submission._ray_status(["ray"], [], "one") == 0
+    assert submission._ray_status(["ray"], "http://head:8265", "one") == 0
     said_in_turn(monkeypatch, running, running, "no connection", running, "Job 'one' succeeded")
-    assert submission._ray_status(["ray"], [], "one") == 0
+    assert submission._ray_status(["ray"], "http://head:8265", "one") == 0
+
+
+def test_the_named_cluster_wins_over_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's client lets the environment win over its --address."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://production:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    for name, value in submission._quiet_ray("http://staging:8265").items():
+        monkeypatch.setenv(name, value)
+    assert get_address_for_submission_client("http://staging:8265") == "http://staging:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://production:8265")
+    lines = submission._follow_ray("one", "http://staging:8265", None).splitlines()
+    assert len(lines) == 3
+    assert all("RAY_API_SERVER_ADDRESS=http://staging:8265 ray job" in line for line in lines)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://staging:8265")
+    assert "RAY_API" not in submission._follow_ray("one", "http://staging:8265", None)
+
+
+def test_a_driver_that_a_signal_ended_has_a_shells_status() -> None:
+    assert submission._foreground(["sh", "-c", "kill -9 $$"], dict(os.environ)) == 137

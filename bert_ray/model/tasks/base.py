@@ -437,7 +437,7 @@ _SCALARS: dict[str, tuple[type, str]] = {
     "bool": (bool, "true or false"),
     "int": (int, "a whole number"),
     "float": (float, "a number"),
-    "str": (str, "a text"),
+    "str": (str, "a text, in quotes where YAML would take it for something else"),
     "None": (type(None), "null"),
 }
 

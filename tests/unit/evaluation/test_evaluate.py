@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bert_ray.evaluation import evaluate as room
 from bert_ray.evaluation.evaluate import Evaluation, evaluate
 from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.model.bundle import load_bundle, save_bundle
+from tests.tiny_tasks import MAKERS
 
 TEXTS = ["a great film", "the worst food ever", "so happy with it", "what a waste of money"]
 LABELS = ["positive", "negative", "positive", "negative"]
@@ -191,3 +193,24 @@ def test_scores_that_are_no_numbers_are_told(tmp_path: Path, tiny_bundle: Path) 
     broken = save_bundle(tmp_path / "model", model, bundle.tokenizer(), replace(bundle.card, files={}, fingerprint=""))
     with pytest.raises(BundleError, match="gives scores that are no numbers"):
         run(tmp_path, broken.directory, {"text": TEXTS, "label": LABELS})
+
+
+def test_a_label_is_for_one_truth(tmp_path: Path, tiny_encoder: Path) -> None:
+    model = MAKERS["answer"](tmp_path, str(tiny_encoder)).model
+    rows = {
+        "question": ["who"],
+        "context": ["the waiter"],
+        "answer_text": ["waiter"],
+        "answer_start": [4],
+        "gold": ["the"],
+    }
+    with pytest.raises(JobError, match=r"label is 'gold', but task answer has several truths: .* columns\.answer_text"):
+        run(tmp_path, Path(model), rows, label="gold")
+
+
+def test_a_table_whose_name_is_no_utf_8_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.parquet"
+    Path(os.fsdecode(path)).write_bytes(b"")
+    job = EvaluateJob(model=str(tiny_bundle), table=os.fsdecode(path), output=str(tmp_path / "report"))
+    with pytest.raises(LakeError, match=r"caf.*\.parquet is no UTF-8: give"):
+        evaluate(job)
