@@ -99,6 +99,7 @@ def memory(work: Workload, workers: int) -> Memory:
     gradients = whole + partial
     steps = (whole if work.zero_stage < 2 else partial) + (resident if work.asked_share else 0.0)
     steps += share if work.zero_stage in (1, 2) and work.offload == "none" else 0.0
+    steps += numbers if work.optimizer == "lamb" else 0.0  # All steps at once, before any norm is taken.
     return Memory(
         weights=held,
         gradients=gradients,

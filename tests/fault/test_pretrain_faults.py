@@ -41,15 +41,18 @@ def losses(result: TrainResult) -> list[float]:
     return [entry[name] for entry in result.history for name in ("train_loss", "validation_loss")]
 
 
-@pytest.fixture
-def job(tiny_encoder: Path, tmp_path: Path) -> TrainJob:
-    """A pretraining of 12 steps with dropout, in this process."""
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = random_texts(110)
-    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), texts[:100], texts[100:])
+    return make_corpus(tmp_path_factory.mktemp("faults") / "corpus", tiny_tokenizer(), texts[:100], texts[100:])
+
+
+def job_at(output: Path, model: Path, corpus: Path) -> TrainJob:
+    """A pretraining of 12 steps with dropout, in this process."""
     return TrainJob(
         task="pretraining",
-        model=str(tiny_encoder),
-        output=str(tmp_path / "model"),
+        model=str(model),
+        output=str(output),
         data=DataOptions(train=str(corpus)),
         engine="local",
         steps=12,
@@ -65,8 +68,13 @@ def job(tiny_encoder: Path, tmp_path: Path) -> TrainJob:
 
 
 @pytest.fixture
-def undisturbed(job: TrainJob, tmp_path: Path) -> TrainResult:
-    return train(replace(job, output=str(tmp_path / "whole")), tell=lambda _: None)
+def job(tiny_encoder: Path, corpus: Path, tmp_path: Path) -> TrainJob:
+    return job_at(tmp_path / "model", tiny_encoder, corpus)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_encoder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return train(job_at(tmp_path_factory.mktemp("whole") / "model", tiny_encoder, corpus), tell=lambda _: None)
 
 
 # Ray's workers.
