@@ -21,7 +21,7 @@ demo: setup
 	@$(PY) jobs/demo/demo.py
 
 test: setup
-	@$(PY) -m pytest -n 2 --dist loadgroup $(if $(FAST),-m "not slow") $(ARGS)
+	@$(PY) -m pytest -n 2 $(if $(FAST),-m "not slow") $(ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

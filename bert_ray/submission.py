@@ -228,14 +228,15 @@ def _ray_status(head: list[str], address: str, name: str) -> int:
     silent: float | None = None  # Since when no answer has been one.
     while True:
         said = _said([*head, "status", "--address", address, name], address)
-        if re.search(r"Job '.*' succeeded", said):
+        job = f"Job '{re.escape(name)}'"
+        if re.search(rf"{job} succeeded", said):
             return 0
         # In the message's first line: behind it comes the end of the log, which may say anything.
         if code := re.search(r"Status message: [^\n]*failed with exit code (-?\d+)", said):
             return _exit_status(int(code[1]))
-        if re.search(r"Job '.*' was stopped", said):
+        if re.search(rf"{job} was stopped", said):
             return _exit_status(-signal.SIGTERM)
-        if re.search(r"Job '.*' failed", said):
+        if re.search(rf"{job} failed", said):
             why = re.search(r"Status message: ([^\n]*)", said)
             raise JobError(f"{name} failed, and not by its own end: {why[1] if why else _reason(said)}")
         now = time.monotonic()

@@ -9,13 +9,16 @@ Everything runs offline and small: two cores, no hub, no GPU. A fixture whose me
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,14 +82,24 @@ def needs(package: str, extra: str) -> None:
 
 
 def _engine(item: pytest.Item) -> str | None:
-    """On which session's engine a test runs, by its fixtures; one that asks for them itself has it as parameter."""
+    """On which session's engine a test runs: by its fixtures, or its last parameter where it asks for them itself."""
     fixtures = getattr(item, "fixturenames", ())
     if "spark" in fixtures:
         return "spark"
     if "ray_session" in fixtures:
         return "ray"
-    parameters = re.split(r"[^a-z]+", item.name.partition("[")[2]) if "request" in fixtures else []
-    return next((word for word in parameters if word in ("ray", "spark")), None)
+    if "request" not in inspect.signature(getattr(item, "function", _engine)).parameters:
+        return None
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return next((value for value in reversed(list(parameters)) if value in ("ray", "spark")), None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each process where to note its tests' engines: whoever shares them out knows no more than their names."""
+    if not hasattr(node.config, "engines"):
+        node.config.engines = tempfile.TemporaryDirectory(prefix="bert-ray-tests-")
+    node.workerinput["engines"] = node.config.engines.name
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -95,12 +108,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     All others stay together with their file.
     """
-    from xdist.scheduler import LoadGroupScheduling
+    from xdist.scheduler import LoadScopeScheduling
 
-    class Together(LoadGroupScheduling):
+    class Together(LoadScopeScheduling):
+        @cached_property
+        def engines(self) -> dict[str, str]:
+            notes = list(Path(config.engines.name).iterdir())
+            assert notes, "no process has noted its tests' engines"
+            found: dict[str, str] = json.loads(notes[0].read_text())
+            return found
+
         def _split_scope(self, nodeid: str) -> str:
-            scope = super()._split_scope(nodeid)  # The group, or the test's own name where it has none.
-            return str(scope) if scope != nodeid else nodeid.partition("::")[0]
+            return self.engines.get(nodeid, nodeid.partition("::")[0])
 
     config.option.loadscopereorder = False
     return Together(config, log)
@@ -110,16 +129,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """In two processes, what takes longest goes first, so that they end at about the same time."""
     if not hasattr(config, "workerinput"):
         return
+    engines = {item.nodeid: engine for item in items if (engine := _engine(item))}
+    Path(config.workerinput["engines"], config.workerinput["workerid"]).write_text(json.dumps(engines))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    ranks = {}
-    for item in items:
-        engine = _engine(item)
-        if engine:
-            item.add_marker(pytest.mark.xdist_group(engine))
-        ranks[item] = {"ray": 0, "spark": 1}.get(engine or "", 3 if item.path in slow else 4)
-        if item.path.name == "test_demo.py":
-            ranks[item] = 2
-    items.sort(key=ranks.__getitem__)
+
+    def rank(item: pytest.Item) -> int:
+        if item.nodeid in engines:
+            return ("ray", "spark").index(engines[item.nodeid])
+        return 2 if item.path.name == "test_demo.py" else 3 if item.path in slow else 4
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True, scope="module")

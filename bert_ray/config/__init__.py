@@ -120,7 +120,8 @@ def help_text(
 def _check_file(cls: type, file: JobFile) -> Any:
     """The file's values, their types checked, as jsonargparse's namespace."""
     try:
-        values = {name: value for name, value in file.values.items() if name not in _free_values(cls, file)}
+        free = _free_values(cls, file)
+        values = {name: value for name, value in file.values.items() if name not in free}
         return _parser(cls, strict=False).parse_object(_without_empty_groups(cls, values), defaults=False)
     except _REFUSALS as error:
         key = _key_in(error, cls)

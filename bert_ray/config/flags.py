@@ -95,10 +95,14 @@ class Arguments:
             value = _bracketed(value)
         self.typed[key.name] = typed
         if is_free(key.type):
-            found = read_value(value)
-            if rest or is_mapping(found):
-                self.free.append((key.name, rest[1:].replace(DOT, ".") or None, found))
+            found, inner = read_value(value), rest[1:].replace(DOT, ".")
+            if (rest[:1] == "." and inner) or (not rest and is_mapping(found)):
+                self.free.append((key.name, inner or None, found))
                 return
+            if rest:
+                raise JobError(
+                    f"{typed}: {key.name} is a mapping: give {key.name}.NAME=VALUE, or {key.name}={{NAME: VALUE}}"
+                )
         self.tokens.append(f"--{key.name}{rest}={value}")
 
 

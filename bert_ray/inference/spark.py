@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -48,6 +51,8 @@ _LOOK_SEC = 1.0
 _CANCEL_SEC = 30.0
 # A task is tried this often in a session of our own; Spark's default there is once.
 _TRIES = 4
+# Workers that share a GPU at most; there is no memory for more.
+_MOST_WORKERS = 64
 
 
 def annotate(
@@ -99,22 +104,45 @@ def on_gpu(spec: AnnotatorSpec) -> AnnotatorSpec:
 
     if spec.device not in ("auto", "cuda") or (gpus := torch.cuda.device_count()) < 2:
         return spec
-    return dataclasses.replace(spec, device=f"cuda:{gpu_of_task(gpus)}")
+    device = f"cuda:{gpu_of_task(gpus)}"
+    if _taken and _taken[0] != device:  # Spark gave this process's task another: what is on the one before goes.
+        from bert_ray.model.annotator import forget_built
+
+        forget_built()
+    _taken[:] = [device]
+    return dataclasses.replace(spec, device=device)
+
+
+# The GPU that this process computes on.
+_taken: list[str] = []
 
 
 def gpu_of_task(gpus: int) -> int:
-    """Which of so many GPUs this task computes on: the one that Spark gave it, else one in turn."""
+    """Which of so many GPUs this task computes on: the one that Spark gave it, else the one with the fewest workers."""
     task = TaskContext.get()
     given = task.resources().get("gpu") if task else None
-    if given and given.addresses[0].isdigit():
-        return int(given.addresses[0]) % gpus  # Where CUDA shows a worker its own alone, it counts from 0.
-    return _turn(gpus)
+    if given is None:
+        return _free_gpu(gpus)
+    address, shown = given.addresses[0], os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if address in shown:
+        return shown.index(address)
+    return int(address) % gpus if address.isdigit() else 0  # What a process sees alone counts from 0.
 
 
 @functools.cache  # A process keeps its GPU: the model is there.
-def _turn(gpus: int) -> int:
-    task = TaskContext.get()
-    return (task.partitionId() if task else 0) % gpus
+def _free_gpu(gpus: int) -> int:
+    """Take a GPU of this machine by a lock that ends with the process; in turn where there are no locks."""
+    place = Path(tempfile.gettempdir(), f"bert_ray-gpus-{os.getuid()}")
+    place.mkdir(mode=0o700, exist_ok=True)
+    for turn in range(_MOST_WORKERS):
+        for gpu in range(gpus):
+            handle = os.open(place / f"{gpu}.{turn}", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Never closed: held as long as the process lives.
+                return gpu
+            except OSError:
+                os.close(handle)
+    return os.getpid() % gpus
 
 
 def as_spark(batch: pa.RecordBatch) -> pa.RecordBatch:

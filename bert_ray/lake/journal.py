@@ -112,7 +112,7 @@ class Journal:
             OutputError: the output cannot be written.
         """
         with output_errors(self.output):
-            _make_directory(destination.parent)
+            _make_directories(self.output, destination.parent)
             size_bytes = temporary.stat().st_size
             os.replace(temporary, destination)
             _sync_directory(destination.parent)
@@ -254,13 +254,21 @@ def output_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _make_directory(directory: Path) -> None:
-    """Make a directory, and those above it, so that each outlives a power cut."""
-    if directory.is_dir():
+def _make_directories(above: Path, directory: Path) -> None:
+    """Make a directory below another so that it outlives a power cut.
+
+    Those that another process has made are synced as well: it may not have come to that yet.
+    """
+    if directory in _lasting or directory == above:
         return
-    _make_directory(directory.parent)
+    _make_directories(above, directory.parent)
     directory.mkdir(exist_ok=True)
     _sync_directory(directory.parent)
+    _lasting.add(directory)
+
+
+# Directories that this process knows to be on the disk.
+_lasting: set[Path] = set()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -168,7 +168,8 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         filesystem: a store's.
 
     Raises:
-        LakeError: a Delta table that cannot be read, or an Iceberg table.
+        LakeError: a Delta table that cannot be read, an Iceberg table, a directory that cannot be listed, or a file
+            whose name is no UTF-8, which Arrow's datasets do not take.
         pa.ArrowException, OSError: what is there cannot be read as Parquet.
     """
     import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
@@ -182,8 +183,10 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
     if not place.is_dir():
         return pads.dataset(place, format="parquet")
     # Listed here: Arrow takes what begins with _ for no data, a partition's directory too.
-    files = active_files(place) if is_delta(place) else sorted(_data_files(place))
+    files = active_files(place) if is_delta(place) else sorted(_data_files(place), key=os.fspath)
     named = [os.fspath(file) for file in files]
+    if bad := next((name for name in named if printable(name) != name), None):
+        raise LakeError(f"{printable(bad)} has a name that is no UTF-8: give it another")
     return pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=os.fspath(place))
 
 

@@ -124,6 +124,11 @@ def _build(spec: AnnotatorSpec, stamp: tuple[tuple[str, int, int], ...]) -> Anno
     return Annotator(load_bundle(spec.model), spec)
 
 
+def forget_built() -> None:
+    """Let go of the annotators that this process has built; those in use stay as long as they are."""
+    _build.cache_clear()
+
+
 class Annotator:
     """Appends a bundle's annotation to Arrow tables.
 

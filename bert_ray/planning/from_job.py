@@ -6,7 +6,7 @@ Shapes: T tokens, L length of a row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from bert_ray.errors import JobError
 from bert_ray.model.flops import Dims, dims_of, parameters
 from bert_ray.planning.workload import Workload
-from bert_ray.training.order import mean_batch
+from bert_ray.training.order import mean_batch, smallest_step
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle
@@ -40,12 +40,14 @@ class Rows:
         tokens: mean L, windows of one text taken as rows of their own.
         squares: mean L².
         windows: of one row, on average.
+        longest: the greatest L; 0: not known.
     """
 
     count: float
     tokens: float
     squares: float
     windows: float = 1.0
+    longest: int = 0
 
 
 class _Model(NamedTuple):
@@ -88,7 +90,8 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
         step_tokens = float(job.batch_tokens)
         # Of every step a share is replayed, beside which the corpus itself is passed over (training/pretraining.py).
         own = 1.0 - job.data.replay_share if job.data.replay is not None else 1.0
-        mean_tokens = step_tokens * mean_batch(job.batch_warmup)
+        first = smallest_step(job.batch_tokens, rows.longest or math.ceil(rows.tokens), own)
+        mean_tokens = step_tokens * mean_batch(job.batch_warmup, first / step_tokens)
         steps = job.steps or max(1, math.ceil(job.epochs * rows.count * rows.tokens / own / mean_tokens))
         tokens = steps * mean_tokens
     else:
@@ -167,7 +170,7 @@ def _corpus_rows(job: TrainJob, asked: PlanJob, model: _Model, notes: list[str])
     """The rows of a corpus, as training cuts its documents; or what the flags say."""
     longest = job.max_length or (model.base.card.max_length if model.base else model.dims.positions)
     if asked.row_tokens is None and (found := _rows_of_corpus(job, longest)) is not None:
-        return found if asked.rows is None else Rows(count=asked.rows, tokens=found.tokens, squares=found.squares)
+        return found if asked.rows is None else replace(found, count=asked.rows)
     tokens = float(asked.row_tokens or longest)
     if asked.row_tokens is None:
         notes.append(f"{job.data.train} is no corpus yet: rows of {longest} tokens are assumed (--row-tokens)")
@@ -248,7 +251,13 @@ def _measured(lengths: Any, count: float, windows: float = 1.0) -> Rows:
     sizes = np.asarray(lengths, np.float64)
     if not len(sizes):
         raise JobError("there are no rows to train on")
-    return Rows(count=float(count), tokens=float(sizes.mean()), squares=float((sizes**2).mean()), windows=windows)
+    return Rows(
+        count=float(count),
+        tokens=float(sizes.mean()),
+        squares=float((sizes**2).mean()),
+        windows=windows,
+        longest=int(sizes.max()),
+    )
 
 
 def _precision(job: TrainJob, gpu: Gpu, notes: list[str]) -> Literal["fp32", "bf16", "fp16"]:

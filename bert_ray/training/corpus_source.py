@@ -23,7 +23,7 @@ from bert_ray.errors import JobError
 from bert_ray.model.examples import ranges
 from bert_ray.model.packing import PackedBatch
 from bert_ray.training.masking import NOT_ASKED, Vocabulary, budget, keys, mask_rows, mix, special_ids, uniform
-from bert_ray.training.order import SMALLEST_BATCH, epoch_order, mean_batch
+from bert_ray.training.order import SMALLEST_BATCH, epoch_order, mean_batch, smallest_step
 from bert_ray.training.schedule import share_of
 from bert_ray.training.shards import Documents
 
@@ -281,7 +281,7 @@ class CorpusSource:
                 f"batch_tokens is {full}, but rows have up to {longest} tokens, and some steps would have none: give "
                 f"batch_tokens={math.ceil(rounded / share)} or more, or a smaller max_length"
             )
-        return min(full, max(full / SMALLEST_BATCH, (longest + 2) / share))
+        return smallest_step(full, longest, share)
 
     def _tokens_before(self, step: int) -> int:
         """Tokens of the stream that the steps before this one take."""

@@ -222,7 +222,8 @@ class TrainJob:
         batch_size: rows of one optimiser step, over all workers.
         steps: optimiser steps of a pretraining; None: as many as `epochs` passes over the corpus have.
         batch_tokens: tokens of one optimiser step of a pretraining, over all workers.
-        batch_warmup: share of a pretraining's steps in which `batch_tokens` rises to its value from an eighth of it.
+        batch_warmup: share of a pretraining's steps in which `batch_tokens` rises to its value from an eighth of it,
+            or from the length of the longest row.
         evaluate_every: steps of a pretraining between two evaluations.
         pretraining: see PretrainingOptions.
         architecture: see ArchitectureOptions.

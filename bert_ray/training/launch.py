@@ -458,7 +458,10 @@ def _divergence(job: TrainJob, position: Position, directory: Path, identity: di
 
     what = f"the loss or its gradient stopped being finite at step {position.diverged} (epoch {position.epoch + 1})"
     remedy = f"train again with a smaller learning_rate (now {job.learning_rate:g})"
-    if not job.clip:
+    if position.overflowed:
+        what = f"no step since long was within fp16's range, and none was taken, up to step {position.diverged}"
+        remedy = "train again with precision=bf16, or fp32"
+    elif not job.clip:
         remedy += " or with clip: 1.0"
     checkpoints = checkpoints_of(job, directory)
     checkpoints.latest()

@@ -329,7 +329,7 @@ class Loop:
                 self._overflows = 0
             finite = np.isfinite(value) and (size is None or np.isfinite(size))
             if not finite or self._overflows >= _MOST_OVERFLOWS:
-                position.diverged = step + 1
+                position.diverged, position.overflowed = step + 1, bool(finite)
                 self._tell("note", text=f"step {step + 1}: {self.train.where(self.train.select(step))}")
                 break
             position.loss += value

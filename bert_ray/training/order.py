@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
 
-# Batch-size warm-up begins with a batch's eighth (as GPT-3 and MosaicBERT have it, a small part).
+# Batch-size warm-up begins with a batch's eighth (as GPT-3 and MosaicBERT have it, a small part), or the longest row.
 SMALLEST_BATCH = 8
 
 
@@ -70,6 +70,14 @@ def mean_batch(warmup: float, first: float = 1 / SMALLEST_BATCH) -> float:
     They rise on a line in the first `warmup` of the run, from the share `first` of it.
     """
     return 1 - warmup * (1 - first) / 2
+
+
+def smallest_step(batch_tokens: int, longest: int, share: float) -> float:
+    """Tokens of the first step of a batch-size warm-up.
+
+    In as many as the longest row has a row begins, also of the share of a step that is not replayed.
+    """
+    return min(batch_tokens, max(batch_tokens / SMALLEST_BATCH, (longest + 2) / share))
 
 
 def noise_seed(seed: int, step: int, piece: int) -> int:

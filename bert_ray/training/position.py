@@ -28,7 +28,8 @@ class Position:
         best_epoch: that epoch, from 1; 0 before the first.
         history: one entry per epoch done.
         scaling: fp16's loss scaling.
-        diverged: the step whose loss was not finite; None so far.
+        diverged: the step whose loss or gradient was not finite, or the last of many that overflowed; None so far.
+        overflowed: whether it was by that.
         stopped: whether the run left early because it was asked to.
         curve: (step, mean loss, gradient norm) of a few hundred stretches of the run, for a plot.
     """
@@ -46,6 +47,7 @@ class Position:
     history: list[dict[str, float]] = field(default_factory=list)
     scaling: dict[str, float] = field(default_factory=dict)
     diverged: int | None = None
+    overflowed: bool = False
     stopped: bool = False
     curve: list[list[float]] = field(default_factory=list)
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,10 @@ from tests.conftest import needs
 
 needs("pyspark", "spark")
 
-from pyspark import TaskContext  # noqa: E402
 from pyspark.sql import SparkSession  # noqa: E402
 
 from bert_ray.inference import spark as engine  # noqa: E402
+from bert_ray.model import annotator  # noqa: E402
 from bert_ray.model.annotator import AnnotatorSpec  # noqa: E402
 
 
@@ -93,28 +95,42 @@ def test_a_job_that_is_submitted_late_is_cancelled_all_the_same(monkeypatch: pyt
     assert not thread.is_alive()
 
 
-def test_tasks_take_a_machines_gpus_in_turn_and_a_process_keeps_its_own(spark: SparkSession) -> None:
+def test_workers_share_a_machines_gpus_and_each_keeps_its_own(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def take(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
-            task = TaskContext.get()
-            assert task is not None
+            engine.tempfile.tempdir = str(tmp_path)
             gpu = engine.gpu_of_task(3)
-            yield pa.RecordBatch.from_pydict({"process": [os.getpid()], "task": [task.partitionId()], "gpu": [gpu]})
+            time.sleep(0.5)  # So that both processes have tasks.
+            yield pa.RecordBatch.from_pydict({"process": [os.getpid()], "gpu": [gpu]})
 
-    rows = spark.range(0, 8, 1, 8).mapInArrow(take, "process long, task long, gpu long").collect()
-    first = {}
-    for row in sorted(rows, key=lambda row: row.task):
-        first.setdefault(row.process, row.task % 3)
+    rows = spark.range(0, 8, 1, 8).mapInArrow(take, "process long, gpu long").collect()
     assert len(rows) == 8
-    assert [row.gpu for row in rows] == [first[row.process] for row in rows]
+    found = {(row.process, row.gpu) for row in rows}
+    processes = {process for process, _ in found}
+    assert len(processes) == 2, "all tasks ran in one process"
+    assert {gpu for _, gpu in found} == {0, 1}
+    assert len(found) == 2, "a process has changed its GPU"
 
 
 def test_a_task_computes_on_the_gpu_that_spark_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = SimpleNamespace(resources=lambda: {"gpu": SimpleNamespace(addresses=["2"])}, partitionId=lambda: 0)
+    addresses = ["2"]
+    given = SimpleNamespace(resources=lambda: {"gpu": SimpleNamespace(addresses=addresses)})
     monkeypatch.setattr(engine.TaskContext, "get", lambda: given)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(engine, "_taken", [])
+    forgotten = []
+    monkeypatch.setattr(annotator, "forget_built", lambda: forgotten.append(True))
     spec = AnnotatorSpec(model="bundle")
     assert engine.on_gpu(spec).device == "cuda:2"
+    assert engine.on_gpu(spec).device == "cuda:2"
+    assert not forgotten
+    addresses[0] = "3"
+    assert engine.on_gpu(spec).device == "cuda:3"
+    assert forgotten
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert engine.on_gpu(spec).device == "cuda:1"
     assert engine.on_gpu(dataclasses.replace(spec, device="cuda:1")).device == "cuda:1"
     assert engine.on_gpu(dataclasses.replace(spec, device="cpu")).device == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
