@@ -91,8 +91,10 @@ class Arguments:
         return left.pop(0)
 
     def _add(self, key: Key, rest: str, value: str, typed: str) -> None:
-        if contains(key.type, list) and rest != "+" and value != "null" and not value.lstrip().startswith("["):
-            value = _bracketed(value)
+        if contains(key.type, list) and value != "null":
+            value = _as_json(value if value.lstrip().startswith("[") else _bracketed(value))
+        elif contains(key.type, dict) and value.lstrip().startswith("{") and not is_free(key.type):
+            value = _as_json(value)
         self.typed[key.name] = typed
         if is_free(key.type):
             found, inner = read_value(value), rest[1:].replace(DOT, ".")
@@ -104,6 +106,12 @@ class Arguments:
                     f"{typed}: {key.name} is a mapping: give {key.name}.NAME=VALUE, or {key.name}={{NAME: VALUE}}"
                 )
         self.tokens.append(f"--{key.name}{rest}={value}")
+
+
+def _as_json(value: str) -> str:
+    """A list or mapping in YAML, which jsonargparse would read by another version of YAML, as JSON."""
+    found = read_value(value)
+    return json.dumps(found, ensure_ascii=False) if isinstance(found, list | Mapping) else value
 
 
 def is_mapping(value: Any) -> bool:

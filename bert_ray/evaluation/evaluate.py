@@ -258,6 +258,7 @@ def _fit(annotator: Annotator, figures: dict[str, float], rows: Rows) -> Fit:
         levers_of(bundle, rows.truth),
         baseline=provenance.get("majority_baseline"),
         tested=figures.get(own.metric) if comparable else None,
+        alike=not own.metric_by_rows,
     )
 
 

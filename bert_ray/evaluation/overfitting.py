@@ -114,6 +114,7 @@ def judge(
     *,
     baseline: float | None = None,
     tested: float | None = None,
+    alike: bool = True,
 ) -> Fit:
     """Tell whether a model overfits.
 
@@ -124,6 +125,8 @@ def judge(
         levers: what may be pulled.
         baseline: the metric of the best constant answer on the validation rows.
         tested: the metric on another table.
+        alike: whether training and validation loss mean the same; not where rows are compared with each other, for
+            which a training batch and one of validation have other numbers of rows.
     """
     if not history:
         return Fit(
@@ -147,6 +150,14 @@ def judge(
             verdict="unknown",
             words="The history has no validation loss: the model was trained without validation rows, so that "
             "overfitting cannot be told. Set data.validation_fraction: 0.1, or data.validation.",
+            figures=figures,
+        )
+    if not alike:
+        return Fit(
+            verdict="unknown",
+            words="The loss compares the rows of a batch with each other, and training's batches have other numbers of "
+            f"rows than validation's, so that their losses say nothing of overfitting. {_spoken(metric)} on the "
+            f"validation rows was best after epoch {best} of {len(history)}, whose model was kept.",
             figures=figures,
         )
     verdict, words = _verdict(

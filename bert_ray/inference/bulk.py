@@ -316,7 +316,8 @@ def prepare(job: AnnotateJob) -> Plan:
         # As they come back from run.json.
         "options": json.loads(json.dumps(dataclasses.asdict(annotator.task.options))),
     }
-    if earlier:
+    # A run whose engine could not begin has done nothing that another would be mixed with.
+    if earlier and (journal.receipts() or journal.failed() or journal.started()):
         # Earlier versions did not note the task and its options, nor those options that they did not have.
         known = {"task": settings["task"]} | earlier["settings"]
         known["options"] = settings["options"] | known.get("options", {})

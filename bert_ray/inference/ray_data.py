@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def plan_pool(
         workers: how many actors the user asked for, None to choose.
         threads: how many torch threads each, None to choose.
         device: "auto" takes a GPU per actor where the cluster has any.
-        tasks: how many pieces of work there are at most; no more actors than that.
+        tasks: how many pieces of work there are at most; no more actors than that. None: they come from a dataset,
+            whose own tasks need a CPU beside the pool.
 
     Raises:
         JobError: the cluster cannot hold the workers asked for, and would wait for ever.
@@ -78,7 +80,8 @@ def plan_pool(
         if gpus < max(1, workers or 1):
             raise JobError(f"{workers or 1} workers with a GPU each are asked for, the cluster has {gpus:g} GPUs")
         actors = min(workers or int(gpus), most)
-        return Pool(actors=actors, cpus=1 if cpus > actors else cpus / (2 * actors), gpus=1, threads=threads)
+        share = 1 if cpus > actors else cpus / (2 * actors)
+        return Pool(actors=actors, cpus=_beside(tasks, share, actors, cpus), gpus=1, threads=threads)
     cores = max(1, int(cpus))
     fit = max(1, int(node_cpus))
     if workers:
@@ -95,7 +98,12 @@ def plan_pool(
             f"{actors} workers of {threads} threads are asked for, the cluster has {cpus:g} CPUs: "
             "lower workers or threads"
         )
-    return Pool(actors=actors, cpus=share, gpus=0, threads=threads)
+    return Pool(actors=actors, cpus=_beside(tasks, share, actors, cpus), gpus=0, threads=threads)
+
+
+def _beside(tasks: int | None, share: float, actors: int, cpus: float) -> float:
+    """CPUs that an actor takes where tasks of the dataset's own need one: without it they would wait for ever."""
+    return share if tasks is not None else min(share, math.floor(1000 * max(0.0, cpus - 1) / actors) / 1000)
 
 
 def annotate(

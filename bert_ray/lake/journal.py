@@ -188,12 +188,16 @@ class Journal:
                 return {entry.name.removesuffix(".json") for entry in entries}
         except (FileNotFoundError, NotADirectoryError):
             return set()
+        except OSError as error:
+            raise LakeError(f"{self.root / folder} cannot be listed: {error.strerror}") from error
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             return json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return {}
+        except OSError as error:
+            raise LakeError(f"{path} cannot be read: {error.strerror}") from error
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         """Write a JSON file whole or not at all."""

@@ -62,13 +62,21 @@ def conform(batch: pa.RecordBatch, target: pa.Schema, constants: Mapping[str, st
     """The batch with exactly the target's columns: cast, in order, constants for the partition, nulls for the rest.
 
     Raises:
-        pa.ArrowInvalid: a value does not fit the target's type.
+        pa.ArrowInvalid: a value does not fit the target's type: a whole number beyond 2^53 where another file has the
+            column as floats, a time beyond the years that nanoseconds reach.
     """
     columns = []
     for field in target:
         if field.name in batch.schema.names:
             column = batch.column(batch.schema.names.index(field.name))
-            columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+            try:
+                columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+            except pa.ArrowInvalid as error:
+                raise pa.ArrowInvalid(
+                    f"column {field.name!r} is {column.type}, but {field.type} in the table, for other files have it "
+                    f"in another type, and a value does not fit ({error}): write those anew with {column.type}, or "
+                    "leave the column out of what is kept"
+                ) from error
         elif field.name in constants:
             # As the directory spells it; other files may hold the column as a number.
             columns.append(pa.repeat(pa.scalar(constants[field.name], pa.string()).cast(field.type), batch.num_rows))

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from bert_ray.errors import LakeError
+from bert_ray.lake.units import partition_values
 
 _DELTA_LOG = "_delta_log"
 # Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
@@ -21,10 +22,16 @@ def is_delta(path: Path) -> bool:
     return os.path.isdir(path / _DELTA_LOG)
 
 
-def refuse_iceberg(path: Path) -> None:
-    """Raise a LakeError where a directory is an Iceberg table: replaced rows would be read with the others."""
-    if os.path.isdir(path / "metadata") and any((path / "metadata").glob("*.metadata.json")):
-        raise LakeError(f"{path} is an Iceberg table, which is not read: write its rows as Parquet, and give that")
+def check_whole(path: Path) -> None:
+    """Raise a LakeError where replaced rows would be read with others: an Iceberg table, or a part of a table."""
+    for place in (path, *path.parents):
+        if os.path.isdir(place / "metadata") and any((place / "metadata").glob("*.metadata.json")):
+            which = "is an Iceberg table" if place == path else f"lies in the Iceberg table {place}"
+            raise LakeError(f"{path} {which}, which is not read: write its rows as Parquet, and give that")
+        if place != path and is_delta(place):
+            raise LakeError(
+                f"{path} lies in the Delta table {place}, whose log says which of its rows count: give that"
+            )
 
 
 def active_files(path: Path) -> list[Path]:
@@ -53,8 +60,14 @@ def active_files(path: Path) -> list[Path]:
             # The root as deltalake spells it, %-encoded; what is behind it is a plain path.
             if not uri.removeprefix("file://").startswith(root):
                 raise LakeError(f"{path} has a file elsewhere, {uri}, which is not read: write the table anew")
-            files.append(path / uri.removeprefix("file://").removeprefix(root))
-    except deltalake.exceptions.DeltaError as error:
+            inside = uri.removeprefix("file://").removeprefix(root)
+            if lacking := set(table.metadata().partition_columns) - set(partition_values(inside)):
+                raise LakeError(
+                    f"{path}: the path of {inside} does not say its {' and '.join(sorted(lacking))}, by which the "
+                    "table is partitioned, and that would be lost: write it anew without delta.randomizeFilePrefixes"
+                )
+            files.append(path / inside)
+    except (deltalake.exceptions.DeltaError, OSError, ValueError) as error:
         raise LakeError(f"{path} cannot be read as a Delta table: {' '.join(str(error).split())}") from error
     if not files:
         raise LakeError(f"the Delta table {path} has no rows")

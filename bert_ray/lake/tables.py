@@ -22,7 +22,7 @@ from pyarrow import fs
 from bert_ray.errors import LakeError
 from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import merge, plain
-from bert_ray.lake.snapshots import active_files, is_delta, refuse_iceberg
+from bert_ray.lake.snapshots import active_files, check_whole, is_delta
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
             read.
     """
     place = local_path(path)
-    refuse_iceberg(place)
+    check_whole(place)
     return DeltaTable(place) if is_delta(place) else ParquetTable(place)
 
 
@@ -179,7 +179,7 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
             raise LakeError(f"{path} is a Delta table on a store, which is not read: copy it here")
         return pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
     place = Path(os.path.abspath(path))
-    refuse_iceberg(place)
+    check_whole(place)
     if not place.is_dir():
         return pads.dataset(place, format="parquet")
     # Listed here: Arrow takes what begins with _ for no data, a partition's directory too.
@@ -221,7 +221,8 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
     """The files below a directory, links followed; of directories those whose name `enter` is true of.
 
     Raises:
-        LakeError: a directory cannot be listed, and what stands in it would be passed over in silence.
+        LakeError: a directory cannot be listed, or is a link to what is not there (a disk that is not mounted), and
+            what stands in it would be passed over in silence.
     """
 
     def refuse(error: OSError) -> None:
@@ -236,7 +237,15 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
         seen.add(real)
         # Links last: what stands here also by a name of its own is found by that one, on every file system.
         below[:] = sorted(filter(enter, below), key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        yield from (Path(folder, name) for name in names)
+        for name in names:
+            path = Path(folder, name)
+            # os.walk takes it for a file. A file's has the suffix of one, and its unit will say that it is gone.
+            if enter(name) and ("=" in name or not path.suffix) and path.is_symlink() and not path.exists():
+                raise LakeError(
+                    f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not there: mount it, or "
+                    "remove the link"
+                )
+            yield path
 
 
 def is_data(name: str) -> bool:
@@ -271,13 +280,17 @@ def _look_at(path: Path, root: Path) -> _File:
         status = path.stat()
     except OSError:  # A dangling link, or a file removed since the listing: its unit will say so.
         return _File(relative, 0, 0, None, None)
+    unread = _File(relative, status.st_size, status.st_mtime_ns, None, None)
+    if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait for who writes to it.
+        return unread
     try:
         with pa.OSFile(os.fsencode(path)) as file:  # As bytes: Arrow takes no str whose name is not UTF-8.
             opened = open_parquet(file)
             schema, footer = opened.schema_arrow, opened.metadata
         groups = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
-    except (pa.ArrowException, OSError):
-        return _File(relative, status.st_size, status.st_mtime_ns, None, None)
+        _ = schema.names  # They may be no UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return unread
     return _File(relative, status.st_size, status.st_mtime_ns, schema, groups)
 
 

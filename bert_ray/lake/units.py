@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,6 +128,8 @@ class ParquetReader:
             status = path.stat()
             if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
                 raise LakeError(f"{told} changed after the run had begun: run again to take it as it is now")
+            if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait for who writes to it.
+                raise LakeError(f"{told} is no file: remove it, and run again")
             # As bytes: Arrow takes no str whose name is not UTF-8.
             with pa.OSFile(os.fsencode(path)) as source, open_parquet(source) as file:
                 found = file.schema_arrow
@@ -138,9 +141,15 @@ class ParquetReader:
                 for group in groups:
                     rows = _batch_rows(file, group, only)
                     for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=only):
-                        yield conform(batch, target, constants)
+                        try:
+                            whole = conform(batch, target, constants)
+                        except pa.ArrowInvalid as error:
+                            raise LakeError(f"{told}: {_one_line(error)}") from error
+                        yield whole
         except FileNotFoundError:
             raise LakeError(f"{told} is gone, or this machine does not see it") from None
+        except UnicodeDecodeError as error:
+            raise LakeError(f"{told} has a column whose name is no UTF-8. Replace the file and run again") from error
         except (pa.ArrowException, OSError) as error:
             raise LakeError(f"{told} cannot be read: {_one_line(error)}. Replace the file and run again") from error
 

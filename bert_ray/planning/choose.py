@@ -195,7 +195,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         raise JobError(f"no candidate has learned: {'; '.join(notes)}")
     ranked = sorted((item for item in candidates if item.rows), key=lambda item: -item.accuracy)
     best, reason = recommend(ranked)
-    majority = max(float((labels[test] == label).mean()) for label in set(labels[rest]))
+    most_frequent = Counter(labels[rest].tolist()).most_common(1)[0][0]
+    majority = float((labels[test] == most_frequent).mean())
     choice = Choice(
         candidates=ranked + [item for item in candidates if not item.rows],
         recommended=best,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bert_ray.errors import JobError
-from bert_ray.model.bundle import load_bundle
+from bert_ray.model.bundle import load_bundle, max_positions
 from bert_ray.model.encoder import encode
 from bert_ray.model.packing import pack_rows
 from bert_ray.model.tasks.fill_mask import FillMask
@@ -77,6 +77,11 @@ class Augmentation:
                 raise JobError(
                     f"augmentation.model {options.model} has another vocabulary than the model to train; give one that "
                     "was pretrained with the same tokenizer"
+                )
+            if max_length > (room := max_positions(bundle.config)):
+                raise JobError(
+                    f"augmentation.model {options.model} reads rows of {room} tokens, and those to train on have up to "
+                    f"{max_length}: give a model that reads as many, or max_length={room}"
                 )
             self._filler = bundle.model(task).to(device)
 

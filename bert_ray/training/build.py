@@ -49,7 +49,8 @@ def build(job: TrainJob, base: Bundle, tell: Callable[[dict[str, Any]], None]) -
     validation = None
     if job.data.validation is not None:
         validation = _validation(job, task)
-        read = {name: pa.chunked_array([array]) for name, array in zip(task.inputs, validation.inputs, strict=True)}
+        named = [*zip(task.inputs, validation.inputs, strict=True), *zip(task.truths, validation.truth, strict=True)]
+        read = {name: pa.chunked_array([array]) for name, array in named}
         identity["validation_rows"] = _digest(read)
     done = output.exists() and any(output.iterdir())
     if not done:

@@ -166,7 +166,7 @@ def _train(
             if task.start(base, table.inputs, table.truth, fresh):
                 base = load_bundle(fresh)
         card, data, notes = prepare(job, base, table)
-        identity = job.identity() | {"base": asked, "rows": data.digest()}
+        identity = job.identity() | {"base": asked, "rows": data.digest(), "labels known": list(card.labels)}
         if has_ended:
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
         enter(job, directory, identity)
@@ -337,8 +337,14 @@ def _check_levers(job: TrainJob, task: Task) -> None:
     """Refuse what a task would have to ignore, or could learn nothing from."""
     if job.labels is not None and len(job.labels) < task.least_labels:
         raise JobError(f"labels are {job.labels}; task {job.task} needs at least {task.least_labels}")
-    if job.augmentation.any and task.builds:
-        raise JobError(f"augmentation: task {job.task} makes its bundle without training; leave it out")
+    if task.builds:
+        asked = {
+            "augmentation": job.augmentation.any,
+            "class_weights": job.class_weights != "none",
+            **{name: getattr(job, name) for name in ("label_smoothing", "l1", "early_stopping", "keep_base")},
+        }
+        if named := [name for name, given in asked.items() if given]:
+            raise JobError(f"{', '.join(named)}: task {job.task} makes its bundle without training; leave it out")
     if job.augmentation.any and not task.distortable:
         raise JobError(f"augmentation: the truth of task {task.kind} belongs to single words; leave it out")
     if not _reads_corpus(job):

@@ -254,6 +254,15 @@ def test_what_a_task_is_told_is_read_as_yaml_once(tmp_path: Path) -> None:
         load_job(AnnotateJob, [str(file)])
 
 
+def test_lists_and_mappings_typed_are_yaml_1_2() -> None:
+    words = ["input=i", "model=m", "output=o"]
+    job = load_job(AnnotateJob, [*words, "keep=[no, on]", "columns={text: no, context: 'y'}"])
+    assert (job.keep, job.columns) == (["no", "on"], {"text": "no", "context": "y"})
+    assert load_job(AnnotateJob, [*words, "keep='a b',no"]).keep == ["a b", "no"]
+    assert load_job(AnnotateJob, [*words, "keep=a", "keep+=[no]", "keep+=1"]).keep == ["a", "no", "1"]
+    assert load_job(AnnotateJob, [*words, "keep=[a]", "keep=null"]).keep is None
+
+
 def test_sparks_master_has_one_name() -> None:
     job = load_job(AnnotateJob, ["input=i", "model=m", "output=o", "spark.config.spark.master=local[3]"])
     assert (job.spark.master, job.spark.config) == ("local[3]", {})

@@ -242,7 +242,9 @@ class Answer(Task):
         """First and last token of the answer in each window, int64 (P, 2)."""
         texts = to_python_strings(truth[0])
         starts = pc.if_else(truth[0].is_valid(), truth[1], -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        ends = starts + np.array([len(text or "") for text in texts], np.int64)
+        # Blanks at its ends are no token's.
+        starts = starts + np.array([len(text or "") - len((text or "").lstrip()) for text in texts], np.int64)
+        ends = starts + np.array([len((text or "").strip()) for text in texts], np.int64)
         return Targets(values=window_targets(pieces, starts, ends))
 
     def for_training(self, examples: Examples) -> Examples:

@@ -257,7 +257,7 @@ def in_batch_loss(first: torch.Tensor, second: torch.Tensor, digests: torch.Tens
         digests: int64 (S, 2), equal for equal texts.
     """
     scores = _SCALE * first @ second.T
-    same = (digests[:, None, :] == digests[None, :, :]).any(2)
+    same = (digests[:, None, :, None] == digests[None, :, None, :]).flatten(2).any(2)
     same.fill_diagonal_(False)
     own = torch.arange(len(scores), device=scores.device)
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), own, reduction="none")

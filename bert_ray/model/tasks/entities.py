@@ -36,6 +36,7 @@ from bert_ray.model.tasks.spans import (
     plain_texts,
     read_tags,
     read_texts,
+    stretches,
     text_tokens,
     window_overlap,
     word_begins,
@@ -201,7 +202,9 @@ class Entities(Task):
         best = logits.max(axis=1, keepdims=True, initial=-np.inf)
         score = (1.0 / np.exp(logits - best).sum(axis=1)).astype(np.float32)
         row = tokens.row[first]
-        begin, end = entity_runs(tags, said, row)
+        # What stands before a middle that was left out and what stands behind it are not one entity.
+        run = stretches(tokens, known)[first] if self.options.overflow == "head_tail" else row
+        begin, end = entity_runs(tags, said, run)
         # A word ends with its last token: the one before the next word's first.
         last = np.append(first[1:], len(tokens.number)) - 1
         sums = np.append(0.0, np.cumsum(score, dtype=np.float64))
@@ -237,7 +240,7 @@ class Entities(Task):
             ColumnError: the columns are neither.
         """
         texts = super().read_truth(truth, inputs)[1]
-        return [entity_truth.read_truth(truth[0], inputs[0])], texts
+        return [entity_truth.read_truth(truth[0], inputs[0], self.card.labels or ())], texts
 
     def faults(self, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> dict[str, np.ndarray]:
         """Tags that do not fit their words, spans outside the text or over each other."""

@@ -8,7 +8,7 @@ Shapes: B rows, W words of all rows, E entities of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +61,13 @@ def _is_spans(kind: pa.DataType) -> bool:
     return is_list(kind) and pa.types.is_struct(kind.value_type)
 
 
-def read_truth(truth: pa.Array, texts: pa.Array) -> pa.Array:
+def read_truth(truth: pa.Array, texts: pa.Array, known: Collection[str] = ()) -> pa.Array:
     """A column of tags or of spans as spans.
 
     Args:
         truth: list<string>, the tag of each word; or list<struct<start, end, label>>, code points.
         texts: the text column: lists of words, where the truth is tags.
+        known: entity types that are known to be some.
 
     Raises:
         ColumnError: any other types.
@@ -85,7 +86,7 @@ def read_truth(truth: pa.Array, texts: pa.Array) -> pa.Array:
             f"the tags stand one a word, but the text column is {texts.type}; give the words as list<string>, or the "
             "entities as list<struct<start, end, label>>"
         )
-    return _from_tags(truth, texts)
+    return _from_tags(truth, texts, known)
 
 
 def _from_spans(truth: pa.Array) -> pa.Array:
@@ -110,7 +111,7 @@ def _lists(counts: np.ndarray, spans: pa.Array, like: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), spans, mask=mask)
 
 
-def _from_tags(truth: pa.Array, words: pa.Array) -> pa.Array:
+def _from_tags(truth: pa.Array, words: pa.Array, known_types: Collection[str]) -> pa.Array:
     rows = len(truth)
     tag_counts, word_counts = (
         pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -135,7 +136,7 @@ def _from_tags(truth: pa.Array, words: pa.Array) -> pa.Array:
     starts = ends - length - 1
     first = np.searchsorted(row, row)
     shift = starts[first] if len(row) else starts
-    tags = read_tags(list(np.array(["O" if not is_tag(name) else name for name in names], object)))
+    tags = read_tags(["O" if not is_tag(name) else name for name in names], known_types)
     begin, last = entity_runs(tags, code, row)
     start, end, owner = (starts - shift)[begin], (ends - 1 - shift)[last], row[begin]
     label = pa.array(tags.types, pa.string()).take(pa.array(tags.kind[code[begin]]))

@@ -10,7 +10,7 @@ Shapes: B rows, P pieces (windows), T tokens, W words, E entities, N code points
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -233,6 +233,14 @@ def word_begins(tokens: Tokens, texts: Texts, group: np.ndarray) -> np.ndarray:
     return begins | first_of_row
 
 
+def stretches(tokens: Tokens, texts: Texts) -> np.ndarray:
+    """The stretch of text that each token stands in, int64: between two of them there is text that has no token."""
+    seen = np.concatenate([[0], np.cumsum(~texts.blank)])
+    # One character may be the mark between given words.
+    jumps = (tokens.row[1:] != tokens.row[:-1]) | (seen[tokens.start[1:]] > seen[tokens.end[:-1]] + 1)
+    return np.cumsum(np.concatenate([[0], jumps]))[: len(tokens.row)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tags:
     """What a model's outputs stand for.
@@ -261,18 +269,24 @@ class Tags:
         return found
 
 
-def read_tags(names: Sequence[str]) -> Tags:
+def read_tags(names: Sequence[str], known: Collection[str] = ()) -> Tags:
     """Understand tags: BIO, BIOES, BILOU, or an entity's bare type (IO).
 
-    E, S, L, U and M before a hyphen count as prefixes only where the type also stands with a B or an I before it, so
-    that a type "E-MAIL" is one.
+    E, S, L, U and M before a hyphen count as prefixes only before a type that is known or also stands with a B or an I
+    before it, so that a type "E-MAIL" is one; or where the letter is a prefix of another type by that.
+
+    Args:
+        names: the tags.
+        known: entity types that are known to be some.
     """
-    spanned = {name[2:] for name in names if name[:2] in ("B-", "I-")}
+    spanned = {name[2:] for name in names if name[:2] in ("B-", "I-")} | set(known)
+    letters = {name[0] for name in names if name[1:2] == "-" and name[2:] in spanned}
     types: dict[str, int] = {}
     kind, begins, closes = [], [], []
     for name in names:
         prefix, kind_name = "", name
-        if name[1:2] == "-" and name[0] in _PREFIXES and name[2:] in spanned:
+        whole = name in known
+        if name[1:2] == "-" and name[0] in _PREFIXES and (name[2:] in spanned or name[0] in letters) and not whole:
             prefix, kind_name = name[0], name[2:]
         kind.append(-1 if name == "O" else types.setdefault(kind_name, len(types)))
         begins.append(prefix in _BEGIN)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from bert_ray.errors import ColumnError, JobError, LakeError
 from bert_ray.lake.files import printable
-from bert_ray.lake.snapshots import is_delta, refuse_iceberg
+from bert_ray.lake.snapshots import check_whole, is_delta
 from bert_ray.lake.tables import DeltaTable, ParquetTable, local_path
 from bert_ray.lake.units import ParquetReader, Unit
 from bert_ray.model.tokenization import is_text, to_python_strings
@@ -196,7 +196,7 @@ def open_sources(places: Sequence[str], columns: Sequence[str], options: Reading
 
 
 def _open(path: Path, columns: Sequence[str], options: ReadingOptions) -> Source:
-    refuse_iceberg(path)
+    check_whole(path)
     form = _format(path) if options.format == "auto" else options.format
     if form == "text":
         if not (files := text_files(path)):

@@ -39,6 +39,27 @@ def changed(job: AnnotateJob, **changes: Any) -> AnnotateJob:
     return dataclasses.replace(job, **changes)
 
 
+def begin(job: AnnotateJob) -> None:
+    """As a run does that is killed in its first unit."""
+    plan = bulk.prepare(job)
+    Journal(job.output).start(plan.todo[0].id, plan.work.session)
+
+
+def test_a_run_that_did_nothing_gives_way_to_another(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine could not begin."""
+    from bert_ray.inference import local
+
+    def refuse(*_: Any) -> Iterator[Outcome]:
+        raise JobError("64 workers are asked for")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "run_units", refuse)
+        with pytest.raises(JobError, match="64 workers"):
+            bulk.run(job)
+    assert bulk.run(changed(job, name="mood", unit_rows=8)).exit_status == 0
+    assert "mood" in read_output(Path(job.output)).schema.names
+
+
 def test_a_run_writes_the_table_that_was_promised(job: AnnotateJob, capsys: pytest.CaptureFixture[str]) -> None:
     summary = bulk.run(job)
     assert (summary.exit_status, summary.rows, summary.units, summary.done, summary.skipped) == (0, 48, 12, 12, 0)
@@ -116,14 +137,14 @@ def test_another_column_and_a_partition_column(job: AnnotateJob, lake: Path) -> 
     ],
 )
 def test_another_job_in_the_same_output_is_refused(job: AnnotateJob, change: dict[str, Any], named: str) -> None:
-    bulk.prepare(job)
+    begin(job)
     with pytest.raises(JobError, match="choose another output") as error:
         bulk.prepare(changed(job, **change))
     assert named in str(error.value)
 
 
 def test_columns_in_another_order_are_refused(job: AnnotateJob) -> None:
-    bulk.prepare(changed(job, keep=["id", "text"]))
+    begin(changed(job, keep=["id", "text"]))
     bulk.prepare(changed(job, keep=["id", "text"]))
     with pytest.raises(JobError, match="output columns: were in the order id, text, sentiment, are in text, id, sent"):
         bulk.prepare(changed(job, keep=["text", "id"]))
@@ -157,14 +178,14 @@ def test_what_is_told_to_be_typed_can_be_pasted(job: AnnotateJob, tmp_path: Path
 
 
 def test_another_model_in_the_same_output_is_refused(job: AnnotateJob, tiny_encoder: Path) -> None:
-    bulk.prepare(job)
+    begin(job)
     with pytest.raises(JobError, match="model's fingerprint was"):
         bulk.prepare(changed(job, model=str(tiny_encoder)))
 
 
 def test_other_labels_in_the_same_output_are_refused(job: AnnotateJob, tiny_encoder: Path) -> None:
     asked = changed(job, model=str(tiny_encoder), task="zero-shot", options={"labels": ["food", "film"]})
-    bulk.prepare(asked)
+    begin(asked)
     bulk.prepare(asked)
     with pytest.raises(JobError, match=r"labels was \['food', 'film'\], is \['food', 'phone'\]"):
         bulk.prepare(changed(asked, options={"labels": ["food", "phone"]}))

@@ -20,12 +20,22 @@ def test_one_piece_of_work_has_both_cores() -> None:
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 6, 8, 16, 64, 500])
-@pytest.mark.parametrize("workers", [None, 1, 2])
-def test_a_pool_never_takes_every_cpu(cpus: int, workers: int | None) -> None:
-    if workers and workers > cpus:
+@pytest.mark.parametrize("workers", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("threads", [None, 1, 3])
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_a_dataset_s_own_tasks_have_a_cpu(cpus: int, workers: int | None, threads: int | None, gpus: int) -> None:
+    try:
+        pool = plan(cpus, min(cpus, 16), gpus, workers=workers, threads=threads)
+    except JobError as error:
+        assert "the cluster has" in str(error)
         return
-    pool = plan(cpus, min(cpus, 16), workers=workers)
-    assert pool.actors * pool.cpus < cpus or cpus == 1
+    assert pool.actors * pool.cpus <= cpus - 1
+    assert pool.actors >= 1
+
+
+@pytest.mark.parametrize("cpus", [2, 3, 4, 6, 8, 16, 64, 500])
+def test_a_pool_of_our_own_choice_uses_no_more_threads_than_cpus(cpus: int) -> None:
+    pool = plan(cpus, min(cpus, 16))
     assert pool.actors * (pool.threads or 1) <= cpus
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from bert_ray.errors import LakeError
 from bert_ray.lake import units
+from bert_ray.lake.outputs import parts
 from bert_ray.lake.tables import open_table, parquet_dataset
 from bert_ray.lake.units import Unit, partition_values
 from bert_ray.model.tokenization import as_strings
@@ -90,6 +91,14 @@ def test_which_files_belong(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("about this lake")
     (tmp_path / "loop").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone.parquet").symlink_to(tmp_path / "nowhere")  # Its unit will say so.
+    os.mkfifo(tmp_path / "pipe.parquet")
+    several = open_table(tmp_path)
+    lost = {unit.path: unit for unit in several.units(9) if unit.path in ("gone.parquet", "pipe.parquet")}
+    for name, why in (("gone.parquet", "is gone"), ("pipe.parquet", "is no file")):
+        with pytest.raises(LakeError, match=why):
+            list(several.reader().read(lost[name], ["text"]))
+        (tmp_path / name).unlink()
     found = ["000000_0", "a.parquet", "b.PQ", "d/e.parq"]
     assert [unit.path for unit in open_table(tmp_path).units(9)] == found
     # As Spark has it: a partition may be of a column whose name begins so.
@@ -130,6 +139,77 @@ def test_a_delta_table_s_replaced_rows_are_not_read(tmp_path: Path, where: str) 
     deltalake.DeltaTable(path).delete()
     with pytest.raises(LakeError, match="has no rows"):
         open_table(path)
+
+
+def test_a_part_of_a_delta_table_is_refused(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    rows = pa.table({"id": [1, 2], "text": ["a", "b"], "part": ["x", "y"]})
+    deltalake.write_deltalake(tmp_path / "t", rows, partition_by=["part"])
+    for place in (tmp_path / "t" / "part=x", next(tmp_path.glob("t/part=x/*.parquet"))):
+        for read in (open_table, parquet_dataset):
+            with pytest.raises(LakeError, match=r"lies in the Delta table .*/t, whose log says .*: give that"):
+                read(place)
+
+
+def test_a_delta_table_whose_paths_do_not_say_its_partitions_is_refused(tmp_path: Path) -> None:
+    """As `delta.randomizeFilePrefixes` has it."""
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.write_deltalake(tmp_path, pa.table({"text": ["a"], "part": ["x"]}), partition_by=["part"])
+    log = tmp_path / "_delta_log" / "00000000000000000000.json"
+    (tmp_path / "part=x").rename(tmp_path / "aB")
+    assert "part=x/" in log.read_text()
+    log.write_text(log.read_text().replace("part=x/", "aB/"))
+    with pytest.raises(LakeError, match=r"the path of aB/.* does not say its part, .*randomizeFilePrefixes"):
+        open_table(tmp_path)
+
+
+def test_a_delta_log_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.write_deltalake(tmp_path, pa.table({"text": ["a"]}))
+    log = tmp_path / "_delta_log" / "00000000000000000000.json"
+    for spoil in (lambda: log.write_text("{"), lambda: (log.unlink(), log.mkdir())):
+        spoil()
+        with pytest.raises(LakeError, match="cannot be read as a Delta table"):
+            open_table(tmp_path)
+
+
+def test_a_partition_behind_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:
+    """A disk that is not mounted."""
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "f.parquet")
+    (tmp_path / "source=s1").symlink_to(tmp_path / "disk2" / "source=s1")
+    for read in (open_table, parquet_dataset):
+        with pytest.raises(LakeError, match=r"source=s1 is a link to .*disk2/source=s1, which is not there: mount it"):
+            _ = read(tmp_path).schema
+    with pytest.raises(LakeError, match="mount it"):
+        parts(tmp_path)
+
+
+def test_a_file_that_does_not_fit_others_says_so(tmp_path: Path) -> None:
+    """Numbers that floats do not hold, where another file has floats."""
+    pq.write_table(pa.table({"id": [2**53 + 1], "text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": [0.5], "text": ["b"]}), tmp_path / "b.parquet")
+    table = open_table(tmp_path)
+    first, second = table.units(9)
+    with pytest.raises(
+        LakeError, match=r"a\.parquet: column 'id' is int64, but double in the table, .* write those anew"
+    ):
+        list(table.reader().read(first, ["id", "text"]))
+    assert [batch["id"].to_pylist() for batch in table.reader().read(second, ["id", "text"])] == [[0.5]]
+    assert [batch["text"].to_pylist() for batch in table.reader().read(first, ["text"])] == [["a"]]
+
+
+def test_a_column_whose_name_is_no_utf_8_is_one_files_fault(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"], "caffee": [1]}), tmp_path / "b.parquet", store_schema=False)
+    raw = (tmp_path / "b.parquet").read_bytes()
+    assert raw.count(b"caffee") >= 1
+    (tmp_path / "b.parquet").write_bytes(raw.replace(b"caffee", b"caff\xe9e"[:6]))
+    table = open_table(tmp_path)
+    assert table.schema.names == ["text"]
+    good, bad = table.units(9)
+    assert [batch["text"].to_pylist() for batch in table.reader().read(good, ["text"])] == [["a"]]
+    with pytest.raises(LakeError, match=r"b\.parquet"):
+        list(table.reader().read(bad, ["text"]))
 
 
 def test_an_iceberg_table_is_refused(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def test_the_filler_has_the_same_vocabulary(tmp_path: Path, filler: str, job_for
     other.add_tokens(["unheard"])
     with pytest.raises(JobError, match="another vocabulary"):
         Augmentation(AugmentationOptions(substitution=0.1, model=filler), other, 64, 0, CPU)
+    with pytest.raises(JobError, match=r"reads rows of 512 tokens, .* up to 513: .* max_length=512"):
+        Augmentation(AugmentationOptions(substitution=0.1, model=filler), tiny_tokenizer(), 513, 0, CPU)
 
 
 def test_a_distorted_run_cut_off_goes_on_to_the_same_bits(

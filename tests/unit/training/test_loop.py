@@ -378,6 +378,20 @@ def test_an_ended_run_is_not_repeated_and_not_overwritten(job_for: Jobs) -> None
         quiet(replace(job, learning_rate=0.1))
 
 
+def test_labels_by_other_names_are_another_run(job_for: Jobs, tmp_path: Path) -> None:
+    """Also where they come in the same order."""
+    job = job_for(epochs=1)
+    place = tmp_path / "renamed.parquet"
+    job = replace(job, data=replace(job.data, train=str(place)))
+    table = pq.read_table(job_for().data.train)
+    pq.write_table(table, place)
+    quiet(job)
+    labels = pa.array([f"a {label}" for label in table["label"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), place)
+    with pytest.raises(JobError, match="labels known"):
+        quiet(job)
+
+
 def test_an_unfinished_run_refuses_other_settings(job_for: Jobs) -> None:
     job = job_for()
     with pytest.raises(Cut):

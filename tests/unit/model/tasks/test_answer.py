@@ -252,6 +252,16 @@ def test_targets_are_those_of_run_qa(bundle: Path, contexts: list[str]) -> None:
     assert sum(text is not None for text in rows["answer_text"]) <= inside < len(examples) < 1000
 
 
+def test_blanks_at_an_answers_ends_are_no_part_of_it(bundle: Path) -> None:
+    context = "the food was great "
+    plain = {"question": ["how?"], "context": [context], "answer_text": ["great"], "answer_start": [13]}
+    _, expected = examples_of(bundle, plain)
+    assert (expected.targets.values > 0).all()
+    for text, start in (("great ", 13), (" great", 12), (" great ", 12)):
+        _, found = examples_of(bundle, plain | {"answer_text": [text], "answer_start": [start]})
+        assert found.targets.values.tolist() == expected.targets.values.tolist()
+
+
 def test_loss_is_transformers_own(bundle: Path, contexts: list[str]) -> None:
     import torch
 

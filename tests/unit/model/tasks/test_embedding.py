@@ -91,6 +91,10 @@ def test_a_text_in_common_is_no_negative() -> None:
     scores = 20 * first @ second.T
     expected = F.cross_entropy(scores[:1, [0, 2]], torch.tensor([0]))
     assert torch.allclose(in_batch_loss(first, second, digests)[0], expected)
+    # Nor is one whose text stands in the other column, as in pairs of paraphrases.
+    for others in ([[7, 2], [3, 8]], [[2, 1], [3, 8]], [[7, 1], [3, 8]]):
+        digests = torch.tensor([[1, 7], *others])
+        assert torch.allclose(in_batch_loss(first, second, digests)[0], expected)
 
 
 def test_losses_are_sentence_transformers_own() -> None:

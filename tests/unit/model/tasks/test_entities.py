@@ -264,9 +264,35 @@ def test_tags_of_other_forms() -> None:
     assert tags.types == ("a", "b")
     assert tags.ids(begin=True).tolist() == [2, 3]
     assert tags.ids(begin=False).tolist() == [0, 3]
+    # A letter that is another type's prefix is one; so is any before a type that is known, but not one of its own name.
+    assert read_tags(["O", "B-a", "E-a", "S-a", "S-b", "U-c"]).types == ("a", "b", "U-c")
+    assert read_tags(["O", "S-b", "E-MAIL"], known=["b", "E-MAIL"]).types == ("b", "E-MAIL")
 
 
 # Windows.
+
+
+def test_no_entity_reaches_across_a_middle_that_is_left_out(tmp_path: Path) -> None:
+    """A model that says I-thing of every word: one entity before the middle, one behind it."""
+    import torch
+    from transformers import AutoModelForTokenClassification
+
+    model = AutoModelForTokenClassification.from_pretrained(make_bundle(tmp_path / "any", TAGS))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0]))
+    place = tmp_path / "bundle"
+    save_bundle(place, model, tiny_tokenizer(), Card(task="entities", labels=["place", "thing"], max_length=16))
+    text = " ".join(["good"] * 40)
+    for column, kind in (([text], None), ([text.split()], pa.list_(pa.string()))):
+        (found,) = annotate(place, column, kind, overflow="head_tail")
+        assert [entity["label"] for entity in found] == ["thing", "thing"]
+        assert found[0]["start"] == 0
+        assert found[0]["end"] < found[1]["start"]
+        assert found[1]["end"] == len(text)
+        # Nothing left out: one.
+        (short,) = annotate(place, [column[0][:34] if kind is None else column[0][:7]], kind, overflow="head_tail")
+        assert spans(short) == [(0, 34, "thing")]
 
 
 def test_no_window_changes_what_fits(bundle: Path, texts: list[str]) -> None:

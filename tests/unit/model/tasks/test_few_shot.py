@@ -195,6 +195,19 @@ def test_validation_rows_measure_the_bundle(tiny_encoder: Path, uci_sample: pa.T
     assert "on 81 validation rows: accuracy" in result.summary()
     assert any("also stand in" in note for note in notes)
     assert run(job)[0].metrics == expected
+    # Labels that were mended are other rows.
+    mended = pc.if_else(pc.equal(table["label"], "negative"), "positive", "negative")
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", mended), tmp_path / "held.parquet")
+    with pytest.raises(JobError, match="holds another bundle"):
+        run(job)
+
+
+@pytest.mark.parametrize("lever", [{"class_weights": "balanced"}, {"label_smoothing": 0.1}, {"l1": 0.1}])
+def test_a_lever_without_effect_is_refused(
+    tiny_encoder: Path, uci_sample: pa.Table, tmp_path: Path, lever: dict[str, object]
+) -> None:
+    with pytest.raises(JobError, match=f"{next(iter(lever))}: task few-shot makes its bundle without training"):
+        run(job_for(str(tiny_encoder), few(uci_sample, 8), tmp_path, **lever))
 
 
 def test_rows_without_text_or_label_are_left_out(tiny_encoder: Path, uci_sample: pa.Table, tmp_path: Path) -> None:
