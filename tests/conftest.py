@@ -91,7 +91,8 @@ def _engine(item: pytest.Item) -> str | None:
     if "request" not in inspect.signature(getattr(item, "function", _engine)).parameters:
         return None
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return next((value for value in reversed(list(parameters)) if value in ("ray", "spark")), None)
+    words = [value for value in parameters if isinstance(value, str) and value in ("ray", "spark")]
+    return words[-1] if words else None
 
 
 @pytest.hookimpl(optionalhook=True)

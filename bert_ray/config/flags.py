@@ -91,9 +91,11 @@ class Arguments:
         return left.pop(0)
 
     def _add(self, key: Key, rest: str, value: str, typed: str) -> None:
-        if contains(key.type, list) and value != "null":
-            value = _as_json(value if value.lstrip().startswith("[") else _bracketed(value))
-        elif contains(key.type, dict) and value.lstrip().startswith("{") and not is_free(key.type):
+        if contains(key.type, list) and value.lstrip().startswith("["):
+            value = _as_json(value)
+        elif contains(key.type, list) and value != "null":
+            value = json.dumps([value], ensure_ascii=False) if rest == "+" else _as_json(_bracketed(value))
+        elif contains(key.type, dict) and not rest and value.lstrip().startswith("{"):
             value = _as_json(value)
         self.typed[key.name] = typed
         if is_free(key.type):

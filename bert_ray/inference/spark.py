@@ -131,17 +131,18 @@ def gpu_of_task(gpus: int) -> int:
 
 @functools.cache  # A process keeps its GPU: the model is there.
 def _free_gpu(gpus: int) -> int:
-    """Take a GPU of this machine by a lock that ends with the process; in turn where there are no locks."""
+    """Take a GPU of this machine by a lock that ends with the process; by its number where there are no locks."""
     place = Path(tempfile.gettempdir(), f"bert_ray-gpus-{os.getuid()}")
-    place.mkdir(mode=0o700, exist_ok=True)
-    for turn in range(_MOST_WORKERS):
-        for gpu in range(gpus):
-            handle = os.open(place / f"{gpu}.{turn}", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Never closed: held as long as the process lives.
-                return gpu
-            except OSError:
-                os.close(handle)
+    with contextlib.suppress(OSError):
+        place.mkdir(mode=0o700, exist_ok=True)
+        for turn in range(_MOST_WORKERS):
+            for gpu in range(gpus):
+                handle = os.open(place / f"{gpu}.{turn}", os.O_RDWR | os.O_CREAT, 0o600)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return gpu  # Never closed: held as long as the process lives.
+                except BlockingIOError:
+                    os.close(handle)
     return os.getpid() % gpus
 
 

@@ -263,7 +263,7 @@ def _make_directories(above: Path, directory: Path) -> None:
 
     Those that another process has made are synced as well: it may not have come to that yet.
     """
-    if directory in _lasting or directory == above:
+    if directory == above or (directory in _lasting and directory.is_dir()):
         return
     _make_directories(above, directory.parent)
     directory.mkdir(exist_ok=True)

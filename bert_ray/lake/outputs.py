@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.journal import FOLDER, Journal, output_errors
+from bert_ray.lake.snapshots import table_around
 from bert_ray.lake.tables import local_path, local_target, walk
 from bert_ray.lake.units import Unit
 
@@ -31,7 +32,8 @@ def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) 
     """The output directory, absolute, after it was made sure that a table may be written there.
 
     Raises:
-        JobError: output and input lie one inside the other; or the output holds something that is not a run of ours.
+        JobError: output and input lie one inside the other; or the output lies in a Delta or Iceberg table, or holds
+            something that is not a run of ours.
         LakeError: the input does not exist.
     """
     read, place = local_path(source), local_target(output)
@@ -41,6 +43,8 @@ def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) 
         raise JobError(f"the output {place} lies inside the input {read}, whose next run would read it: choose another")
     if read.is_relative_to(place):
         raise JobError(f"the input {read} lies inside the output {place}: choose an output beside it")
+    if (around := table_around(place)) is not None:
+        raise JobError(f"the output {place} lies in the table {around}, whose log would not know of it: choose another")
     try:
         found = sorted(os.listdir(place))
     except FileNotFoundError:

@@ -24,14 +24,25 @@ def is_delta(path: Path) -> bool:
 
 def check_whole(path: Path) -> None:
     """Raise a LakeError where replaced rows would be read with others: an Iceberg table, or a part of a table."""
-    for place in (path, *path.parents):
-        if os.path.isdir(place / "metadata") and any((place / "metadata").glob("*.metadata.json")):
-            which = "is an Iceberg table" if place == path else f"lies in the Iceberg table {place}"
-            raise LakeError(f"{path} {which}, which is not read: write its rows as Parquet, and give that")
-        if place != path and is_delta(place):
-            raise LakeError(
-                f"{path} lies in the Delta table {place}, whose log says which of its rows count: give that"
-            )
+    if _is_iceberg(path):
+        raise LakeError(f"{path} is an Iceberg table, which is not read: write its rows as Parquet, and give that")
+    if is_delta(path):
+        return
+    if (around := table_around(path)) is not None:
+        kind = "Delta" if is_delta(around) else "Iceberg"
+        raise LakeError(f"{path} lies in the {kind} table {around}, whose log says which of its rows count: give that")
+
+
+def table_around(path: Path) -> Path | None:
+    """The Delta or Iceberg table that a path lies in; of Iceberg's the rows are in `data`."""
+    for place in path.parents:
+        if is_delta(place) or (_is_iceberg(place) and path.is_relative_to(place / "data")):
+            return place
+    return None
+
+
+def _is_iceberg(path: Path) -> bool:
+    return os.path.isdir(path / "metadata") and any((path / "metadata").glob("*.metadata.json"))
 
 
 def active_files(path: Path) -> list[Path]:
@@ -55,13 +66,14 @@ def active_files(path: Path) -> list[Path]:
                 f"{path} uses Delta's {' and '.join(sorted(beyond))}, which is not read: write the table anew "
                 "without it (for deletion vectors: REORG TABLE … APPLY (PURGE))"
             )
+        partitions = set(table.metadata().partition_columns)
         root, files = f"{table.table_uri.rstrip('/')}/".removeprefix("file://"), []
         for uri in table.file_uris():
             # The root as deltalake spells it, %-encoded; what is behind it is a plain path.
             if not uri.removeprefix("file://").startswith(root):
                 raise LakeError(f"{path} has a file elsewhere, {uri}, which is not read: write the table anew")
             inside = uri.removeprefix("file://").removeprefix(root)
-            if lacking := set(table.metadata().partition_columns) - set(partition_values(inside)):
+            if lacking := partitions - set(partition_values(inside)):
                 raise LakeError(
                     f"{path}: the path of {inside} does not say its {' and '.join(sorted(lacking))}, by which the "
                     "table is partitioned, and that would be lost: write it anew without delta.randomizeFilePrefixes"

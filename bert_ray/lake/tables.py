@@ -168,8 +168,8 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         filesystem: a store's.
 
     Raises:
-        LakeError: a Delta table that cannot be read, an Iceberg table, a directory that cannot be listed, or a file
-            whose name is no UTF-8, which Arrow's datasets do not take.
+        LakeError: a Delta table that cannot be read, an Iceberg table, a part of either, a directory that cannot be
+            listed, or a file whose name is no UTF-8, which Arrow's datasets do not take.
         pa.ArrowException, OSError: what is there cannot be read as Parquet.
     """
     import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
@@ -178,15 +178,18 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         if filesystem.get_file_info(f"{path}/_delta_log").type == fs.FileType.Directory:
             raise LakeError(f"{path} is a Delta table on a store, which is not read: copy it here")
         return pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
-    place = Path(os.path.abspath(path))
+    place = Path(os.path.realpath(path))
     check_whole(place)
     if not place.is_dir():
         return pads.dataset(place, format="parquet")
     # Listed here: Arrow takes what begins with _ for no data, a partition's directory too.
     files = active_files(place) if is_delta(place) else sorted(_data_files(place), key=os.fspath)
     named = [os.fspath(file) for file in files]
-    if bad := next((name for name in named if printable(name) != name), None):
-        raise LakeError(f"{printable(bad)} has a name that is no UTF-8: give it another")
+    for name in named:
+        if printable(name) != name:
+            raise LakeError(f"{printable(name)} has a name that is no UTF-8: give it another")
+        if os.path.exists(name) and not os.path.isfile(name):  # Opening a pipe would wait for who writes to it.
+            raise LakeError(f"{name} is no file: remove it")
     return pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=os.fspath(place))
 
 
@@ -239,13 +242,18 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
         below[:] = sorted(filter(enter, below), key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         for name in names:
             path = Path(folder, name)
-            # os.walk takes it for a file. A file's has the suffix of one, and its unit will say that it is gone.
-            if enter(name) and ("=" in name or not path.suffix) and path.is_symlink() and not path.exists():
+            if enter(name) and _names_directory(name) and os.path.islink(path) and not os.path.exists(path):
                 raise LakeError(
                     f"{printable(path)} is a link to {printable(os.readlink(path))}, which is not there: mount it, or "
                     "remove the link"
                 )
             yield path
+
+
+def _names_directory(name: str) -> bool:
+    """Whether a link to nothing led to a directory, by its name. A file's unit will say that it is gone."""
+    suffix = Path(name).suffix
+    return not name.lower().endswith(_SUFFIXES) and ("=" in name or not suffix[1:2].isalpha())
 
 
 def is_data(name: str) -> bool:

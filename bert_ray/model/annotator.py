@@ -10,6 +10,7 @@ Shapes: B rows, U distinct rows, P pieces of tokens, T tokens of all of them, C 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,8 +126,11 @@ def _build(spec: AnnotatorSpec, stamp: tuple[tuple[str, int, int], ...]) -> Anno
 
 
 def forget_built() -> None:
-    """Let go of the annotators that this process has built; those in use stay as long as they are."""
+    """Let go of the annotators that this process has built, and of the memory of a GPU that they had."""
     _build.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Annotator:

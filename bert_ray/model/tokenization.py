@@ -273,12 +273,17 @@ def _take_marks_along(pieces: Pieces, columns: Sequence[Sequence[str]]) -> None:
         spans[token, 1] = end
 
 
+def head_tokens(max_length: int) -> int:
+    """Tokens of a piece that stand before the middle that is left out of it (`head_tail`)."""
+    return max(1, max_length // 4)
+
+
 def _without_middle(pieces: Pieces, max_length: int) -> Pieces:
     """Pieces of one text each, cut to their head and tail; the special tokens at both ends stay."""
     lengths = pieces.tokens.lengths
     if (lengths <= max_length).all():
         return pieces
-    head = max(1, max_length // 4)
+    head = head_tokens(max_length)
     keep = np.ones(len(pieces.tokens.ids), bool)
     for start, length in zip(
         pieces.tokens.offsets[:-1][lengths > max_length], lengths[lengths > max_length], strict=True

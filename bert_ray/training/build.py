@@ -49,9 +49,12 @@ def build(job: TrainJob, base: Bundle, tell: Callable[[dict[str, Any]], None]) -
     validation = None
     if job.data.validation is not None:
         validation = _validation(job, task)
-        named = [*zip(task.inputs, validation.inputs, strict=True), *zip(task.truths, validation.truth, strict=True)]
-        read = {name: pa.chunked_array([array]) for name, array in named}
-        identity["validation_rows"] = _digest(read)
+        for key, names, columns_of in (
+            ("validation_rows", task.inputs, validation.inputs),
+            ("validation_truth", task.truths, validation.truth),
+        ):
+            read = {name: pa.chunked_array([array]) for name, array in zip(names, columns_of, strict=True)}
+            identity[key] = _digest(read)
     done = output.exists() and any(output.iterdir())
     if not done:
         before = torch.get_num_threads()

@@ -24,7 +24,7 @@ from bert_ray.errors import JobError, Stopped
 from bert_ray.lake.lock import exclusive
 from bert_ray.training.job import DataOptions, TrainJob, is_uri
 from bert_ray.training.progress import duration, show
-from bert_ray.training.run_directory import BEST, begun_in, clear, ended, enter, publish
+from bert_ray.training.run_directory import BEST, begun_in, clear, ended, enter, publish, same_run
 from bert_ray.training.trackers import tracked
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ def _train(
             if task.start(base, table.inputs, table.truth, fresh):
                 base = load_bundle(fresh)
         card, data, notes = prepare(job, base, table)
-        identity = job.identity() | {"base": asked, "rows": data.digest(), "labels known": list(card.labels)}
+        identity = job.identity() | {"base": asked, "rows": data.digest()}
+        if card.labels and not job.labels:  # In the rows they are numbers.
+            identity["labels found"] = list(card.labels)
         if has_ended:
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
         enter(job, directory, identity)
@@ -342,6 +344,8 @@ def _check_levers(job: TrainJob, task: Task) -> None:
             "augmentation": job.augmentation.any,
             "class_weights": job.class_weights != "none",
             **{name: getattr(job, name) for name in ("label_smoothing", "l1", "early_stopping", "keep_base")},
+            "freeze_layers": job.freeze_layers,
+            "layer_decay": job.layer_decay != 1.0,
         }
         if named := [name for name, given in asked.items() if given]:
             raise JobError(f"{', '.join(named)}: task {job.task} makes its bundle without training; leave it out")
@@ -442,7 +446,8 @@ def _finished(
 ) -> TrainResult:
     """The result of a run that ended before."""
     card = ended(output, identity)
-    if begun_in(directory) == identity:  # It was killed between its bundle's appearance and its end.
+    # Where it was killed between its bundle's appearance and its end.
+    if same_run(begun_in(directory) or {}, identity):
         clear(job, directory, identity)
     return TrainResult(
         bundle=output,

@@ -32,7 +32,7 @@ BEST = "best"
 def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
     """Begin a run, or go on with one of equal settings; its checkpoints are not another run's, nor elsewhere."""
     begun = begun_in(directory)
-    if begun is not None and begun != identity:
+    if begun is not None and not same_run(begun, identity):
         where = "that directory" + (f" and {job.checkpoint.directory}" if job.checkpoint.directory else "")
         raise JobError(
             f"{directory} holds an unfinished run with other settings ({_difference(begun, identity)}): restore "
@@ -52,6 +52,15 @@ def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
         write_json(directory / _PLACE_FILE, {"directory": job.checkpoint.directory})
     except OSError as error:
         raise LakeError(f"{directory} cannot be written: {why(error)}. When that is mended, run it again") from error
+
+
+# What earlier versions did not note of a run.
+_NEWER = ("labels found", "validation_truth")
+
+
+def same_run(begun: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether what a run was asked when it began is what is asked now."""
+    return {name: now[name] for name in _NEWER if name in now} | begun == now
 
 
 def begun_in(directory: Path) -> dict[str, Any] | None:
@@ -79,7 +88,7 @@ def _leave_place(job: TrainJob, directory: Path, identity: dict[str, Any]) -> No
         there = old.names()
     except OSError as error:
         raise LakeError(f"the checkpoints in {old.where} cannot be listed: {error}") from error
-    own = before is None or old.begun() == _owner(job, identity)
+    own = before is None or same_run(old.begun() or {}, _owner(job, identity))
     if there and (own or not old.begun()):
         again = "leave checkpoint.directory out" if before is None else f"give checkpoint.directory={before}"
         raise JobError(f"this run's checkpoints lie in {old.where}: {again} to go on with it, or delete them")
@@ -100,7 +109,7 @@ def _enter_checkpoints(job: TrainJob, directory: Path, identity: dict[str, Any])
     begun = checkpoints.begun()
     if begun is None:
         checkpoints.begin(run)
-    elif begun != run:
+    elif not same_run(begun, run):
         what = _difference(begun, run) if begun else "it is not said of which"
         raise JobError(
             f"checkpoint.directory {checkpoints.where} holds the checkpoints of another run ({what}): choose another "
@@ -126,7 +135,7 @@ def ended(output: Path, identity: dict[str, Any]) -> Card:
     except BundleError as error:
         raise JobError(f"output {output} exists and holds no bundle: choose another ({error})") from error
     begun = card.provenance.get("job", {})
-    if begun != identity:
+    if not same_run(begun, identity):
         what = _difference(begun, identity) if begun else "it was not trained here"
         raise JobError(f"output {output} holds another bundle ({what}): choose another output, or delete it first")
     return card

@@ -259,7 +259,13 @@ def test_lists_and_mappings_typed_are_yaml_1_2() -> None:
     job = load_job(AnnotateJob, [*words, "keep=[no, on]", "columns={text: no, context: 'y'}"])
     assert (job.keep, job.columns) == (["no", "on"], {"text": "no", "context": "y"})
     assert load_job(AnnotateJob, [*words, "keep='a b',no"]).keep == ["a b", "no"]
-    assert load_job(AnnotateJob, [*words, "keep=a", "keep+=[no]", "keep+=1"]).keep == ["a", "no", "1"]
+    assert load_job(AnnotateJob, [*words, "keep=a", "keep+=[no]", "keep+=1", "keep+=b,c"]).keep == [
+        "a",
+        "no",
+        "1",
+        "b,c",
+    ]
+    assert load_job(AnnotateJob, [*words, "columns.text={review}"]).columns == {"text": "{review}"}
     assert load_job(AnnotateJob, [*words, "keep=[a]", "keep=null"]).keep is None
 
 

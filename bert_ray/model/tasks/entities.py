@@ -203,7 +203,11 @@ class Entities(Task):
         score = (1.0 / np.exp(logits - best).sum(axis=1)).astype(np.float32)
         row = tokens.row[first]
         # What stands before a middle that was left out and what stands behind it are not one entity.
-        run = stretches(tokens, known)[first] if self.options.overflow == "head_tail" else row
+        run = (
+            stretches(tokens, pieces, known, self.card.max_length)[first]
+            if self.options.overflow == "head_tail"
+            else row
+        )
         begin, end = entity_runs(tags, said, run)
         # A word ends with its last token: the one before the next word's first.
         last = np.append(first[1:], len(tokens.number)) - 1

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert_ray.model.tokenization import FIRST_MARK, Pieces, combining
+from bert_ray.model.tokenization import FIRST_MARK, Pieces, combining, head_tokens
 
 # Ends each word of a row whose words are given. Medium mathematical space: one code point, white space, and in no text.
 WORD_END = "\u205f"
@@ -233,12 +233,16 @@ def word_begins(tokens: Tokens, texts: Texts, group: np.ndarray) -> np.ndarray:
     return begins | first_of_row
 
 
-def stretches(tokens: Tokens, texts: Texts) -> np.ndarray:
-    """The stretch of text that each token stands in, int64: between two of them there is text that has no token."""
+def stretches(tokens: Tokens, pieces: Pieces, texts: Texts, max_length: int) -> np.ndarray:
+    """The stretch of text that each token stands in, int64, where the middle of long texts was left out (`head_tail`).
+
+    A piece of so many tokens may have lost its middle behind its head; it has where there is text that has no token.
+    """
+    place = tokens.number - pieces.tokens.offsets[tokens.piece]
+    tail = (pieces.tokens.lengths[tokens.piece] == max_length) & (place >= head_tokens(max_length))
     seen = np.concatenate([[0], np.cumsum(~texts.blank)])
-    # One character may be the mark between given words.
-    jumps = (tokens.row[1:] != tokens.row[:-1]) | (seen[tokens.start[1:]] > seen[tokens.end[:-1]] + 1)
-    return np.cumsum(np.concatenate([[0], jumps]))[: len(tokens.row)]
+    cut = tail[1:] & ~tail[:-1] & (seen[tokens.start[1:]] > seen[tokens.end[:-1]])
+    return np.cumsum(np.concatenate([[0], cut | (tokens.row[1:] != tokens.row[:-1])]))[: len(tokens.row)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +289,7 @@ def read_tags(names: Sequence[str], known: Collection[str] = ()) -> Tags:
     kind, begins, closes = [], [], []
     for name in names:
         prefix, kind_name = "", name
-        whole = name in known
+        whole = name in known and name[0] not in "BI"
         if name[1:2] == "-" and name[0] in _PREFIXES and (name[2:] in spanned or name[0] in letters) and not whole:
             prefix, kind_name = name[0], name[2:]
         kind.append(-1 if name == "O" else types.setdefault(kind_name, len(types)))

@@ -95,13 +95,12 @@ def test_a_job_that_is_submitted_late_is_cancelled_all_the_same(monkeypatch: pyt
     assert not thread.is_alive()
 
 
-def test_workers_share_a_machines_gpus_and_each_keeps_its_own(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_share_a_machines_gpus_and_each_keeps_its_own(spark: SparkSession, tmp_path: Path) -> None:
     def take(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
-            engine.tempfile.tempdir = str(tmp_path)
+            before, engine.tempfile.tempdir = engine.tempfile.tempdir, str(tmp_path)
             gpu = engine.gpu_of_task(3)
+            engine.tempfile.tempdir = before
             time.sleep(0.5)  # So that both processes have tasks.
             yield pa.RecordBatch.from_pydict({"process": [os.getpid()], "gpu": [gpu]})
 
@@ -109,9 +108,9 @@ def test_workers_share_a_machines_gpus_and_each_keeps_its_own(
     assert len(rows) == 8
     found = {(row.process, row.gpu) for row in rows}
     processes = {process for process, _ in found}
-    assert len(processes) == 2, "all tasks ran in one process"
-    assert {gpu for _, gpu in found} == {0, 1}
-    assert len(found) == 2, "a process has changed its GPU"
+    assert len(processes) >= 2, "all tasks ran in one process"
+    assert len({gpu for _, gpu in found}) >= 2, "they are on one GPU"
+    assert len(found) == len(processes), "a process has changed its GPU"
 
 
 def test_a_task_computes_on_the_gpu_that_spark_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,12 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write to"):
         Journal(tmp_path / "file" / "out").write_run({})
+
+
+def test_a_directory_that_was_removed_is_made_again(journal: Journal) -> None:
+    for unit in ("u1", "u2"):
+        with journal.temporary(unit) as temporary:
+            temporary.write_text("rows")
+            journal.commit(unit, temporary, journal.output / "a=1" / f"part-{unit}.parquet", {"rows": 3})
+        shutil.rmtree(journal.output / "a=1")
+    assert journal.receipts() == {"u1", "u2"}

@@ -87,3 +87,13 @@ def test_a_block_that_fails_leaves_no_whole_file(tmp_path: Path) -> None:
         raise RuntimeError
     with pytest.raises(pa.ArrowInvalid):
         pq.read_table(tmp_path / "p")
+
+
+def test_an_output_in_a_delta_table_is_refused(tmp_path: Path) -> None:
+    """None could read it: its files are not in the log."""
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), lake / "a.parquet")
+    (tmp_path / "t" / "_delta_log").mkdir(parents=True)
+    with pytest.raises(JobError, match=r"lies in the table .*/t, whose log would not know of it"):
+        outputs.check_place(tmp_path / "t" / "annotated", lake)
