@@ -12,6 +12,9 @@ Shapes: T tokens of a packed batch, D hidden size.
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -52,5 +55,8 @@ def _in_one(
 
 @lru_cache
 def _compiled() -> Callable[..., torch.Tensor]:
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        warnings.warn("no C compiler, so each layer takes three kernels for one: install gcc", stacklevel=1)
+        return _in_one
     # T differs from batch to batch: one kernel for all.
     return torch.compile(_in_one, dynamic=True)  # type: ignore[no-any-return]

@@ -198,7 +198,7 @@ class Checkpoints:
                     for file in (STATE_FILE, POSITION_FILE):  # In this order: the second makes it a checkpoint.
                         self._store.put(Path(here, file), f"{name}/{file}")
             self.damaged.pop(name, None)
-            self._prune()
+            self._prune(name)
         except WRITE_ERRORS as error:
             raise self.failed(f"checkpoint {name} to {self.where}", error, name) from error
 
@@ -280,9 +280,11 @@ class Checkpoints:
             os.replace(fresh, final)
         sync(self.directory)
 
-    def _prune(self) -> None:
-        # Damaged ones have later steps than what is written after them: they would outlive it.
-        for old in [*self.damaged, *self.whole()[: -self.keep]]:
+    def _prune(self, fresh: str) -> None:
+        # Damaged ones have later steps than what is written after them: they would outlive it. So may the one that a
+        # step left which is written again.
+        others = [name for name in self.whole() if name != fresh]
+        for old in [*self.damaged, *others[: max(0, len(others) - self.keep + 1)]]:
             self._drop(old)
         self.damaged = {}
 

@@ -227,6 +227,27 @@ class Loop:
             self.position.stopped = True
             self._save()
             return self.position
+        except torch.OutOfMemoryError as error:
+            raise JobError(self._without_memory(error)) from error
+
+    def _without_memory(self, error: torch.OutOfMemoryError) -> str:
+        """What to do where a step, or an evaluation, does not fit in a GPU."""
+        if self.module.task.reads_corpus:
+            smaller = f"micro_batches={2 * self.pieces}"
+        else:
+            smaller = f"gradient_accumulation={2 * self.job.gradient_accumulation}"
+        first = str(error).partition(" Tried")[2].partition(". ")[0]
+        return (
+            f"the GPU has no memory for step {self.done + 1}{f' (it tried{first})' if first else ''}: compute it in "
+            f"smaller pieces ({smaller}), keep less of each (activation_checkpointing=true), or share more out among "
+            f"workers (zero_stage=1 to 3); bert-ray plan says what a job needs"
+        )
+
+    def _spend(self, since: float) -> None:
+        """Count the time since then as training's."""
+        spent = time.perf_counter() - since
+        self.position.seconds += spent
+        self.position.epoch_seconds += spent
 
     def _run(self) -> Position:
         position, job = self.position, self.job
@@ -241,9 +262,7 @@ class Loop:
                 position.index += 1
                 if len(self._unseen) >= self._look_every:
                     self._look()
-                spent = time.perf_counter() - start
-                position.seconds += spent
-                position.epoch_seconds += spent
+                self._spend(start)
                 for callback in self.callbacks:
                     callback(
                         StepEvent(
@@ -252,12 +271,16 @@ class Loop:
                     )
                 every = job.checkpoint.every_steps
                 if position.stopped or (every and self.done % every == 0 and position.index < last):
+                    start = time.perf_counter()  # A GPU may have steps to do still, for which this waits.
                     self._look()
+                    self._spend(start)
                     if position.diverged is None:
                         self._save()
                 if position.diverged is not None or position.stopped:
                     return position
+            start = time.perf_counter()
             self._look()
+            self._spend(start)
             if position.diverged is not None:
                 return position
             if position.stopped:

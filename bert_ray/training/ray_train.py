@@ -76,7 +76,10 @@ def run(
                 "callbacks": tuple(callbacks),
                 "gpu": gpu,
             },
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            # Workers that wait for one are patient longer than the watchdog, which knows what a worker does.
+            torch_config=TorchConfig(
+                backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(60 * job.timeout_minutes) + 60)
+            ),
             scaling_config=ScalingConfig(
                 num_workers=job.workers if least == job.workers else (least, job.workers),
                 use_gpu=gpu,
@@ -126,7 +129,7 @@ def _on_gpus(job: TrainJob, resources: dict[str, float]) -> bool:
     """
     least = job.min_workers or job.workers
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if gpus >= least:
+    if gpus >= least and cpus >= least:
         return True
     if gpus or cpus < least:
         # Some GPUs: on CPUs the run would be many times slower than what was meant.

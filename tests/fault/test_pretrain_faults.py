@@ -135,6 +135,11 @@ def test_a_worker_is_killed_and_another_hangs(
             {"CPU": 8.0, "GPU": 1.0},
             "min_workers is 3, but Ray has 8 CPUs and 1 GPUs",
         ),
+        (
+            {},
+            {"CPU": 1.0, "GPU": 4.0},
+            "workers is 2, but Ray has 1 CPUs and 4 GPUs: give fewer workers, or add nodes$",
+        ),
         ({}, {"CPU": 1.0}, "workers is 2, but Ray has 1 CPUs and 0 GPUs: give fewer workers, or add nodes$"),
     ],
 )

@@ -140,6 +140,11 @@ def test_a_step_that_is_saved_again_stands_beside_the_first(tmp_path: Path, monk
     found = checkpoints.latest()
     assert found is not None and found.position == {"step": 3, "evaluated": True}
     assert len(checkpoints.names()) == 1
+    # Once more, where it was stopped there twice.
+    checkpoints.save(3, {"weight/a": torch.zeros(1)}, {"step": 3, "evaluated": "again"})
+    found = checkpoints.latest()
+    assert found is not None and found.position == {"step": 3, "evaluated": "again"}
+    assert len(checkpoints.names()) == 1
     checkpoints.save(4, {"weight/a": torch.zeros(1)}, {"step": 4})
     assert checkpoints.names() == ["step-00000004"]
 

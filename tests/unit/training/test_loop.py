@@ -390,12 +390,19 @@ def test_labels_by_other_names_are_another_run(job_for: Jobs, tmp_path: Path) ->
     pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", labels), place)
     with pytest.raises(JobError, match=r"labels found.*now"):
         quiet(job)
-    # Of a bundle that was trained before they were noted nothing can be said.
-    card = Path(job.output) / "bert_ray.json"
-    told = json.loads(card.read_text())
-    del told["provenance"]["job"]["labels found"]
-    card.write_text(json.dumps(told))
-    assert not quiet(job).trained
+    # Of a run that was begun before they were noted nothing can be said.
+    now = {"seed": 0, "labels found": ["a"]}
+    assert run_directory.same_run({"seed": 0}, now)
+    assert not run_directory.same_run({"seed": 1}, now)
+    assert not run_directory.same_run({"seed": 0, "labels found": ["b"]}, now)
+
+
+def test_a_gpu_without_memory_for_a_step_is_told(job_for: Jobs) -> None:
+    def fill(event: StepEvent) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(JobError, match=r"no memory .* 20.00 GiB\)?: .*gradient_accumulation=2"):
+        quiet(job_for(), callbacks=[fill])
 
 
 def test_an_unfinished_run_refuses_other_settings(job_for: Jobs) -> None:
