@@ -96,7 +96,7 @@ def annotate(argv: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    """Fine-tune a model."""
+    """Pretrain or fine-tune a model."""
     from bert_ray.training.job import TrainJob
 
     examples = """\
@@ -222,8 +222,8 @@ def plan(argv: Sequence[str]) -> int:
 
     examples = """\
   bert-ray plan jobs/finetune.yaml --gpu a100 --gpus 4 --price 1.8
-  bert-ray plan jobs/pretrain.yaml --train micro_batches=64 --gpu h100 --gpus 64 --network-gbps 3200 --output plan.html
-  bert-ray plan jobs/pretrain.yaml --train zero_stage=2,activation_checkpointing=true"""
+  bert-ray plan jobs/pretrain.yaml --rows 10000000 --row-tokens 128 --train micro_batches=64 --gpu h100 --gpus 64
+  bert-ray plan jobs/pretrain.yaml --train zero_stage=2,activation_checkpointing=true --output plan.html"""
     job = load_job(PlanJob, argv, command="bert-ray plan", positionals=("job",), job_file=False, examples=examples)
     from bert_ray.planning.plan import plan as run
 

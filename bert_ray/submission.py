@@ -144,7 +144,10 @@ def _kind(words: list[str]) -> tuple[str, type]:
         raise JobError("no job: give a job file, as in bert-ray submit jobs/annotate.yaml --to ray")
     if ("input" in keys) == ("data" in keys):
         which = file or "the command"
-        raise JobError(f"{which} is neither an annotate job (it has `input`) nor a train job (it has `data`)")
+        raise JobError(
+            f"{which} is neither an annotate job (it has `input`) nor a train job (it has `data`), nor a corpus job "
+            "(it has `input` and `tokenizer`)"
+        )
     if "input" not in keys:
         return "train", TrainJob
     return ("corpus", CorpusJob) if "tokenizer" in keys else ("annotate", AnnotateJob)

@@ -94,8 +94,9 @@ class Arguments:
         if contains(key.type, list) and value.lstrip().startswith("["):
             value = _as_json(value)
         elif contains(key.type, list) and value != "null":
-            value = json.dumps([value], ensure_ascii=False) if rest == "+" else _as_json(_bracketed(value))
-        elif contains(key.type, dict) and not rest and value.lstrip().startswith("{"):
+            one = rest == "+" and "'" not in value and '"' not in value
+            value = json.dumps([value], ensure_ascii=False) if one else _as_json(_bracketed(value))
+        elif contains(key.type, dict) and not rest and not is_free(key.type) and value.lstrip().startswith("{"):
             value = _as_json(value)
         self.typed[key.name] = typed
         if is_free(key.type):

@@ -14,7 +14,7 @@ class EvaluateJob:
 
     Attributes:
         model: a bundle reference.
-        table: Parquet file or directory (hive partitions become columns) with texts and their labels.
+        table: Parquet file or directory (hive partitions become columns), or Delta table, with texts and their labels.
         column: the text column, for a task of one input; default: the input's name, `text`.
         columns: table columns by the task's inputs and truths (`label`, `answer_text`, …), where their names differ.
         task: another task to run with the model than its own: `similarity` or `zero-shot` on an encoder, say.

@@ -47,7 +47,7 @@ class AnnotateJob:
     """One bulk annotation of a table.
 
     Attributes:
-        input: the table: a directory of Parquet files, hive-partitioned or flat, or one Parquet file.
+        input: the table: a directory of Parquet files, hive-partitioned or flat, one such file, or a local Delta table.
         model: a bundle reference.
         output: the directory to write, new, empty or of an earlier run of the same job, which is then gone on with.
         engine: "local" (this process), "ray" or "spark".
@@ -57,7 +57,8 @@ class AnnotateJob:
         keep: the input's columns to write beside the annotation, in this order; default: all. Partition columns stay
             in the directories' names in any case.
         scores: also write every label's score, where the task has labels.
-        task: another task to run with the model than its own: an encoder's are `embedding`, `similarity`, `zero-shot`.
+        task: another task to run with the model than its own: an encoder's are `embedding`, `similarity`, `zero-shot`,
+            a finder of entities may `mask` them.
         options: of the task, over those on the model's card; each task's page in the documentation lists its own.
         on_error: "continue": a unit that fails is listed and the others go on; "fail": the first one stops the run.
         unit_rows: rows in a unit of work, about: what is lost at most when a worker is killed, and what an output file

@@ -7,12 +7,15 @@ those that count. An Iceberg table does so too, and its log is not read yet.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from bert_ray.errors import LakeError
 from bert_ray.lake.units import partition_values
 
 _DELTA_LOG = "_delta_log"
+# An Iceberg table's metadata, by a catalog's numbers or a file system's.
+_ICEBERG = re.compile(r"(v\d+|\d+-.+?)(\.gz)?\.metadata\.json")
 # Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
 _BEYOND_FILES = ("deletionVectors", "columnMapping")
 
@@ -34,15 +37,13 @@ def check_whole(path: Path) -> None:
 
 
 def table_around(path: Path) -> Path | None:
-    """The Delta or Iceberg table that a path lies in; of Iceberg's the rows are in `data`."""
-    for place in path.parents:
-        if is_delta(place) or (_is_iceberg(place) and path.is_relative_to(place / "data")):
-            return place
-    return None
+    """The Delta or Iceberg table that a path lies in."""
+    return next((place for place in path.parents if is_delta(place) or _is_iceberg(place)), None)
 
 
 def _is_iceberg(path: Path) -> bool:
-    return os.path.isdir(path / "metadata") and any((path / "metadata").glob("*.metadata.json"))
+    place = path / "metadata"
+    return os.path.isdir(place) and any(_ICEBERG.fullmatch(file.name) for file in place.glob("*.metadata.json"))
 
 
 def active_files(path: Path) -> list[Path]:

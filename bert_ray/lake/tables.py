@@ -169,7 +169,7 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
 
     Raises:
         LakeError: a Delta table that cannot be read, an Iceberg table, a part of either, a directory that cannot be
-            listed, or a file whose name is no UTF-8, which Arrow's datasets do not take.
+            listed, a pipe, or a file whose name is no UTF-8, which Arrow's datasets do not take.
         pa.ArrowException, OSError: what is there cannot be read as Parquet.
     """
     import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
@@ -252,8 +252,9 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
 
 def _names_directory(name: str) -> bool:
     """Whether a link to nothing led to a directory, by its name. A file's unit will say that it is gone."""
-    suffix = Path(name).suffix
-    return not name.lower().endswith(_SUFFIXES) and ("=" in name or not suffix[1:2].isalpha())
+    if name.lower().endswith((*_SUFFIXES, ".txt", ".txt.gz")):
+        return False
+    return "=" in name or all(suffix[1:].isdigit() for suffix in Path(name).suffixes)
 
 
 def is_data(name: str) -> bool:

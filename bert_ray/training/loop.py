@@ -221,6 +221,7 @@ class Loop:
 
     def run(self) -> Position:
         """Train to the end, or until the metric no longer rises, the loss is not finite, or a stop is asked for."""
+        begun = self.done
         try:
             return self._run()
         except _StopAsked:  # Behind a round's last step; the session that goes on begins with its evaluation.
@@ -228,19 +229,22 @@ class Loop:
             self._save()
             return self.position
         except torch.OutOfMemoryError as error:
+            # One that comes when the run has gone well may pass, on Ray's workers who are tried again.
+            if self.job.engine == "ray" and self.done > begun:
+                raise
             raise JobError(self._without_memory(error)) from error
 
     def _without_memory(self, error: torch.OutOfMemoryError) -> str:
-        """What to do where a step, or an evaluation, does not fit in a GPU."""
-        if self.module.task.reads_corpus:
-            smaller = f"micro_batches={2 * self.pieces}"
-        else:
-            smaller = f"gradient_accumulation={2 * self.job.gradient_accumulation}"
-        first = str(error).partition(" Tried")[2].partition(". ")[0]
+        """What to do where what a GPU has to hold at a time does not fit."""
+        job, first = self.job, str(error).partition(" Tried")[2].partition(". ")[0]
+        ways = [] if job.activation_checkpointing else ["activation_checkpointing=true"]
+        if job.engine == "ray" and job.zero_stage < 3:
+            ways.append(f"zero_stage={job.zero_stage + 1}")
+        anew = f"micro_batches={2 * self.pieces}{' for gradient_accumulation' if job.gradient_accumulation > 1 else ''}"
         return (
-            f"the GPU has no memory for step {self.done + 1}{f' (it tried{first})' if first else ''}: compute it in "
-            f"smaller pieces ({smaller}), keep less of each (activation_checkpointing=true), or share more out among "
-            f"workers (zero_stage=1 to 3); bert-ray plan says what a job needs"
+            f"the GPU has no memory for what follows step {self.done}{f' (it tried{first})' if first else ''}: give "
+            f"{' or '.join([*ways, 'a smaller model'])}, or delete {self.directory} and begin anew in smaller pieces, "
+            f"with {anew}; bert-ray plan says what a job needs"
         )
 
     def _spend(self, since: float) -> None:

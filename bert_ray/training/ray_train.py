@@ -76,9 +76,9 @@ def run(
                 "callbacks": tuple(callbacks),
                 "gpu": gpu,
             },
-            # Workers that wait for one are patient longer than the watchdog, which knows what a worker does.
+            # Those who wait for one that saves are patient longer than the watchdog, which knows what a worker does.
             torch_config=TorchConfig(
-                backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(60 * job.timeout_minutes) + 60)
+                backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(min(60 * job.timeout_minutes, 1e7)) + 60)
             ),
             scaling_config=ScalingConfig(
                 num_workers=job.workers if least == job.workers else (least, job.workers),

@@ -146,7 +146,7 @@ def _difference(begun: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [
         f"{name} {before.get(name)!r}, now {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and not (name in _NEWER and name not in before)
     ]
     return "; ".join(changed[:5])
 
@@ -192,7 +192,7 @@ def clear(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
 
     checkpoints = checkpoints_of(job, directory)
     # Long after a kill its place may have become another run's.
-    if job.checkpoint.directory and checkpoints.begun() == _owner(job, identity):
+    if job.checkpoint.directory and same_run(checkpoints.begun() or {}, _owner(job, identity)):
         checkpoints.remove()
     for path in directory.iterdir():
         if path.is_dir():

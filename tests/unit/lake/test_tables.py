@@ -149,6 +149,14 @@ def test_a_part_of_a_delta_table_is_refused(tmp_path: Path) -> None:
         for read in (open_table, parquet_dataset):
             with pytest.raises(LakeError, match=r"lies in the Delta table .*/t, whose log says .*: give that"):
                 read(place)
+    (tmp_path / "link").symlink_to(tmp_path / "t" / "part=x")
+    for read in (open_table, parquet_dataset):
+        with pytest.raises(LakeError, match="lies in the Delta table"):
+            read(tmp_path / "link")
+    # A whole one within another has a log of its own.
+    deltalake.write_deltalake(tmp_path / "t" / "own", rows)
+    assert len(open_table(tmp_path / "t" / "own").units(9)) == 1
+    assert parquet_dataset(tmp_path / "t" / "own").count_rows() == 2
 
 
 def test_a_delta_table_whose_paths_do_not_say_its_partitions_is_refused(tmp_path: Path) -> None:
@@ -182,6 +190,21 @@ def test_a_partition_behind_a_link_to_nothing_is_not_passed_over(tmp_path: Path)
             _ = read(tmp_path).schema
     with pytest.raises(LakeError, match="mount it"):
         parts(tmp_path)
+    (tmp_path / "source=s1").unlink()
+    for name, directory in (
+        ("2024.01", True),
+        ("year", True),
+        ("day=1.txt", False),
+        ("x.7z", False),
+        ("a.log.1", False),
+    ):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+        if directory:
+            with pytest.raises(LakeError, match="mount it"):
+                open_table(tmp_path)
+        else:
+            assert [unit.path for unit in open_table(tmp_path).units(9)] == ["f.parquet"]
+        (tmp_path / name).unlink()
 
 
 def test_a_file_that_does_not_fit_others_says_so(tmp_path: Path) -> None:
@@ -221,6 +244,10 @@ def test_an_iceberg_table_is_refused(tmp_path: Path) -> None:
     for read in (open_table, parquet_dataset):
         with pytest.raises(LakeError, match="is an Iceberg table, which is not read"):
             read(tmp_path)
+        with pytest.raises(LakeError, match="lies in the Iceberg table"):
+            read(tmp_path / "data")
+    (tmp_path / "metadata" / "00001-ab.metadata.json").rename(tmp_path / "metadata" / "reviews.metadata.json")
+    assert len(open_table(tmp_path / "data").units(9)) == 1
 
 
 def test_a_store_that_is_not_read_is_named() -> None:

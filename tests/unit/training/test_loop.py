@@ -401,7 +401,10 @@ def test_a_gpu_without_memory_for_a_step_is_told(job_for: Jobs) -> None:
     def fill(event: StepEvent) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    with pytest.raises(JobError, match=r"no memory .* 20.00 GiB\)?: .*gradient_accumulation=2"):
+    with pytest.raises(
+        JobError,
+        match=r"what follows step 1 \(.*20\.00 GiB\): .*checkpointing=true .*\.run and begin anew .*micro_batches=2",
+    ):
         quiet(job_for(), callbacks=[fill])
 
 
