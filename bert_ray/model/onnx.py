@@ -71,8 +71,9 @@ class ExportJob:
     def __post_init__(self) -> None:
         if not self.output.endswith(".onnx"):
             raise JobError(f"output is {self.output}: name a file that ends in .onnx")
-        if Path(self.output).exists():
-            raise JobError(f"output {self.output} already exists: choose another file, or delete it first")
+        for file in (self.output, f"{self.output}.data"):  # A large model's weights come to stand in the second.
+            if Path(file).exists():
+                raise JobError(f"output {file} already exists: choose another file, or delete it first")
 
 
 @dataclass(kw_only=True, slots=True)

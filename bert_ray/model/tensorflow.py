@@ -384,7 +384,7 @@ def _lower_case(prefix: Path, reference: str, vocabulary: Iterable[str]) -> tupl
             return True, f"the name {name} says uncased"
         if "cased" in name.lower():
             return False, f"the name {name} says cased"
-    capitals = [token for token in vocabulary if re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]", token)]
+    capitals = [token for token in vocabulary if re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]|<.*>", token)]
     if capitals:
         return False, f"the vocabulary has capitals: {capitals[0]}"
     return True, "the vocabulary has no capitals"

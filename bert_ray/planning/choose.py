@@ -205,8 +205,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         test_rows=len(test),
         drawing=output / "choose.svg",
     )
-    _draw(choice)
     _write(choice, output / "choose.json", job)
+    _draw(choice)
     return choice
 
 
@@ -414,6 +414,7 @@ def _draw(choice: Choice) -> None:
             xytext=(0, 12),
             ha="center",
             fontsize=8,
+            parse_math=False,  # A path may have dollar signs.
         )
     axes.axhline(choice.majority, linestyle="--", linewidth=1, color="grey")
     axes.set(

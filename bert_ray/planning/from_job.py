@@ -19,6 +19,7 @@ from bert_ray.training.order import mean_batch, smallest_step
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle
+    from bert_ray.model.tasks.base import Task
     from bert_ray.planning.hardware import Gpu
     from bert_ray.planning.job import PlanJob
     from bert_ray.training.job import TrainJob
@@ -207,34 +208,39 @@ def _table_rows(job: TrainJob, asked: PlanJob, model: _Model, notes: list[str]) 
         raise JobError(f"{job.data.train} lies on a store, where the plan does not look: give --rows and --row-tokens")
     if not place.exists():
         raise JobError(f"{place} does not exist: give --rows and --row-tokens, or the table of the training job")
-    count, windows, lengths = _sample(job, model)
+    count, windows, lengths, task = _sample(job, model)
     held = 0.0 if job.data.validation else job.data.validation_fraction
     found = _measured(lengths, asked.rows or count * (1 - held), windows)
     if asked.row_tokens is not None:
         return Rows(count=found.count, tokens=asked.row_tokens, squares=asked.row_tokens**2)
+    if task.piece_is_sample and found.windows > 1:  # A step takes so many windows, not texts.
+        found = replace(found, count=found.count * found.windows, windows=1.0)
+        if getattr(task.options, "null_windows", 1.0) < 1.0:
+            notes.append("windows that null_windows leaves out are counted as if they were kept")
     if count > _SAMPLE_ROWS:
         notes.append(f"row lengths are those of the first {_SAMPLE_ROWS:,} of {count:,} rows")
     return found
 
 
-def _sample(job: TrainJob, model: _Model) -> tuple[int, float, Any]:
-    """Rows of the table; of the first ones windows of each, and tokens of each window."""
+def _sample(job: TrainJob, model: _Model) -> tuple[int, float, Any, Task]:
+    """Rows of the table; of the first ones windows of each, and tokens of each window; the task that reads them."""
     import pyarrow as pa
 
     from bert_ray.errors import ColumnError
     from bert_ray.lake.tables import parquet_dataset
+    from bert_ray.training.data import of_one_schema
     from bert_ray.training.launch import new_task
 
     assert model.base is not None, "only pretraining starts from a new model"
     task = new_task(job, model.base)
     try:
-        table = parquet_dataset(job.data.train)
+        table = of_one_schema(parquet_dataset(job.data.train))
         columns = {name: (job.data.columns or {}).get(name, name) for name in task.inputs}
         if missing := [column for column in columns.values() if column not in table.schema.names]:
             raise ColumnError(f"{job.data.train} has no column {missing[0]!r}: name it with data.columns")
         rows = table.head(_SAMPLE_ROWS, columns=list(columns.values()))
         count = table.count_rows()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise JobError(f"{job.data.train} cannot be read as Parquet: {error}") from error
     inputs = [task.read(name, rows.column(column), column) for name, column in columns.items()]
     whole = np.ones(len(rows), bool)
@@ -244,7 +250,7 @@ def _sample(job: TrainJob, model: _Model) -> tuple[int, float, Any]:
         raise JobError(f"{job.data.train} has no row whose {', '.join(columns.values())} is not null")
     kept = [array.filter(pa.array(whole)) for array in inputs]
     lengths = task.encode(task.tokenizer(model.base.tokenizer()), kept).tokens.lengths
-    return count, len(lengths) / int(whole.sum()), lengths
+    return count, len(lengths) / int(whole.sum()), lengths, task
 
 
 def _measured(lengths: Any, count: float, windows: float = 1.0) -> Rows:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bert_ray.errors import JobError
+from bert_ray.model.tasks.spans import WITHOUT_BLANKS
 
 # Share of CJK characters from which on a text is taken to have no blanks between words.
 _UNSPACED = 0.2
@@ -47,4 +48,5 @@ def unspaced(texts: Sequence[str]) -> bool:
     """Whether these texts are mostly of a script without blanks between words."""
     sample = "".join(texts[:200])
     letters = sum(character.isalpha() for character in sample)
-    return sum("\u3040" <= character <= "\u9fff" for character in sample) > _UNSPACED * max(1, letters)
+    found = sum(first <= ord(character) <= last for character in sample for first, last in WITHOUT_BLANKS)
+    return found > _UNSPACED * max(1, letters)

@@ -25,7 +25,7 @@ WORD_END = "\u205f"
 
 # Scripts that are written without blanks between words, as ranges of code points (Unicode, Blocks.txt): Thai to
 # Myanmar, Khmer, CJK radicals, kana, Bopomofo to CJK, compatibility ideographs, halfwidth kana, further ideographs.
-_WITHOUT_BLANKS = (
+WITHOUT_BLANKS = (
     (0x0E00, 0x109F),
     (0x1780, 0x17FF),
     (0x2E80, 0x2FDF),
@@ -56,7 +56,7 @@ def _classes() -> tuple[np.ndarray, np.ndarray]:
             ends[code] = True
         elif chr(code).isspace():
             blank[code] = True
-    for first, last in ((33, 47), (58, 64), (91, 96), (123, 126), *_WITHOUT_BLANKS):
+    for first, last in ((33, 47), (58, 64), (91, 96), (123, 126), *WITHOUT_BLANKS):
         ends[first : last + 1] = True
     return blank, ends | blank
 

@@ -227,6 +227,9 @@ def test_an_output_that_is_there_stays(tiny_bundle: Path, tmp_path: Path) -> Non
     with pytest.raises(JobError, match=r"already exists"):
         run(tiny_bundle, path)
     assert path.read_text() == "mine"
+    path.rename(tmp_path / "model.onnx.data")
+    with pytest.raises(JobError, match=r"model\.onnx\.data already exists"):
+        run(tiny_bundle, path)
     with pytest.raises(JobError, match=r"ends in \.onnx"):
         run(tiny_bundle, tmp_path / "model")
 

@@ -159,16 +159,19 @@ def test_the_tokenizer_is_the_vocabulary_s(tmp_path: Path) -> None:
         ("multi_cased_L-12", False, None, False, "says cased"),
         ("release", False, None, True, "no capitals"),
         ("release", True, None, False, "has capitals: Film"),
+        ("release", None, None, True, "no capitals"),
         ("uncased_L-12", False, False, False, "as told"),
     ],
 )
 def test_case(
-    release: Path, name: str, capital: bool, told: bool | None, lower: bool, why: str, tmp_path: Path
+    release: Path, name: str, capital: bool | None, told: bool | None, lower: bool, why: str, tmp_path: Path
 ) -> None:
     source = release.rename(tmp_path / name)
-    if capital:
+    if capital is not False:
         words = (source / "vocab.txt").read_text("utf-8")
-        (source / "vocab.txt").write_text(words.replace("\nfilm\n", "\nFilm\n"), "utf-8")
+        # None: a mark of the Chinese release, which is no word.
+        other = "Film" if capital else "<S>"
+        (source / "vocab.txt").write_text(words.replace("\nfilm\n", f"\n{other}\n"), "utf-8")
     done = run(source, tmp_path / "bundle", lower_case=told)
     assert (done.lower_case, why in done.why) == (lower, True)
     assert load_bundle(tmp_path / "bundle").tokenizer().tokenize("The")[0] == ("the" if lower else "[UNK]")

