@@ -15,7 +15,7 @@ from bert_ray.lake.units import partition_values
 
 _DELTA_LOG = "_delta_log"
 # An Iceberg table's metadata, by a catalog's numbers or a file system's.
-_ICEBERG = re.compile(r"(v\d+|\d+-.+?)(\.gz)?\.metadata\.json")
+_ICEBERG = re.compile(r"(v?\d+|\d+-.+?)(\.gz)?\.metadata\.json")
 # Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
 _BEYOND_FILES = ("deletionVectors", "columnMapping")
 

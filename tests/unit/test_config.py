@@ -223,7 +223,7 @@ def test_every_key_of_the_real_jobs_is_documented(cls: type) -> None:
 def test_the_job_files_in_jobs_load() -> None:
     assert load_job(AnnotateJob, [str(ROOT / "jobs" / "annotate.yaml")]).engine == "local"
     train = load_job(TrainJob, [str(ROOT / "jobs" / "finetune.yaml"), "data.train=my.parquet", "output=models/mine"])
-    assert (train.data.train, train.output, train.labels) == ("my.parquet", "models/mine", ["negative", "positive"])
+    assert (train.data.train, train.output, train.labels) == ("my.parquet", "models/mine", None)
     pretrain = load_job(TrainJob, [str(ROOT / "jobs" / "pretrain.yaml"), "data.train=corpora/mine", "workers=4"])
     assert (pretrain.task, pretrain.model, pretrain.architecture.start) == ("pretraining", "new", "cooccurrence")
     assert load_job(CorpusJob, [str(ROOT / "jobs" / "corpus.yaml"), "input=lake", "output=corpus"]).inputs == ["lake"]
