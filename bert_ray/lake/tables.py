@@ -188,7 +188,7 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
     for name in named:
         if printable(name) != name:
             raise LakeError(f"{printable(name)} has a name that is no UTF-8: give it another")
-        if os.path.exists(name) and not os.path.isfile(name):  # Opening a pipe would wait for who writes to it.
+        if not os.path.isfile(name) and os.path.exists(name):  # Opening a pipe would wait for who writes to it.
             raise LakeError(f"{name} is no file: remove it")
     return pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=os.fspath(place))
 

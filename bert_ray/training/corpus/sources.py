@@ -197,12 +197,11 @@ def open_sources(places: Sequence[str], columns: Sequence[str], options: Reading
 
 def _open(path: Path, columns: Sequence[str], options: ReadingOptions) -> Source:
     form = _format(path) if options.format == "auto" else options.format
-    if form != "text":
-        check_whole(path)
     if form == "text":
         if not (files := text_files(path)):
             raise LakeError(f"{path} holds no files named .txt or .txt.gz: name the directory that has them, or one")
         return _TextSource(path, files, options)
+    check_whole(path)
     table = DeltaTable(path) if form == "delta" else ParquetTable(path)
     return _TableSource(table, columns, options.bad_bytes)
 
