@@ -264,9 +264,9 @@ class Loop:
                 self._step()
                 self.beat()
                 position.index += 1
+                self._spend(start)
                 if len(self._unseen) >= self._look_every:
                     self._look()
-                self._spend(start)
                 for callback in self.callbacks:
                     callback(
                         StepEvent(
@@ -275,16 +275,12 @@ class Loop:
                     )
                 every = job.checkpoint.every_steps
                 if position.stopped or (every and self.done % every == 0 and position.index < last):
-                    start = time.perf_counter()  # A GPU may have steps to do still, for which this waits.
                     self._look()
-                    self._spend(start)
                     if position.diverged is None:
                         self._save()
                 if position.diverged is not None or position.stopped:
                     return position
-            start = time.perf_counter()
             self._look()
-            self._spend(start)
             if position.diverged is not None:
                 return position
             if position.stopped:
@@ -336,6 +332,7 @@ class Loop:
         """Add up the losses of the last steps over all workers; see whether they are finite, and who asks to stop."""
         if not self._unseen:
             return
+        start = time.perf_counter()  # A GPU may have steps to do still, for which this waits.
         position, peers = self.position, self.peers
         asked = float(stop_asked(self.directory))
         now = time.monotonic()
@@ -371,6 +368,7 @@ class Loop:
         self._unseen.clear()
         if now - self._told >= 2.0:
             self._tell("progress")
+        self._spend(start)
 
     def _end_epoch(self) -> None:
         """Evaluate, note the epoch, keep the model where it is the best so far."""
