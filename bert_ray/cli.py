@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{error}. The same command goes on:\n  {shlex.join(['bert-ray', *words])}", file=sys.stderr)
         return ASKED_TO_STOP
     except KeyboardInterrupt:
-        goes_on = words[:1] in (["annotate"], ["train"], ["corpus"], ["runs"])
+        goes_on = words[:1] in (["annotate"], ["train"], ["corpus"], ["vocabulary"], ["runs"])
         hint = f"; the same command goes on where it stopped:\n  {shlex.join(['bert-ray', *words])}" if goes_on else ""
         print(f"\nstopped{hint}", file=sys.stderr)
         return INTERRUPTED
@@ -135,8 +135,7 @@ def vocabulary(argv: Sequence[str]) -> int:
     job = load_job(VocabularyJob, argv, command="bert-ray vocabulary", examples=examples)
     from bert_ray.training.corpus.vocabulary import run
 
-    run(job)  # Prints the summary.
-    return DONE
+    return run(job).exit_status  # `run` prints the summary.
 
 
 def evaluate(argv: Sequence[str]) -> int:

@@ -36,7 +36,7 @@ from bert_ray.config.flags import Arguments
 from bert_ray.config.keys import list_keys
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob, SparkOptions
-from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.job import TrainJob, absolute, absolute_model
 from bert_ray.training.notice import on_sigterm
 
@@ -82,6 +82,12 @@ class SubmitOptions:
     record: str = "runs"
 
 
+# What only a vocabulary is told.
+_VOCABULARY_KEYS = {item.name for item in fields(VocabularyJob)} - {
+    item.name for cls in (AnnotateJob, CorpusJob) for item in fields(cls)
+}
+
+
 def submit(argv: Sequence[str]) -> int:
     """Submit a job as the command line says; returns the exit status.
 
@@ -98,7 +104,7 @@ def submit(argv: Sequence[str]) -> int:
     command, cls = _kind(theirs)
     job: Any = load_job(cls, theirs, command=f"bert-ray {command}")
     if command != "annotate" and options.to == "spark":
-        what = {"train": "training runs", "corpus": "a corpus is made"}[command]
+        what = {"train": "training runs", "corpus": "a corpus is made", "vocabulary": "a vocabulary is made"}[command]
         raise JobError(f"{what} on Ray: submit it --to ray")
     send = _to_ray if options.to == "ray" else _to_spark
     return send(options, command, job)
@@ -135,7 +141,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _kind(words: list[str]) -> tuple[str, type]:
     """Which job it is: an annotation has an input, a training has data."""
     keys = {
-        re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0] for word in words if "=" in word or word[:2] == "--"
+        re.split(r"[=.]", word.removeprefix("--"), maxsplit=1)[0].replace("-", "_")
+        for word in words
+        if "=" in word or word[:2] == "--"
     }
     file = _job_file(words)
     if file:
@@ -146,16 +154,18 @@ def _kind(words: list[str]) -> tuple[str, type]:
         which = file or "the command"
         raise JobError(
             f"{which} is neither an annotate job (it has `input`) nor a train job (it has `data`), nor a corpus job "
-            "(it has `input` and `tokenizer`)"
+            "(it has `input` and `tokenizer`) or a vocabulary job (it has `input` and `size` or `extend`)"
         )
     if "input" not in keys:
         return "train", TrainJob
-    return ("corpus", CorpusJob) if "tokenizer" in keys else ("annotate", AnnotateJob)
+    if "tokenizer" in keys:
+        return "corpus", CorpusJob
+    return ("vocabulary", VocabularyJob) if keys & _VOCABULARY_KEYS else ("annotate", AnnotateJob)
 
 
 def _job_file(words: list[str]) -> str | None:
     """The job file among a job's words, told as the command of any of the jobs would."""
-    for cls in (AnnotateJob, TrainJob, CorpusJob):
+    for cls in (AnnotateJob, TrainJob, CorpusJob, VocabularyJob):
         with contextlib.suppress(JobError):  # The words are another job's; or of none, which its command will say.
             return Arguments(list_keys(cls), "bert-ray submit", (), True, words).file
     return next((word for word in words if word.endswith((".yaml", ".yml")) and os.path.isfile(word)), None)
@@ -362,8 +372,10 @@ def _absolute(job: Any) -> Any:
         changed["input"] = absolute(job.input)
     else:
         changed["input"] = [absolute(place) for place in job.inputs]
-    model = "tokenizer" if isinstance(job, CorpusJob) else "model"
-    return replace(job, **changed, **{model: absolute_model(getattr(job, model))})
+    model = {CorpusJob: "tokenizer", VocabularyJob: "extend"}.get(type(job), "model")
+    if reference := getattr(job, model):
+        changed[model] = absolute_model(reference)
+    return replace(job, **changed)
 
 
 def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:

@@ -103,6 +103,8 @@ def _open(output: str | os.PathLike[str]) -> tuple[Journal, dict[str, Any]]:
             f"{output} is a corpus: `bert-ray corpus` with its job tells how far it is, and goes on with it; "
             "corpus.json says what a finished one holds"
         )
+    if plan.get("kind") == "vocabulary":
+        raise JobError(f"{output} holds the counts of a vocabulary: `bert-ray vocabulary` with its job goes on with it")
     return journal, plan
 
 

@@ -1,4 +1,4 @@
-"""Promise 5, for a corpus: SIGKILL in every stage, and the shards are those of an undisturbed run, byte for byte.
+"""Promise 5, for a corpus and a vocabulary: SIGKILL in every stage, and the bytes are those of an undisturbed run.
 
 Each test first asserts that the kill fell where it was meant to.
 """
@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus import vocabulary
+from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.corpus.run import run
 from bert_ray.training.shards import is_corpus, read_manifest
 from tests.fault.test_annotate_kill import killer
@@ -125,3 +126,29 @@ def test_ray_worker_killed_and_its_unit_done_again(
     assert summary.exit_status == 0, "Ray did not start another worker"
     assert {note["unit"]: note.get("pid") for note in receipts(output)}[unit] != pid
     assert made(output) == made(undisturbed)
+
+
+def kill_when_it_is_put_in_place() -> None:
+    vocabulary.put_in_place = lambda fresh, target: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_vocabulary_killed_while_it_counts_and_before_it_stands(lake: Path, tmp_path: Path) -> None:
+    undisturbed, output = (VocabularyJob(input=str(lake), output=str(tmp_path / name), size=100) for name in "ab")
+    assert vocabulary.run(undisturbed).exit_status == 0
+    counts = tmp_path / "b.run"
+    for fault, expected in (
+        (partial(kill_at, "/count/", 3, "before"), 2),
+        (partial(kill_at, "/count/", 3, "after"), 4),
+        (kill_when_it_is_put_in_place, UNITS),
+    ):
+        process = begin(drive, vocabulary.run, output, fault)
+        assert ended(process) == -signal.SIGKILL, fault
+        assert len(journal_names(counts, "receipts")) == expected
+        assert not Path(output.output).exists()
+    sessions = {note["session"] for note in receipts(counts)}
+    assert len(sessions) == 3, "the last one counted what was left, and no kill took back what another had counted"
+    assert vocabulary.run(output).exit_status == 0
+    one, other = (Path(job.output, "tokenizer.json").read_bytes() for job in (undisturbed, output))
+    assert one == other
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "lake") == ["a", "b"]

@@ -18,7 +18,7 @@ from bert_ray.config import load_job
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.submission import SubmitOptions, submit
-from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.job import TrainJob
 
 
@@ -54,7 +54,7 @@ def test_no_key_of_a_job_is_taken_for_submissions() -> None:
     from bert_ray.config.keys import list_keys
 
     ours = {key.name for key in list_keys(SubmitOptions)}
-    for cls in (AnnotateJob, CorpusJob, TrainJob):
+    for cls in (AnnotateJob, CorpusJob, TrainJob, VocabularyJob):
         assert not ours & {key.name.partition(".")[0] for key in list_keys(cls)}
 
 
@@ -71,6 +71,7 @@ def test_no_key_of_a_job_is_taken_for_submissions() -> None:
         (["--to", "spark", "job.yaml"], "no Spark master: give --master"),
         (["--to", "spark", "train.yaml", "--master", "local"], "training runs on Ray"),
         (["--to", "spark", "input=lake", "tokenizer=t", "output=out"], "a corpus is made on Ray"),
+        (["--to", "spark", "input=lake", "--min-count", "3", "output=out"], "a vocabulary is made on Ray"),
         (
             ["--to", "spark", "job.yaml", "--master", "yarn", "spark.config.spark.submit.deployMode=cluster"],
             "client mode",
@@ -109,6 +110,9 @@ def test_local_paths_become_absolute_and_others_stay(tmp_path: Path) -> None:
     assert (train.model, train.output) == ("pkg:some/model", f"{tmp_path}/out")
     corpus = submission._absolute(CorpusJob(input=["lake", "s3://lake"], tokenizer="model", output="out"))
     assert (corpus.inputs, corpus.tokenizer) == ([f"{tmp_path}/lake", "s3://lake"], f"{tmp_path}/model")
+    wider = submission._absolute(VocabularyJob(input="lake", extend="model", output="out"))
+    assert (wider.inputs, wider.extend, wider.output) == ([f"{tmp_path}/lake"], f"{tmp_path}/model", f"{tmp_path}/out")
+    assert submission._absolute(VocabularyJob(input="lake", output="out")).extend is None
 
 
 def test_places_of_other_spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from bert_ray.errors import JobError
-from bert_ray.training.corpus.job import CorpusJob
+from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.corpus.work import Outcome, Task, Work, do
 
 Run = Callable[[Work, Sequence[Task], Callable[[int], None]], Generator[Outcome, None, None]]
@@ -19,7 +19,7 @@ def _local(work: Work, tasks: Sequence[Task], watch: Callable[[int], None]) -> G
 
 
 @contextlib.contextmanager
-def engine(job: CorpusJob) -> Iterator[Run]:
+def engine(job: CorpusJob | VocabularyJob) -> Iterator[Run]:
     """A function that does tasks and gives their outcomes as they end; closing its generator ends the work.
 
     Raises:

@@ -122,11 +122,9 @@ class CorpusJob:
         _one_of("markup", self.markup, ("none", "html"))
         _one_of("duplicates", self.duplicates, ("none", "exact", "near"))
         _one_of("words", self.words, ("tokenizer", "jieba"))
-        _one_of("engine", self.engine, ("local", "ray"))
-        _one_of("on_error", self.on_error, ("continue", "fail", "skip"))
+        _check_engine(self.engine, self.workers, self.on_error)
         for name in ("min_characters", "shard_tokens", "unit_rows", "unit_megabytes"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
-        _check(self.workers is None or self.workers >= 1, f"workers is {self.workers}; give 1 or more")
         _check(
             0.0 <= self.validation_fraction <= 0.5,
             f"validation_fraction is {self.validation_fraction}; give a share from 0 (none) to 0.5",
@@ -144,7 +142,8 @@ class VocabularyJob:
 
     Attributes:
         input: the texts: a directory or a file, or several: Parquet, a Delta table, or plain text.
-        output: directory of the tokenizer, or with `extend` of the new bundle.
+        output: directory of the tokenizer, or with `extend` of the new bundle. Until it is there, what has been counted
+            lies beside it, in `<output>.run`.
         columns: a table's text columns.
         reading: see ReadingOptions.
         markup: as in a corpus: `html`, or `none`.
@@ -155,6 +154,10 @@ class VocabularyJob:
         min_count: how often a word, a piece or a character has to stand in the texts to be taken in.
         extend: reference of a bundle whose vocabulary is to be extended; None: a new vocabulary.
         words: with `extend`: how many words to add, the most frequent of those that the model has to spell in pieces.
+        engine: what counts words: `local` (this process) or `ray` (Ray Data).
+        workers: tasks at a time of engine ray; None: as many as the cluster has CPUs.
+        on_error: what a file that cannot be read means, as in a corpus: `continue`, `fail` or `skip`.
+        ray: where Ray runs.
     """
 
     input: str | list[str]
@@ -168,6 +171,10 @@ class VocabularyJob:
     min_count: int = 2
     extend: str | None = None
     words: int = 1_000
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    on_error: Literal["continue", "fail", "skip"] = "continue"
+    ray: RayOptions = field(default_factory=RayOptions)
 
     def __post_init__(self) -> None:
         _check_places(self.input, self.output, self.columns, "the vocabulary's directory")
@@ -175,6 +182,7 @@ class VocabularyJob:
         _check(self.size >= 100, f"size is {self.size}; give 100 or more tokens, such as 30000")
         for name in ("alphabet", "min_count", "words"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
+        _check_engine(self.engine, self.workers, self.on_error)
         _check(self.extend != "", "extend is empty: give a bundle reference, or leave it out for a new vocabulary")
 
     @property
@@ -190,6 +198,12 @@ def _check_places(given: str | list[str], output: str, columns: list[str], what:
     _check(output.strip() != "", f"output is empty: give {what}")
     _check(bool(columns) and all(columns), "columns is empty: name the text columns, or leave it out for `text`")
     _check(len(set(columns)) == len(columns), f"columns names a column twice: {', '.join(columns)}")
+
+
+def _check_engine(engine: str, workers: int | None, on_error: str) -> None:
+    _one_of("engine", engine, ("local", "ray"))
+    _one_of("on_error", on_error, ("continue", "fail", "skip"))
+    _check(workers is None or workers >= 1, f"workers is {workers}; give 1 or more")
 
 
 def _check(good: bool, message: str) -> None:

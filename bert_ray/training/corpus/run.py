@@ -9,7 +9,6 @@ that an input that changes before the corpus is finished leads to what it is the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,9 +32,10 @@ from bert_ray.model.tokenization import MOST_UNKNOWN
 from bert_ray.training.corpus.assemble import decide_duplicates, write_manifest, write_shards
 from bert_ray.training.corpus.engines import Run, engine
 from bert_ray.training.corpus.job import CorpusJob
-from bert_ray.training.corpus.sources import Part, Source, open_sources
+from bert_ray.training.corpus.sources import Part, Source, open_sources, parts_of
+from bert_ray.training.corpus.stages import do_stage, reconcile
 from bert_ray.training.corpus.tokens import load_tokenizer
-from bert_ray.training.corpus.work import Outcome, Task, Work
+from bert_ray.training.corpus.work import Task, Work
 from bert_ray.training.shards import TOKENIZER_FOLDER, Manifest, Split, is_corpus, read_manifest
 
 # Sessions that run.json remembers.
@@ -132,15 +132,11 @@ class _Run:
     def go(self) -> Summary:
         job = self.job
         sources = open_sources(job.inputs, job.columns, job.reading)
-        parts = [
-            part
-            for number, source in enumerate(sources)
-            for part in source.parts(number, job.unit_rows, job.unit_megabytes * 2**20)
-        ]
+        parts = parts_of(sources, job.unit_rows, job.unit_megabytes * 2**20)
         work = self._prepare(sources)
         if is_corpus(self.output):
             return self._finished(parts)
-        self._reconcile()
+        reconcile(self.journal)
         with engine(job) as run:
             done = self._stage(run, work, [Task(stage="clean", part=part) for part in parts], "read and clean")
             if self.summary.stopped or (self.summary.failures and job.on_error != "skip"):
@@ -237,44 +233,26 @@ class _Run:
         self, run: Run, work: Work, tasks: list[Task], what: str, sizes: Sequence[int] | None = None
     ) -> set[str]:
         """Do what has no receipt yet; returns the receipts of the stage's tasks."""
-        job, receipts = self.job, self.journal.receipts()
         names = {task.part.id: work.name(task.stage, task.part.id) for task in tasks}
-        todo = [task for task in tasks if names[task.part.id] not in receipts]
-        files = {task.part.id: str(task.part.unit) for task in tasks}
-        rows: list[int | None] = list(sizes) if sizes else [task.part.unit.rows for task in tasks]
-        known = [size for task, size in zip(tasks, rows, strict=True) if names[task.part.id] not in receipts]
-        total = None if None in known else sum(size or 0 for size in known)
-        with (
-            Progress(what=f"{what} on {job.engine}", units=len(todo), rows=total) as progress,
-            contextlib.closing(run(work, todo, progress.watch)) as outcomes,
-        ):
-            for outcome in outcomes:
-                failed = outcome.state == "failed"
-                progress.ended(outcome.documents, outcome.seconds, failed)
-                if not failed:
-                    self._judge(work, outcome, names)
-                    continue
-                self.summary.failures.append(outcome.error or files[outcome.part])
-                if outcome.lasting or job.on_error == "fail":
-                    self.summary.stopped = outcome.error
-                    break
-        return self.journal.receipts() & set(names.values())
+        ended = do_stage(
+            run,
+            work,
+            tasks,
+            what,
+            stop_at_failure=self.job.on_error == "fail",
+            sizes=sizes,
+            told=lambda outcome: self._judge(names[outcome.part]),
+        )
+        self.summary.failures += ended.failures
+        self.summary.stopped = ended.stopped
+        return ended.done
 
-    def _judge(self, work: Work, outcome: Outcome, names: dict[str, str]) -> None:
+    def _judge(self, name: str) -> None:
         """Say at once where the vocabulary cannot spell the text: the rest of a long run may not be worth its time."""
-        note = self.journal.receipt(names[outcome.part])
+        note = self.journal.receipt(name)
         if "unknown" in note and not self.summary.warnings and note["unknown"] > MOST_UNKNOWN * note["tokens"] > 0:
             self.summary.warnings.append(_unknown_note(note["unknown"] / note["tokens"]))
             print(f"warning: {self.summary.warnings[0]}", file=sys.stderr, flush=True)
-
-    def _reconcile(self) -> None:
-        """Bring the journal in line with what stands on the disk."""
-        self.journal.sweep()
-        for name in self.journal.receipts():
-            if not (self.output / self.journal.receipt(name)["output"]).exists():
-                self.journal.discard(name)
-        for name in self.journal.failed() | self.journal.started():
-            self.journal.clear(name)
 
     def _discard_others(self, digest: str) -> None:
         """Take back what was made of another set of parts."""

@@ -195,6 +195,11 @@ def open_sources(places: Sequence[str], columns: Sequence[str], options: Reading
     return sources
 
 
+def parts_of(sources: Sequence[Source], unit_rows: int, unit_bytes: int) -> list[Part]:
+    """The parts of all sources, in their order: of about so many rows of a table, or so many bytes of plain text."""
+    return [part for number, source in enumerate(sources) for part in source.parts(number, unit_rows, unit_bytes)]
+
+
 def _open(path: Path, columns: Sequence[str], options: ReadingOptions) -> Source:
     form = _format(path) if options.format == "auto" else options.format
     if form == "text":

@@ -1,5 +1,8 @@
 """A WordPiece vocabulary from texts, or a domain's frequent words into the vocabulary that a model has.
 
+Words are counted in parts, on either engine, each with its receipt; a run that is stopped by anything is gone on with
+by the same command. What is made of the counts takes seconds.
+
 A new vocabulary is a function of the texts. The library's trainer by itself gives other tokens at each run: it numbers
 characters in the order of a hash table, and among pairs of one frequency the smaller numbers win. So the characters are
 counted and numbered here beforehand.
@@ -10,27 +13,38 @@ Shapes: V tokens, D hidden size.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import regex
 
 from bert_ray import __version__
 from bert_ray.errors import JobError
-from bert_ray.lake.journal import output_errors
-from bert_ray.lake.progress import Progress
+from bert_ray.lake.files import file_sha256
+from bert_ray.lake.journal import FOLDER, Journal, output_errors
+from bert_ray.lake.lock import exclusive
 from bert_ray.lake.tables import local_target
-from bert_ray.model.bundle import put_in_place
+from bert_ray.model.bundle import Bundle, load_bundle, make_room, put_in_place, save_bundle
 from bert_ray.model.vocabulary import add_tokens, is_wordpiece, stands_alone, whole_texts
-from bert_ray.training.corpus.cleaning import clean, slices
+from bert_ray.training.corpus.cleaning import clean
+from bert_ray.training.corpus.counting import add_up, characters
+from bert_ray.training.corpus.engines import engine
 from bert_ray.training.corpus.job import VocabularyJob
-from bert_ray.training.corpus.sources import Source, open_sources
+from bert_ray.training.corpus.sources import Part, Source, open_sources, parts_of
+from bert_ray.training.corpus.stages import do_stage, reconcile
+from bert_ray.training.corpus.work import Task, Work
+from bert_ray.training.shards import TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -47,9 +61,15 @@ _LONGEST_WORD = 100
 _LETTERS = regex.compile(r"\p{L}[\p{L}\p{M}]*")
 # The texts come in units of about so many rows, or so many bytes.
 _UNIT_ROWS, _UNIT_BYTES = 50_000, 64 * 2**20
+# Failures that the summary shows.
+_FAILURES_SHOWN = 10
 # What the summary measures on: so many texts, and so many characters of each.
 _JUDGED_TEXTS, _JUDGED_CHARACTERS = 2_000, 2_000
-_SLICE_CHARACTERS = 2**18
+# The library's trainer is handed words as often as they stand in the texts, but no more than so many in all (half a
+# minute a hundred million on one core): of a larger lake the counts are divided by what makes it so many.
+_MOST_WORDS = 300_000_000
+# Characters that it is handed at once.
+_HANDED_CHARACTERS = 2**16
 # Tasks whose bundles are nothing but an encoder and its language-model head: no labels or index hang on the old tokens.
 _EXTENDABLE = ("embedding", "similarity", "fill-mask")
 # The spread of an embedding that has no old pieces: drawn with this seed.
@@ -61,29 +81,49 @@ class Summary:
     """What came out.
 
     Attributes:
-        tokens: V.
+        tokens: V; 0: the vocabulary is not made yet.
         added: tokens that the model's vocabulary had not; empty for a new vocabulary.
         pieces_per_word: on some of the texts; `before`: with the vocabulary as it was, None for a new one.
         unknown: share of the tokens, on the same texts.
+        failures: each file that could not be read, and why.
+        stopped: why the run ended before its end, "" where it did not.
     """
 
     output: str
-    tokens: int
-    seconds: float
-    pieces_per_word: float
-    unknown: float
+    tokens: int = 0
+    seconds: float = 0.0
+    pieces_per_word: float = 0.0
+    unknown: float = 0.0
     added: list[str] = dataclasses.field(default_factory=list)
     before: float | None = None
+    failures: list[str] = dataclasses.field(default_factory=list)
+    stopped: str = ""
+
+    @property
+    def exit_status(self) -> int:
+        """0: the vocabulary is made, of all files; 1: files could not be read."""
+        return int(not self.tokens or bool(self.failures))
 
     def __str__(self) -> str:
-        what = f"{len(self.added):,} tokens added, {self.tokens:,} in all" if self.added else f"{self.tokens:,} tokens"
-        was = f" (before: {self.before:.2f})" if self.before is not None else ""
-        lines = [
-            f"vocabulary {self.output}: {what} ({self.seconds:.1f} s)",
-            f"  {self.pieces_per_word:.2f} tokens a word{was}, {self.unknown:.2%} of them unknown",
-        ]
+        lines = [f"vocabulary {self.output} is not made yet"]
+        if self.tokens:
+            what = (
+                f"{len(self.added):,} tokens added, {self.tokens:,} in all" if self.added else f"{self.tokens:,} tokens"
+            )
+            was = f" (before: {self.before:.2f})" if self.before is not None else ""
+            lines = [
+                f"vocabulary {self.output}: {what} ({self.seconds:.1f} s)",
+                f"  {self.pieces_per_word:.2f} tokens a word{was}, {self.unknown:.2%} of them unknown",
+            ]
         if self.added:
             lines.append(f"  added: {', '.join(self.added[:12])}{', …' if len(self.added) > 12 else ''}")
+        if self.failures:
+            lines.append(f"  failed      {len(self.failures):,} files or parts of them")
+            lines += [f"              {text}" for text in self.failures[:_FAILURES_SHOWN]]
+        if self.stopped:
+            lines.append(f"  stopped     {self.stopped}")
+        if self.failures and not self.tokens:
+            lines.append("  to go on    mend the files and give the same command, or leave them out: on_error=skip")
         return "\n".join(lines)
 
 
@@ -91,84 +131,117 @@ def run(job: VocabularyJob) -> Summary:
     """Make a vocabulary, or a bundle with a wider one; prints progress to standard error and a summary at the end.
 
     Raises:
-        BertRayError: the job or the input is at fault, or the output holds something else.
+        BertRayError: the job or the input is at fault, the output holds something else, or another process works on it.
     """
     clock = time.monotonic()
     output = local_target(job.output)
     _check_output(output, "config.json" if job.extend else "tokenizer.json")
-    texts = _Texts(open_sources(job.inputs, job.columns, job.reading), job.markup)
-    if job.extend:
-        old, tokenizer, added = _extend(job, texts, output)
-        before = _measure(old, texts.some)[0]
-    else:
-        tokenizer, added, before = _train(job, texts), [], None
-        _put(tokenizer, output)
-    pieces, unknown = _measure(tokenizer, texts.some)
-    summary = Summary(
-        output=str(output),
-        tokens=len(tokenizer),
-        seconds=time.monotonic() - clock,
-        pieces_per_word=pieces,
-        unknown=unknown,
-        added=added,
-        before=before,
-    )
+    place = output.with_name(f"{output.name}.run")
+    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / FOLDER).is_dir())):
+        raise JobError(f"{place} holds something else, and the counts of words would go there: choose another output")
+    sources = open_sources(job.inputs, job.columns, job.reading)
+    make_room(output)
+    with output_errors(output):
+        (place / FOLDER).mkdir(parents=True, exist_ok=True)
+    with exclusive(place / FOLDER / "lock", f"the vocabulary {output}"):
+        summary = _make(job, output, place, sources)
+        if summary.tokens:
+            shutil.rmtree(place, ignore_errors=True)
+    summary.seconds = time.monotonic() - clock
     print(summary, flush=True)
     return summary
 
 
-class _Texts:
-    """The texts of some sources, cleaned, as often as they are asked for; of long ones a slice at a time.
+def _make(job: VocabularyJob, output: Path, place: Path, sources: Sequence[Source]) -> Summary:
+    from tokenizers import Tokenizer, models
 
-    Attributes:
-        some: the heads of the first of them, once they were read.
-    """
-
-    def __init__(self, sources: Sequence[Source], markup: str) -> None:
-        self._sources, self._markup = sources, markup
-        self._parts = [
-            part for number, source in enumerate(sources) for part in source.parts(number, _UNIT_ROWS, _UNIT_BYTES)
-        ]
-        self.some: list[str] = []
-
-    def read(self, what: str) -> Iterator[str]:
-        """All of them."""
-        readers = [source.reader() for source in self._sources]
-        rows = [part.unit.rows for part in self._parts]
-        total = None if None in rows else sum(row or 0 for row in rows)
-        self.some = []
-        with Progress(what=what, units=len(self._parts), rows=total) as progress:
-            for part in self._parts:
-                clock, count = time.monotonic(), 0
-                for texts, _ in readers[part.source].read(part):
-                    count += len(texts)
-                    for text in texts:
-                        if text and (body := clean(text, self._markup)):
-                            if len(self.some) < _JUDGED_TEXTS:
-                                self.some.append(body[:_JUDGED_CHARACTERS])
-                            yield from slices(body, _SLICE_CHARACTERS)
-                    progress.watch(count)
-                progress.ended(count, time.monotonic() - clock, failed=False)
-        if not self.some:
-            raise JobError("input: there is no text in it: name other columns, or another input")
+    bundle = _to_extend(job.extend) if job.extend else None
+    old = bundle.tokenizer() if bundle else None
+    backend = old.backend_tokenizer if old else _bert(Tokenizer(models.WordPiece(unk_token="[UNK]")), job.lowercase)
+    summary = Summary(output=str(output))
+    parts = _count(job, place, sources, backend, summary)
+    if summary.stopped or (summary.failures and job.on_error != "skip"):
+        return summary
+    texts = _some(sources, parts, job.markup)
+    counts = add_up(place / FOLDER / "count" / f"{part.id}.parquet" for part in parts)
+    if not counts.num_rows or not texts:
+        raise JobError("input: there is no text in it: name other columns, or another input")
+    if bundle and old:
+        tokenizer, summary.added = _extend(job, bundle, old, counts, output)
+        summary.before = _measure(old, texts)[0]
+    else:
+        tokenizer = _train(job, backend, counts)
+        _put(tokenizer, place / "vocabulary", output)
+    summary.tokens = len(tokenizer)
+    summary.pieces_per_word, summary.unknown = _measure(tokenizer, texts)
+    return summary
 
 
-def _train(job: VocabularyJob, texts: _Texts) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, trainers
+def _count(
+    job: VocabularyJob, place: Path, sources: Sequence[Source], backend: Backend, summary: Summary
+) -> list[Part]:
+    """Count the words of all parts that are not counted yet; returns the parts that are."""
+    journal = Journal(place)
+    path = place / TOKENIZER_FOLDER / "tokenizer.json"
+    fresh = place / FOLDER / f"tokenizer.{os.getpid()}.new"
+    with output_errors(place):
+        path.parent.mkdir(exist_ok=True)
+        backend.save(str(fresh))
+        os.replace(fresh, path)
+    counted_by = {
+        "tokenizer's sha256": file_sha256(path),
+        "columns": job.columns,
+        "reading": dataclasses.asdict(job.reading),
+        "markup": job.markup,
+    }
+    work = Work(
+        session=uuid.uuid4().hex[:12],
+        engine=job.engine,
+        output=str(place),
+        readers=tuple(source.reader() for source in sources),
+        markup=job.markup,
+        digest=hashlib.sha256(json.dumps(counted_by).encode()).hexdigest()[:12],
+    )
+    journal.write_run({"version": __version__, "kind": "vocabulary", "job": dataclasses.asdict(job)})
+    reconcile(journal)
+    parts = parts_of(sources, _UNIT_ROWS, _UNIT_BYTES)
+    names = {part.id: work.name("count", part.id) for part in parts}
+    for name in journal.receipts() - set(names.values()):
+        journal.discard(name)  # Of files that have changed, or counted by something else.
+    with engine(job) as on:
+        tasks = [Task(stage="count", part=part) for part in parts]
+        ended = do_stage(on, work, tasks, "count words", stop_at_failure=job.on_error == "fail")
+    summary.failures, summary.stopped = ended.failures, ended.stopped
+    return [part for part in parts if names[part.id] in ended.done]
 
-    backend = _bert(Tokenizer(models.WordPiece(unk_token="[UNK]")), job.lowercase)
-    often: Counter[str] = Counter()
-    for text in texts.read("count characters"):
-        often.update(backend.normalizer.normalize_str(text))
-    alphabet = _alphabet(backend, often, job)
+
+def _some(sources: Sequence[Source], parts: Sequence[Part], markup: str) -> list[str]:
+    """The heads of the first texts: what the summary measures on."""
+    readers = [source.reader() for source in sources]
+    found: list[str] = []
+    for part in parts:
+        for texts, _ in readers[part.source].read(part):
+            for text in texts:
+                if text and (body := clean(text, markup)):
+                    found.append(body[:_JUDGED_CHARACTERS])
+                    if len(found) == _JUDGED_TEXTS:
+                        return found
+    return found
+
+
+def _train(job: VocabularyJob, backend: Backend, counts: pa.Table) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    alphabet = _alphabet(backend, characters(counts), job)
     if len(SPECIAL) + len(alphabet) >= job.size:
         raise JobError(
             f"size {job.size:,} has no room for words beside the {len(alphabet):,} characters: give a larger size, or "
             "a smaller alphabet"
         )
+    divisor = max(1, -(-pc.sum(counts["count"]).as_py() // _MOST_WORDS))
     trainer = trainers.WordPieceTrainer(
         vocab_size=job.size,
-        min_frequency=job.min_count,
+        min_frequency=max(1, job.min_count // divisor),
         # Numbered in this order, whatever order the trainer meets them in.
         special_tokens=[*SPECIAL, *alphabet],
         initial_alphabet=[token for token in alphabet if not token.startswith(_PREFIX) or token == _PREFIX],
@@ -176,8 +249,29 @@ def _train(job: VocabularyJob, texts: _Texts) -> PreTrainedTokenizerFast:
         continuing_subword_prefix=_PREFIX,
         show_progress=False,
     )
-    backend.train_from_iterator(texts.read("count words"), trainer)
-    return _bert_tokenizer(backend.get_vocab(with_added_tokens=True), job.lowercase)
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.train_from_iterator(_repeated(counts, divisor), trainer)
+    return _bert_tokenizer(words.get_vocab(with_added_tokens=True), job.lowercase)
+
+
+def _repeated(counts: pa.Table, divisor: int) -> Iterator[str]:
+    """Each word as often as it was counted, blanks between them: the library counts, and takes no counts."""
+    held: list[str] = []
+    size = 0
+    for batch in counts.to_batches(max_chunksize=2**18):
+        for word, count in zip(batch.column("word").to_pylist(), batch.column("count").to_pylist(), strict=True):
+            left = count // divisor
+            while left:
+                times = min(left, max(1, (_HANDED_CHARACTERS - size) // (len(word) + 1)))
+                held.append(f"{word} " * times)
+                size += len(held[-1])
+                left -= times
+                if size >= _HANDED_CHARACTERS - len(word):
+                    yield "".join(held)
+                    held, size = [], 0
+    if held:
+        yield "".join(held)
 
 
 def _alphabet(backend: Backend, often: Counter[str], job: VocabularyJob) -> list[str]:
@@ -212,26 +306,28 @@ def _bert_tokenizer(known: dict[str, int], lowercase: bool) -> PreTrainedTokeniz
     return BertTokenizerFast(tokenizer_object=backend, model_max_length=_MAX_LENGTH, do_lower_case=lowercase)
 
 
-def _extend(
-    job: VocabularyJob, texts: _Texts, output: Path
-) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast, list[str]]:
-    """Write a bundle whose vocabulary has the texts' frequent words; returns the tokenizers and what was added."""
-    from bert_ray.model.bundle import load_bundle, save_bundle
-    from bert_ray.model.tasks.translation_start import spelling
-
-    bundle = load_bundle(job.extend or "")
+def _to_extend(reference: str) -> Bundle:
+    """A bundle whose vocabulary can grow."""
+    bundle = load_bundle(reference)
     if bundle.card.task not in _EXTENDABLE:
         raise JobError(
             f"extend: {bundle.reference} is a model of task {bundle.card.task}: extend the encoder that it was trained "
             "from, and train it again"
         )
-    old = bundle.tokenizer()
-    if not is_wordpiece(old):
+    if not is_wordpiece(bundle.tokenizer()):
         raise JobError(f"extend: the vocabulary of {bundle.reference} is not one of WordPiece, and spells every text")
-    words, characters = _count_words(old.backend_tokenizer, texts)
+    return bundle
+
+
+def _extend(
+    job: VocabularyJob, bundle: Bundle, old: PreTrainedTokenizerFast, counts: pa.Table, output: Path
+) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    """Write a bundle whose vocabulary has the texts' frequent words; returns its tokenizer and what was added."""
+    from bert_ray.model.tasks.translation_start import spelling
+
     # Characters first: a word with one that is unknown would be unknown whole.
-    tokenizer, added = spelling(old, characters, job.min_count)
-    if chosen := _frequent(tokenizer, words, job):
+    tokenizer, added = spelling(old, characters(counts), job.min_count)
+    if chosen := _frequent(tokenizer, counts, job):
         tokenizer = add_tokens(tokenizer, chosen)
         added = [*added, *chosen]
     if not added:
@@ -258,30 +354,22 @@ def _extend(
         },
     )
     save_bundle(output, model, tokenizer, card, task=bundle.task)
-    return old, tokenizer, added
+    return tokenizer, added
 
 
-def _count_words(backend: Backend, texts: _Texts) -> tuple[Counter[str], Counter[str]]:
-    """How often each word that may be added stands in the texts, as the tokenizer parts them; and each character.
+def _frequent(tokenizer: PreTrainedTokenizerFast, counts: pa.Table, job: VocabularyJob) -> list[str]:
+    """The most frequent words that take several tokens.
 
-    Of letters alone, for numbers and codes are not a domain's, and their number grows with the texts.
+    Of letters alone: numbers and codes are not a domain's words.
     """
-    words: Counter[str] = Counter()
-    characters: Counter[str] = Counter()
-    for text in texts.read("count words"):
-        if backend.normalizer:
-            text = backend.normalizer.normalize_str(text)
-        characters.update(text)
-        parts = (word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-        words.update(word for word in parts if 1 < len(word) <= _LONGEST_WORD and _LETTERS.fullmatch(word))
-    return words, characters
-
-
-def _frequent(tokenizer: PreTrainedTokenizerFast, words: Counter[str], job: VocabularyJob) -> list[str]:
-    """The most frequent words that take several tokens."""
-    known = tokenizer.get_vocab()
-    found = sorted((-count, word) for word, count in words.items() if count >= job.min_count and word not in known)
-    return [word for _, word in found[: job.words]]
+    known, found = tokenizer.get_vocab(), list[str]()
+    often = counts.filter(pc.greater_equal(counts["count"], job.min_count))
+    for word in often["word"].to_pylist():
+        if 1 < len(word) <= _LONGEST_WORD and word not in known and _LETTERS.fullmatch(word):
+            found.append(word)
+            if len(found) == job.words:
+                break
+    return found
 
 
 def _widen(model: Any, old: PreTrainedTokenizerFast, added: Sequence[str]) -> None:
@@ -330,13 +418,15 @@ def _check_output(output: Path, mark: str) -> None:
         raise JobError(f"the output {output} is a model, whose vocabulary it must keep: choose another directory")
 
 
-def _put(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Write a tokenizer so that it becomes visible whole."""
-    fresh = output.parent / f".{output.name}.{os.getpid()}.new"
+def _put(tokenizer: PreTrainedTokenizerFast, fresh: Path, output: Path) -> None:
+    """Write a tokenizer so that it becomes visible whole.
+
+    Args:
+        tokenizer: to write.
+        fresh: where it is written, on the output's file system.
+        output: where it is to stand.
+    """
     with output_errors(output):
-        try:
-            fresh.parent.mkdir(parents=True, exist_ok=True)
-            tokenizer.save_pretrained(fresh)
-            put_in_place(fresh, output)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        tokenizer.save_pretrained(fresh)
+        put_in_place(fresh, output)

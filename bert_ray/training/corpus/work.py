@@ -1,7 +1,8 @@
-"""What a worker does with a part, on either engine: clean its documents, or tokenise them; then leave a receipt.
+"""What a worker does with a part, on either engine: clean, tokenise, or count; then leave a receipt.
 
 - clean: the part's documents, cleaned, with the hashes that tell duplicates: _bert_ray/clean/ID.parquet
 - tokens: those of them that stay, tokenised: _bert_ray/tokens/ID.arrow
+- count: how often each word stands in the part, for a vocabulary: _bert_ray/count/ID.parquet
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from bert_ray.lake.files import file_sha256, printable, sync
 from bert_ray.lake.journal import FOLDER, Journal, OutputError, output_errors
 from bert_ray.lake.outputs import writing
 from bert_ray.training.corpus.cleaning import clean
+from bert_ray.training.corpus.counting import WordCounter
 from bert_ray.training.corpus.duplicates import KEPT, bands, signer
 from bert_ray.training.corpus.job import NearOptions
 from bert_ray.training.corpus.sources import Part, Reader
@@ -36,7 +38,7 @@ from bert_ray.training.corpus.tokens import Tokenised, Tokeniser, lists_of
 from bert_ray.training.order import held_out
 from bert_ray.training.shards import TOKENIZER_FOLDER, shard_schema
 
-Stage = Literal["clean", "tokens"]
+Stage = Literal["clean", "tokens", "count"]
 
 # A part over which this many workers died in one session is given up: it is likely what kills them (memory).
 _DEATHS = 3
@@ -52,11 +54,12 @@ class Work:
 
     Attributes:
         session: names one driver's try at the run.
-        output: the corpus's directory.
+        output: the corpus's directory, or where a vocabulary's counts lie.
         readers: of the sources, by number.
         near: None: near duplicates stay.
         vocabulary: tokens that the tokenizer knows.
-        digest: of the parts that the corpus is made of; tokens belong to one set of them. "" while it is not known.
+        digest: of the parts that the corpus is made of, as tokens belong to one set of them; or of what words are
+            counted by. "" while it is not known.
     """
 
     session: str
@@ -64,20 +67,20 @@ class Work:
     output: str
     readers: tuple[Reader, ...]
     markup: str
-    min_characters: int
-    near: NearOptions | None
-    validation_fraction: float
-    vocabulary: int
-    words: str
+    min_characters: int = 1
+    near: NearOptions | None = None
+    validation_fraction: float = 0.0
+    vocabulary: int = 0
+    words: str = "tokenizer"
     digest: str = ""
 
     def name(self, stage: Stage, part: str) -> str:
         """How the journal calls a part's stage."""
-        return f"clean-{part}" if stage == "clean" else f"tokens-{self.digest}-{part}"
+        return f"clean-{part}" if stage == "clean" else f"{stage}-{self.digest}-{part}"
 
     def place(self, stage: Stage, part: str) -> Path:
         """Where a part's file of a stage stands."""
-        return Path(self.output, FOLDER, stage, f"{part}.{'parquet' if stage == 'clean' else 'arrow'}")
+        return Path(self.output, FOLDER, stage, f"{part}.{'arrow' if stage == 'tokens' else 'parquet'}")
 
     @property
     def verdicts(self) -> Path:
@@ -272,7 +275,27 @@ def _kept_text(path: Path) -> Iterator[pa.RecordBatch]:
             yield from file.iter_batches(rows, row_groups=[group], columns=["id", "validation", "text"])
 
 
-_STAGES = {"clean": _clean, "tokens": _tokens}
+def _count(work: Work, task: Task, temporary: Path, watch: Callable[[int], None]) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    words = WordCounter(Tokenizer.from_file(str(Path(work.output, TOKENIZER_FOLDER, "tokenizer.json"))))
+    read = replaced = 0
+    for texts, bad in work.readers[task.part.source].read(task.part):
+        read += len(texts)
+        replaced += bad
+        for text in texts:
+            if text and (body := clean(text, work.markup)):
+                words.add(body)
+        watch(read)
+    table = words.table()
+    source = {"bert_ray.source": printable(task.part.unit.path)}
+    with writing(Path(work.output), temporary, table.schema, source) as writer:
+        for batch in table.to_batches():
+            writer.write(batch)
+    return {"read": read, "words": table.num_rows, "replaced": replaced}
+
+
+_STAGES = {"clean": _clean, "tokens": _tokens, "count": _count}
 
 
 # A worker process does many parts; what takes time to make is made once.

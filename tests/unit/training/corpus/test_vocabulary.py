@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, LakeError
+from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.vocabulary_head import head_of
+from bert_ray.training.corpus import counting, vocabulary
+from bert_ray.training.corpus.counting import SCHEMA, WordCounter, add_up, characters
 from bert_ray.training.corpus.job import VocabularyJob
 from bert_ray.training.corpus.vocabulary import run
 from bert_ray.training.job import DataOptions, TrainJob
@@ -32,8 +40,6 @@ def make(place: Path, output: Path, **settings: Any) -> VocabularyJob:
 
 
 def test_a_new_vocabulary(place: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     summary = run(make(place, tmp_path / "v"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "v")
     assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -53,8 +59,6 @@ def test_the_same_texts_give_the_same_vocabulary(place: Path, tmp_path: Path) ->
 
 
 def test_case_is_kept_where_it_is_asked_for(place: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     run(make(place, tmp_path / "v", lowercase=False))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "v")
     assert "".join(tokenizer.tokenize("Ünal café")).replace("##", "") == "Ünalcafé"
@@ -182,3 +186,100 @@ def test_words_with_marks_are_words(tmp_path: Path, tiny_encoder: Path) -> None:
     (tmp_path / "hindi.txt").write_text("टीका का टीका\n" * 5, "utf-8")
     summary = run(make(tmp_path / "hindi.txt", tmp_path / "v", extend=str(tiny_encoder), min_count=3))
     assert {"टीका", "का"} <= set(summary.added)
+
+
+def test_on_ray_the_same_vocabulary(lake: Path, tmp_path: Path, ray_session: None) -> None:
+    for engine in ("local", "ray"):
+        assert run(make(lake, tmp_path / engine, engine=engine)).exit_status == 0
+    one, other = ((tmp_path / engine / "tokenizer.json").read_bytes() for engine in ("local", "ray"))
+    assert one == other
+
+
+def test_a_file_that_cannot_be_read_waits_or_is_left_out(lake: Path, tmp_path: Path) -> None:
+    whole = (lake / "f1.parquet").read_bytes()
+    (lake / "f1.parquet").write_bytes(whole[: len(whole) // 2])
+    summary = run(make(lake, tmp_path / "v"))
+    assert (summary.exit_status, summary.tokens, len(summary.failures)) == (1, 0, 1)
+    assert "f1.parquet" in summary.failures[0]
+    assert "is not made yet" in str(summary)
+    assert not (tmp_path / "v").exists()
+    skipping = run(make(lake, tmp_path / "v", on_error="skip"))
+    assert skipping.exit_status == 1
+    assert skipping.tokens > 0
+    assert len(skipping.failures) == 1
+    assert not (tmp_path / "v.run").exists()
+
+
+def test_what_is_counted_is_counted_once(lake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another size takes the counts as they are; another way to count, or a file that has changed, does not."""
+
+    def units(**settings: Any) -> list[str]:
+        with pytest.raises(JobError, match="no room"):
+            run(make(lake, tmp_path / "v", **({"size": 100, "min_count": 1} | settings)))
+        return re.findall(r"count words on local: (\d+) units", capsys.readouterr().err)
+
+    many = "".join(map(chr, range(0x4E00, 0x4E00 + 99)))
+    pq.write_table(pa.table({"text": [many]}), lake / "f3.parquet")
+    assert units() == ["4"]
+    assert units(size=101) == []
+    assert units(markup="html") == ["4"]
+    pq.write_table(pa.table({"text": [many, "more"]}), lake / "f3.parquet")
+    assert units(markup="html") == ["1"]
+    assert (tmp_path / "v.run").exists()
+    assert run(make(lake, tmp_path / "v", markup="html", min_count=1)).tokens > 100
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "v.run").exists()
+
+
+def test_counts_of_a_large_lake_are_scaled(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is frequent is a token still; the rarest words count for nothing."""
+    place.write_text("film " * 900 + "music " * 90 + "rare " * 3, "utf-8")
+    whole = set(AutoTokenizer.from_pretrained(run(make(place, tmp_path / "a", size=120)).output).get_vocab())
+    assert {"film", "music", "rare"} <= whole
+    handed: list[str] = []
+    repeated = vocabulary._repeated
+    monkeypatch.setattr(vocabulary, "_repeated", lambda *a: [handed.append(text) or text for text in repeated(*a)])
+    monkeypatch.setattr(vocabulary, "_MOST_WORDS", 100)
+    scaled = set(AutoTokenizer.from_pretrained(run(make(place, tmp_path / "b", size=120)).output).get_vocab())
+    assert Counter("".join(handed).split()) == {"film": 90, "music": 9}
+    assert scaled >= {"film", "music"}
+    assert "rare" not in scaled
+
+
+def test_words_are_handed_on_as_often_as_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "_HANDED_CHARACTERS", 40)
+    known = {"a": 100, "film": 7, "x" * 50: 3, "be": 1}
+    counts = pa.table([list(known), list(known.values())], schema=SCHEMA)
+    texts = list(vocabulary._repeated(counts, 1))
+    assert Counter(" ".join(texts).split()) == known
+    assert max(map(len, texts)) <= 40 + 51
+    # No word runs into the next text's.
+    assert all(text.endswith(" ") for text in texts)
+
+
+def test_counts_of_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_WAITING", 3)
+    texts = ["a film, a film", "the film. 味道 a", "味 a"]
+    for number, text in enumerate(texts):
+        counter = WordCounter(tiny_tokenizer().backend_tokenizer)
+        counter.add(text)
+        pq.write_table(counter.table(), tmp_path / f"{number}.parquet")
+    found = add_up(tmp_path / f"{number}.parquet" for number in range(3))
+    assert found.schema == SCHEMA
+    expected = [("a", 4), ("film", 3), ("味", 2), (",", 1), (".", 1), ("the", 1), ("道", 1)]
+    assert list(zip(*found.to_pydict().values(), strict=True)) == expected
+    assert characters(found)["f"] == 3
+    assert characters(found) == Counter("".join(word * count for word, count in expected))
+
+
+def test_one_at_a_time(place: Path, tmp_path: Path, tiny_bundle: Path) -> None:
+    (tmp_path / "v.run" / "_bert_ray").mkdir(parents=True)
+    with (
+        exclusive(tmp_path / "v.run" / "_bert_ray" / "lock", "it"),
+        pytest.raises(LakeError, match="another process works on the vocabulary"),
+    ):
+        run(make(place, tmp_path / "v"))
+    (tmp_path / "w.run").mkdir()
+    (tmp_path / "w.run" / "mine.txt").write_text("mine")
+    with pytest.raises(JobError, match=r"w\.run holds something else"):
+        run(make(place, tmp_path / "w"))

@@ -1,0 +1,88 @@
+"""A stage of a bulk job over parts: what has no receipt is done on an engine, and what failed is listed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from bert_ray.lake.journal import Journal
+from bert_ray.lake.progress import Progress
+from bert_ray.training.corpus.engines import Run
+from bert_ray.training.corpus.work import Outcome, Task, Work
+
+
+@dataclass(slots=True)
+class Ended:
+    """How a stage ended.
+
+    Attributes:
+        done: the receipts of its tasks.
+        failures: each file that could not be read, and why.
+        stopped: why it ended before its end, "" where it did not.
+    """
+
+    done: set[str] = field(default_factory=set)
+    failures: list[str] = field(default_factory=list)
+    stopped: str = ""
+
+
+def do_stage(
+    run: Run,
+    work: Work,
+    tasks: Sequence[Task],
+    what: str,
+    *,
+    stop_at_failure: bool,
+    sizes: Sequence[int] | None = None,
+    told: Callable[[Outcome], None] | None = None,
+) -> Ended:
+    """Do the tasks of a stage that have no receipt yet; prints progress.
+
+    Args:
+        run: an engine's way to do tasks.
+        work: what all tasks have in common.
+        tasks: of the stage, done or not.
+        what: stands first in the progress's lines.
+        stop_at_failure: whether a file that cannot be read stops the others; what nothing could go on from always does.
+        sizes: documents of each task; None: as far as files tell.
+        told: called with what was done, as it is.
+    """
+    ended, journal = Ended(), Journal(work.output)
+    receipts = journal.receipts()
+    names = [work.name(task.stage, task.part.id) for task in tasks]
+    rows: Sequence[int | None] = sizes if sizes is not None else [task.part.unit.rows for task in tasks]
+    todo = [task for task, name in zip(tasks, names, strict=True) if name not in receipts]
+    if not todo:
+        ended.done = set(names)
+        return ended
+    known = [size for size, name in zip(rows, names, strict=True) if name not in receipts]
+    total = None if None in known else sum(size or 0 for size in known)
+    files = {task.part.id: str(task.part.unit) for task in todo}
+    with (
+        Progress(what=f"{what} on {work.engine}", units=len(todo), rows=total) as progress,
+        contextlib.closing(run(work, todo, progress.watch)) as outcomes,
+    ):
+        for outcome in outcomes:
+            failed = outcome.state == "failed"
+            progress.ended(outcome.documents, outcome.seconds, failed)
+            if not failed:
+                if told is not None:
+                    told(outcome)
+                continue
+            ended.failures.append(outcome.error or files[outcome.part])
+            if outcome.lasting or stop_at_failure:
+                ended.stopped = outcome.error
+                break
+    ended.done = journal.receipts() & set(names)
+    return ended
+
+
+def reconcile(journal: Journal) -> None:
+    """Bring a journal in line with what stands on the disk."""
+    journal.sweep()
+    for name in journal.receipts():
+        if not (journal.output / journal.receipt(name)["output"]).exists():
+            journal.discard(name)
+    for name in journal.failed() | journal.started():
+        journal.clear(name)
