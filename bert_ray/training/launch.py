@@ -24,7 +24,17 @@ from bert_ray.errors import JobError, Stopped
 from bert_ray.lake.lock import exclusive
 from bert_ray.training.job import DataOptions, TrainJob, is_uri
 from bert_ray.training.progress import duration, show
-from bert_ray.training.run_directory import BEST, begun_in, clear, ended, enter, publish, same_run
+from bert_ray.training.run_directory import (
+    BEST,
+    begun_in,
+    clear,
+    ended,
+    enter,
+    note_shards,
+    publish,
+    same_run,
+    seen_shards,
+)
 from bert_ray.training.trackers import tracked
 
 if TYPE_CHECKING:
@@ -165,13 +175,15 @@ def _train(
             table = read_labelled(job.data.train, task, job.data.columns)
             if task.start(base, table.inputs, table.truth, fresh):
                 base = load_bundle(fresh)
-        card, data, notes = prepare(job, base, table)
+        seen = seen_shards(directory)
+        card, data, notes = prepare(job, base, table, seen)
         identity = job.identity() | {"base": asked, "rows": data.digest()}
         if card.labels and not job.labels:  # In the rows they are numbers.
             identity["labels found"] = list(card.labels)
         if has_ended:
             return _finished(job, output, directory, identity, data, time.perf_counter() - started)
         enter(job, directory, identity)
+        note_shards(directory, seen)
         if fresh.exists():
             base = _keep_start(job, data, fresh, directory / START, tell)
     finally:
@@ -222,13 +234,16 @@ def _base(job: TrainJob, fresh: Path) -> tuple[Bundle, str]:
     return load_bundle(fresh), NEW
 
 
-def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> tuple[Card, Data, list[str]]:
+def prepare(
+    job: TrainJob, base: Bundle, table: LabelledTable | None = None, seen: dict[str, list[int]] | None = None
+) -> tuple[Card, Data, list[str]]:
     """The card of the bundle to come, what it learns from, and notes for the user.
 
     Args:
         job: what to do.
         base: the bundle that training starts from.
         table: `data.train`, where it is a table and has been read already.
+        seen: a corpus's shards that need not be read to be checked.
     """
     from bert_ray.training.data import labels_for, read_labelled, training_data
 
@@ -236,7 +251,7 @@ def prepare(job: TrainJob, base: Bundle, table: LabelledTable | None = None) -> 
     if task.reads_corpus:
         from bert_ray.training.pretraining import corpus_data
 
-        return task.card, *corpus_data(job, base)
+        return task.card, *corpus_data(job, base, seen)
     if job.data.replay is not None:
         raise JobError(f"data.replay is a corpus, which task {job.task} cannot learn from: leave it out")
     table = table or read_labelled(job.data.train, task, job.data.columns)

@@ -84,8 +84,13 @@ class CorpusData:
         return CorpusSource(train, marks, job, own=own), CorpusSource(validation, marks, job, judged=True)
 
 
-def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
+def corpus_data(job: TrainJob, base: Bundle, seen: dict[str, list[int]] | None = None) -> tuple[CorpusData, list[str]]:
     """Open and check the job's corpus, and the one that it replays.
+
+    Args:
+        job: names them.
+        base: the bundle that training starts from.
+        seen: shards that need not be read to be checked, as in `Documents.verify`.
 
     Returns:
         the data, and notes for the user.
@@ -95,11 +100,12 @@ def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
         LakeError: one is damaged, and the job does not say to skip what is.
     """
     notes: list[str] = []
-    corpus = _open(job, base, job.data.train, SPLITS, notes)
+    seen = {} if seen is None else seen
+    corpus = _open(job, base, job.data.train, SPLITS, notes, seen)
     if job.data.validation is not None or job.data.columns:
         key = "columns" if job.data.columns else "validation"
         raise JobError(f"data.{key}: a corpus has its own; leave it out")
-    replay = _open(job, base, job.data.replay, ("train",), notes) if job.data.replay is not None else None
+    replay = _open(job, base, job.data.replay, ("train",), notes, seen) if job.data.replay is not None else None
     if replay and replay.fingerprint == corpus.fingerprint:
         raise JobError(
             f"data.replay is the corpus that is learned, {job.data.train}: give another one, or leave it out"
@@ -122,7 +128,9 @@ def corpus_data(job: TrainJob, base: Bundle) -> tuple[CorpusData, list[str]]:
     return data, notes
 
 
-def _open(job: TrainJob, base: Bundle, path: str, splits: Sequence[str], notes: list[str]) -> CorpusPart:
+def _open(
+    job: TrainJob, base: Bundle, path: str, splits: Sequence[str], notes: list[str], seen: dict[str, list[int]]
+) -> CorpusPart:
     """A corpus, of which these splits are read and therefore checked; what is left out is added to the notes."""
     directory = Path(path)
     if not is_corpus(directory):
@@ -133,7 +141,7 @@ def _open(job: TrainJob, base: Bundle, path: str, splits: Sequence[str], notes: 
     _check_vocabulary(directory, base)
     skipped: dict[str, str] = {}
     for split in splits:
-        skipped |= Documents(directory, split).verify(job.data.on_bad_shard)
+        skipped |= Documents(directory, split).verify(job.data.on_bad_shard, seen)
     train = manifest.splits["train"]
     if train.documents <= sum(shard.documents for shard in train.shards if shard.path in skipped):
         raise JobError(f"{directory} has no documents to train on")

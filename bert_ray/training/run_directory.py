@@ -1,11 +1,13 @@
 """A run's directory, `<output>.run`: entered by one run, gone on with by an equal one, and gone when it has ended.
 
-It holds run.json (what was asked), checkpoints/, best/ (the best bundle so far) and progress.jsonl. Where
+It holds run.json (what was asked), checkpoints/, best/ (the best bundle so far), progress.jsonl and, of a pretraining,
+shards.json (which shards were found whole, so that a resume need not read a corpus to its end first). Where
 `checkpoint.directory` says so, checkpoints lie elsewhere, with a run.json of their own; place.json says where.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 # In a run's directory: where its checkpoints lie.
 _PLACE_FILE = "place.json"
+# In a run's directory: size and time of change of each of a corpus's shards whose hash was right.
+_SHARDS_FILE = "shards.json"
 # In a run's directory: the bundle of the best epoch so far.
 BEST = "best"
 
@@ -52,6 +56,21 @@ def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
         write_json(directory / _PLACE_FILE, {"directory": job.checkpoint.directory})
     except OSError as error:
         raise LakeError(f"{directory} cannot be written: {why(error)}. When that is mended, run it again") from error
+
+
+def seen_shards(directory: Path) -> dict[str, list[int]]:
+    """The shards that the run in `directory` has found whole, as `Documents.verify` takes them."""
+    try:
+        return dict(json.loads((directory / _SHARDS_FILE).read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def note_shards(directory: Path, seen: dict[str, list[int]]) -> None:
+    """Note them for the next session; where that cannot be written they are read again."""
+    if seen and seen != seen_shards(directory):
+        with contextlib.suppress(OSError):
+            write_json(directory / _SHARDS_FILE, seen)
 
 
 # What earlier versions did not note of a run.

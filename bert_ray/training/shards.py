@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import LakeError
-from bert_ray.lake.files import file_sha256, sync, write_json
+from bert_ray.lake.files import file_sha256, printable, sync, write_json
 from bert_ray.model.examples import ranges
 
 if TYPE_CHECKING:
@@ -245,8 +245,15 @@ class Documents:
         # Arrow's memory maps, opened at first use: a corpus of thousands of shards costs no thousand files at once.
         self._open: dict[int, _OpenShard] = {}
 
-    def verify(self, on_bad_shard: Literal["stop", "skip"] = "stop") -> dict[str, str]:
+    def verify(
+        self, on_bad_shard: Literal["stop", "skip"] = "stop", seen: dict[str, list[int]] | None = None
+    ) -> dict[str, str]:
         """Read every shard and compare its hash with the manifest's.
+
+        Args:
+            on_bad_shard: what a bad one means.
+            seen: path -> size and time of change of shards whose hash was right: while those are the same the shard is
+                not read again. What is found right is added to it.
 
         Returns:
             path of each bad shard -> what is wrong with it; empty where all are as they were written.
@@ -255,8 +262,9 @@ class Documents:
             LakeError: one is bad, and `on_bad_shard` is "stop".
         """
         found = {}
+        seen = {} if seen is None else seen
         for corpus, shard in self._shards:
-            if reason := _fault(corpus / shard.path, shard):
+            if reason := _fault(corpus / shard.path, shard, seen):
                 if on_bad_shard == "stop":
                     raise LakeError(
                         f"{corpus / shard.path} {reason}: restore it, or make the corpus anew; "
@@ -361,14 +369,19 @@ class _OpenShard:
             self.bits = np.packbits(whole, bitorder="little")
 
 
-def _fault(path: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's file; None: nothing."""
+def _fault(path: Path, shard: Shard, seen: dict[str, list[int]]) -> str | None:
+    """What is wrong with a shard's file; None: nothing, which `seen` notes."""
+    name = printable(path)
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            return f"has {size} bytes of {shard.bytes}"
-        if file_sha256(path) != shard.sha256:
-            return "has another hash than when it was written"
+        status = path.stat()
+        if status.st_size != shard.bytes:
+            return f"has {status.st_size} bytes of {shard.bytes}"
+        now = [status.st_size, status.st_mtime_ns]
+        if seen.get(name) != now:
+            seen.pop(name, None)
+            if file_sha256(path) != shard.sha256:
+                return "has another hash than when it was written"
+            seen[name] = now
     except OSError as error:
         return f"cannot be read ({os.strerror(error.errno) if error.errno else error})"
     return None

@@ -21,6 +21,7 @@ import torch
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import load_bundle
+from bert_ray.training import shards
 from bert_ray.training.job import ArchitectureOptions, CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
 from bert_ray.training.launch import prepare, train
 from bert_ray.training.loop import StepEvent
@@ -372,6 +373,38 @@ def test_a_bad_shard_stops_the_run_or_is_skipped(
     assert any("00001.arrow" in str(event.get("text")) for event in told)
     # All of the others, and none of that shard's.
     assert taken == set(range(20)) | set(range(40, 60))
+
+
+def test_a_resume_reads_no_shard_to_its_end_that_was_found_whole(
+    pretraining_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), documents(60), documents(10, 1))
+    job = pretraining_for(data=DataOptions(train=str(corpus)), steps=4, evaluate_every=4)
+    hashed: list[str] = []
+    real = shards.file_sha256
+    monkeypatch.setattr(shards, "file_sha256", lambda path: hashed.append(path.name) or real(path))
+
+    def read(error: type[Exception], message: str) -> list[str]:
+        hashed.clear()
+        with pytest.raises(error, match=message):
+            train(job, callbacks=[stop], tell=lambda _: None)
+        return sorted({name for name in hashed if name != "index.arrow"})
+
+    def stop(event: object) -> None:
+        raise ValueError("stopped here")
+
+    every = ["00000.arrow", "00001.arrow", "00002.arrow"]
+    assert read(ValueError, "stopped here") == every
+    assert read(ValueError, "stopped here") == []
+    # What has been touched since is read, and what has been altered is found.
+    bad = corpus / "train" / "00001.arrow"
+    os.utime(bad)
+    assert read(ValueError, "stopped here") == ["00001.arrow"]
+    content = bytearray(bad.read_bytes())
+    content[len(content) // 2] ^= 255
+    bad.write_bytes(content)
+    assert read(LakeError, r"train/00001\.arrow has another hash") == ["00001.arrow"]
+    assert read(LakeError, r"train/00001\.arrow has another hash") == ["00001.arrow"]
 
 
 def test_what_is_not_read_of_general_text_may_be_damaged(corpus: Path, pretraining_for: Jobs, tmp_path: Path) -> None:
