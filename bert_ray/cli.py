@@ -17,6 +17,7 @@ Every command imports what it needs when it runs: `bert-ray --help` loads neithe
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 from bert_ray import __version__
 from bert_ray.config import load_job
-from bert_ray.errors import BertRayError, JobError, Stopped
+from bert_ray.errors import BertRayError, JobError, Stopped, why
 
 DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, CUT_OFF, ASKED_TO_STOP = 0, 1, 2, 70, 130, 141, 143
 
@@ -54,11 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # `bert-ray runs failures OUT | head`: the reader has seen enough. Python would complain at its own exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return status
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
             print(f"error: {error.name} is not installed: pip install 'bert-ray[{extra}]'", file=sys.stderr)
+            return AT_FAULT
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            # Of what the commands write their errors tell; what is left is what they print, into a file mostly.
+            _let_go_of_stdout()
+            print(
+                f"error: {why(error)}, for what is printed or kept aside: make room, and run it again", file=sys.stderr
+            )
             return AT_FAULT
         traceback.print_exc()
         print(
@@ -68,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BUG
 
 
+def _let_go_of_stdout() -> None:
+    """Python would complain at its own exit of what is still to be printed and cannot be."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # Package that may be missing -> the extra that brings it.
 _EXTRAS = {
     "ray": "ray",

@@ -260,3 +260,15 @@ def test_the_entry_points_in_jobs_run_from_anywhere(name: str, tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"usage: bert-ray {name}" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_no_room_for_what_is_printed(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "bert_ray", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert result.returncode == cli.AT_FAULT
+    assert result.stderr.startswith("error: No space left on device")
+    assert len(result.stderr.splitlines()) == 1
