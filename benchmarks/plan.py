@@ -131,11 +131,12 @@ class Trainer:
         for _ in range(_WARM_UP):
             self.step()
 
-    def step(self) -> None:
-        """Forward, backward, optimiser."""
+    def step(self) -> Any:
+        """Forward, backward, optimiser; gives the loss."""
         loss, _, _ = self.stepper.forward(self.batch, self.targets, 1.0 / self.weight, 1.0)
         self.stepper.backward(loss)
         self.stepper.step(1e-4)
+        return loss.detach()
 
 
 def _batch(lengths: Any, case: Case, random: Any) -> tuple[Any, Any]:

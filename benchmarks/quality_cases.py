@@ -442,10 +442,10 @@ CASES: dict[str, Case] = {
         split=lambda: files("ag_news"),
         options={
             "labels": {
-                "World": "world politics and international news",
-                "Sports": "sports",
-                "Business": "business and the economy",
-                "Sci/Tech": "science and technology",
+                "World": "world news, politics, conflicts and governments",
+                "Sports": "sports, matches, teams and players",
+                "Business": "business, companies, markets and the economy",
+                "Sci/Tech": "science and technology, computers, software and the internet",
             }
         },
         settings=None,

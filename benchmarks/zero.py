@@ -4,8 +4,9 @@
 
 Both take the same step of a BERT of 8 layers of 512, in packed batches, over gloo on loopback. Memory is what torch's
 allocator has handed out at the worst moment of a step, counted from before the model was made: weights, gradients,
-optimiser, activations and DeepSpeed's buffers; the larger of the two workers' figures. That the losses are the same
-at every stage is a test, tests/integration/test_pretrain_elastic.py. Results: benchmarks/results/zero.json and zero.md.
+optimiser, activations and DeepSpeed's buffers; the larger of the two workers' figures. Then some steps more on the same
+batch, for how far the losses of the stages are apart; on a corpus, and beside one plain process, that is a test,
+tests/integration/test_pretrain_elastic.py. Results: benchmarks/results/zero.json and zero.md.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import multiprocessing
 import os
 import socket
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import common
 from plan import Case, Trainer, most_allocated, work_of
 
 WORKERS = 2
+STEPS = 10
 CASE = Case("8 layers, 512 wide", 8, 512, 8, 30_522, rows=4, tokens=128)
 
 
-def measure(stage: int) -> dict[str, float]:
+def measure(stage: int) -> dict[str, Any]:
     """Bytes at the worst moment of a step, beside the prediction."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -34,7 +37,7 @@ def measure(stage: int) -> dict[str, float]:
     return most | {"predicted_over_allocated": most["predicted"] / most["allocated"]}
 
 
-def _worker(rank: int, port: int, stage: int) -> dict[str, float]:
+def _worker(rank: int, port: int, stage: int) -> dict[str, Any]:
     common.set_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS)}
@@ -50,9 +53,15 @@ def _worker(rank: int, port: int, stage: int) -> dict[str, float]:
         with torch.profiler.record_function("measured"):
             trainer.step()
     most = most_allocated(profile, since="measured")
+    losses = [float(trainer.step()) for _ in range(STEPS)]
     work = work_of(CASE, trainer, WORKERS, zero_stage=stage)
     torch.distributed.barrier()
-    return {"predicted": memory(work, WORKERS).peak, "allocated": most, "parameters": trainer.parameters}
+    return {
+        "predicted": memory(work, WORKERS).peak,
+        "allocated": most,
+        "parameters": trainer.parameters,
+        "losses": losses,
+    }
 
 
 def main() -> None:
@@ -60,12 +69,14 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figures = {stage: measure(stage) for stage in range(4)}
     path = common.keep("zero", {"workers": WORKERS, "stages": figures})
-    header = ("ZeRO stage", "MB predicted", "MB allocated", "ratio")
+    first = figures[0]["losses"]
+    header = ("ZeRO stage", "MB predicted", "MB allocated", "ratio", f"largest difference of {STEPS} losses")
     rows = [
         (
             str(stage),
             *(f"{found[name] / 1e6:,.0f}" for name in ("predicted", "allocated")),
             f"{found['predicted_over_allocated']:.3f}",
+            f"{max(abs(one - other) for one, other in zip(found['losses'], first, strict=True)):.0e}",
         )
         for stage, found in figures.items()
     ]

@@ -4,7 +4,7 @@
     python benchmarks/zero_shot.py --rows 300    # a look
 
 Templates, temperature and the multilabel measure are compared on AG News' training rows; the test rows see what was
-chosen, and the few-shot heads, alone.
+chosen, and the few-shot heads, alone. Results: benchmarks/results/zero_shot.json.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def main() -> None:
                 f"{np.mean(accuracies):.3f} ± {np.std(accuracies):.3f} ({max(seconds):.1f} s)",
             ]
         )
-    show([f"AG News, {len(test)} test rows", "accuracy"], table)
+    show(["AG News, test rows", "accuracy"], table)
+    common.keep("zero_shot", {"rows": rows, "tables": _TABLES})
 
 
 def zero_shot(test: pa.Table, options: dict[str, object]) -> float:
@@ -149,6 +150,10 @@ def measured(annotator: Annotator, test: pa.Table) -> float:
     return annotator.task.metrics(annotations, [test["text"]], [test["label"].combine_chunks()])["accuracy"]
 
 
+# What was shown, by its first column's head.
+_TABLES: dict[str, list[dict[str, str]]] = {}
+
+
 def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
     return float((scores.argmax(axis=1) == truth).mean())
 
@@ -171,9 +176,9 @@ def micro_f1(cosines: np.ndarray, threshold: float, truth: np.ndarray) -> float:
 
 
 def show(head: list[str], rows: list[list[str]]) -> None:
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
+    """Print a table, and keep it."""
+    _TABLES[head[0]] = [dict(zip(head, row, strict=True)) for row in rows]
+    common.table(head[0], tuple(head), [tuple(row) for row in rows])
 
 
 if __name__ == "__main__":

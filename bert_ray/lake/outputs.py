@@ -37,12 +37,7 @@ def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) 
         LakeError: the input does not exist.
     """
     read, place = local_path(source), local_target(output)
-    if place == read:
-        raise JobError(f"input and output are the same place, {place}: choose another output")
-    if place.is_relative_to(read):
-        raise JobError(f"the output {place} lies inside the input {read}, whose next run would read it: choose another")
-    if read.is_relative_to(place):
-        raise JobError(f"the input {read} lies inside the output {place}: choose an output beside it")
+    check_apart(place, read)
     if (around := table_around(place)) is not None:
         raise JobError(f"the output {place} lies in the table {around}, whose log would not know of it: choose another")
     try:
@@ -60,6 +55,20 @@ def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) 
             "choose another, or empty it"
         )
     return place
+
+
+def check_apart(place: Path, read: Path) -> None:
+    """Make sure that of an output and an input, both absolute, neither lies inside the other.
+
+    Raises:
+        JobError: one does.
+    """
+    if place == read:
+        raise JobError(f"input and output are the same place, {place}: choose another output")
+    if place.is_relative_to(read):
+        raise JobError(f"the output {place} lies inside the input {read}, whose next run would read it: choose another")
+    if read.is_relative_to(place):
+        raise JobError(f"the input {read} lies inside the output {place}: choose an output beside it")
 
 
 def part_path(output: Path, unit: Unit) -> Path:

@@ -235,7 +235,7 @@ def _base(job: TrainJob, fresh: Path) -> tuple[Bundle, str]:
 
 
 def prepare(
-    job: TrainJob, base: Bundle, table: LabelledTable | None = None, seen: dict[str, list[int]] | None = None
+    job: TrainJob, base: Bundle, table: LabelledTable | None = None, seen: dict[str, list[Any]] | None = None
 ) -> tuple[Card, Data, list[str]]:
     """The card of the bundle to come, what it learns from, and notes for the user.
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,7 +84,7 @@ class CorpusData:
         return CorpusSource(train, marks, job, own=own), CorpusSource(validation, marks, job, judged=True)
 
 
-def corpus_data(job: TrainJob, base: Bundle, seen: dict[str, list[int]] | None = None) -> tuple[CorpusData, list[str]]:
+def corpus_data(job: TrainJob, base: Bundle, seen: dict[str, list[Any]] | None = None) -> tuple[CorpusData, list[str]]:
     """Open and check the job's corpus, and the one that it replays.
 
     Args:
@@ -129,7 +129,7 @@ def corpus_data(job: TrainJob, base: Bundle, seen: dict[str, list[int]] | None =
 
 
 def _open(
-    job: TrainJob, base: Bundle, path: str, splits: Sequence[str], notes: list[str], seen: dict[str, list[int]]
+    job: TrainJob, base: Bundle, path: str, splits: Sequence[str], notes: list[str], seen: dict[str, list[Any]]
 ) -> CorpusPart:
     """A corpus, of which these splits are read and therefore checked; what is left out is added to the notes."""
     directory = Path(path)

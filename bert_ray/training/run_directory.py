@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 # In a run's directory: where its checkpoints lie.
 _PLACE_FILE = "place.json"
-# In a run's directory: size and time of change of each of a corpus's shards whose hash was right.
+# In a run's directory: what each of a corpus's shards whose hash was right is known by.
 _SHARDS_FILE = "shards.json"
 # In a run's directory: the bundle of the best epoch so far.
 BEST = "best"
@@ -58,15 +58,15 @@ def enter(job: TrainJob, directory: Path, identity: dict[str, Any]) -> None:
         raise LakeError(f"{directory} cannot be written: {why(error)}. When that is mended, run it again") from error
 
 
-def seen_shards(directory: Path) -> dict[str, list[int]]:
+def seen_shards(directory: Path) -> dict[str, list[Any]]:
     """The shards that the run in `directory` has found whole, as `Documents.verify` takes them."""
     try:
         return dict(json.loads((directory / _SHARDS_FILE).read_text("utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 
-def note_shards(directory: Path, seen: dict[str, list[int]]) -> None:
+def note_shards(directory: Path, seen: dict[str, list[Any]]) -> None:
     """Note them for the next session; where that cannot be written they are read again."""
     if seen and seen != seen_shards(directory):
         with contextlib.suppress(OSError):

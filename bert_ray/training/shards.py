@@ -246,14 +246,14 @@ class Documents:
         self._open: dict[int, _OpenShard] = {}
 
     def verify(
-        self, on_bad_shard: Literal["stop", "skip"] = "stop", seen: dict[str, list[int]] | None = None
+        self, on_bad_shard: Literal["stop", "skip"] = "stop", seen: dict[str, list[Any]] | None = None
     ) -> dict[str, str]:
         """Read every shard and compare its hash with the manifest's.
 
         Args:
             on_bad_shard: what a bad one means.
-            seen: path -> size and time of change of shards whose hash was right: while those are the same the shard is
-                not read again. What is found right is added to it.
+            seen: path -> what a file is known by (hash wanted, size, times of change, inode) of shards whose hash was
+                right: while that is the same the shard is not read again. What is found right is added to it.
 
         Returns:
             path of each bad shard -> what is wrong with it; empty where all are as they were written.
@@ -369,14 +369,14 @@ class _OpenShard:
             self.bits = np.packbits(whole, bitorder="little")
 
 
-def _fault(path: Path, shard: Shard, seen: dict[str, list[int]]) -> str | None:
+def _fault(path: Path, shard: Shard, seen: dict[str, list[Any]]) -> str | None:
     """What is wrong with a shard's file; None: nothing, which `seen` notes."""
     name = printable(path)
     try:
         status = path.stat()
         if status.st_size != shard.bytes:
             return f"has {status.st_size} bytes of {shard.bytes}"
-        now = [status.st_size, status.st_mtime_ns]
+        now = [shard.sha256, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         if seen.get(name) != now:
             seen.pop(name, None)
             if file_sha256(path) != shard.sha256:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bert_ray.inference import local
+from bert_ray.inference import bulk, local
+from bert_ray.inference.job import AnnotateJob
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.tasks import TASKS
-from tests.lakes import assert_same_table
+from tests.lakes import assert_same_table, read_output
 from tests.tiny_tasks import MAKERS, Tiny
 
 Make = Callable[[str], Tiny]
@@ -110,3 +113,24 @@ def test_spark_agrees(kind: str, tiny: Make, spark: Any) -> None:
         spark.createDataFrame(it.table), it.model, task=it.task, options=it.options, name="annotation"
     )
     assert_same_table(here(it), frame.toArrow().sort_by("id"), "annotation")
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_in_bulk_on_spark_what_is_said_here(kind: str, tiny: Make, spark: Any, tmp_path: Path) -> None:
+    """Through files: what a task says, however nested, is written and read back as it was."""
+    it = tiny(kind)
+    (tmp_path / "lake").mkdir()
+    pq.write_table(it.table, tmp_path / "lake" / "rows.parquet", row_group_size=3)
+    job = AnnotateJob(
+        input=str(tmp_path / "lake"),
+        model=it.model,
+        output=str(tmp_path / "out"),
+        task=it.task,
+        options=it.options,
+        name="annotation",
+        engine="spark",
+        unit_rows=3,
+    )
+    summary = bulk.run(job)
+    assert (summary.exit_status, summary.rows, summary.done) == (0, 8, 3)
+    assert_same_table(here(it), read_output(tmp_path / "out"), "annotation")

@@ -5,8 +5,9 @@ Words are what a tokenizer's normaliser and pre-tokenizer make of the texts, bef
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bert_ray.errors import LakeError
+from bert_ray.lake.files import printable
+from bert_ray.lake.progress import Progress
 from bert_ray.training.corpus.cleaning import slices
 
 if TYPE_CHECKING:
@@ -22,10 +26,14 @@ if TYPE_CHECKING:
 # Offsets of 64 bits: the words of a large lake are more than 2 GiB.
 SCHEMA = pa.schema([pa.field("word", pa.large_string(), nullable=False), pa.field("count", pa.int64(), nullable=False)])
 
+# The rule that words are counted by; counts by another one are not gone on with.
+COUNTING = 1
 # The library takes memory in proportion to what it is handed at once.
 _SLICE_CHARACTERS = 2**18
-# Counts of so many words at most wait to be added up.
+# Counts of so many words wait to be added up at least, and as many as have been added up: each is added few times.
 _WAITING = 4 * 2**20
+# So many of what stands between blanks are held before they are parted.
+_CHUNKS = 2**20
 _BATCH_WORDS = 2**18
 
 
@@ -40,29 +48,47 @@ class WordCounter:
         self._normalise = backend.normalizer.normalize_str if backend.normalizer else str
         self._part = backend.pre_tokenizer.pre_tokenize_str
         self._chunks: Counter[str] = Counter()
+        self._words: Counter[str] = Counter()
 
     def add(self, text: str) -> None:
         """Count a text's words."""
         for piece in slices(text, _SLICE_CHARACTERS):
             self._chunks.update(self._normalise(piece).split())
+        if len(self._chunks) > _CHUNKS:
+            self._part_chunks()
 
     def table(self) -> pa.Table:
         """The counts so far: SCHEMA, in the order of the words."""
-        words: Counter[str] = Counter()
+        self._part_chunks()
+        known = sorted(self._words)
+        return pa.table([known, [self._words[word] for word in known]], schema=SCHEMA)
+
+    def _part_chunks(self) -> None:
         for chunk, count in self._chunks.items():
             for word, _ in self._part(chunk):
-                words[word] += count
-        known = sorted(words)
-        return pa.table([known, [words[word] for word in known]], schema=SCHEMA)
+                self._words[word] += count
+        self._chunks.clear()
 
 
-def add_up(paths: Iterable[Path]) -> pa.Table:
-    """The counts of several parts as one: SCHEMA, the most frequent first, words of one count by their letters."""
+def add_up(paths: Sequence[Path], progress: Progress | None = None) -> pa.Table:
+    """The counts of several parts as one: SCHEMA, the most frequent first, words of one count by their letters.
+
+    Raises:
+        LakeError: a file cannot be read.
+    """
     whole, waiting, rows = SCHEMA.empty_table(), list[pa.Table](), 0
     for path in paths:
-        waiting.append(pq.read_table(path, schema=SCHEMA))
+        try:
+            with pa.OSFile(os.fsencode(path)) as file:
+                waiting.append(pq.read_table(file, schema=SCHEMA))
+        except (OSError, pa.ArrowException) as error:
+            raise LakeError(
+                f"{printable(path)} cannot be read ({error}): remove it, and the same command counts it again"
+            ) from error
         rows += waiting[-1].num_rows
-        if rows > _WAITING:
+        if progress is not None:
+            progress.ended(waiting[-1].num_rows, 0.0, failed=False)
+        if rows > max(_WAITING, whole.num_rows):
             whole, waiting, rows = _sum([whole, *waiting]), [], 0
     return _sum([whole, *waiting]).sort_by([("count", "descending"), ("word", "ascending")])
 

@@ -70,7 +70,8 @@ def do_stage(
                 if told is not None:
                     told(outcome)
                 continue
-            ended.failures.append(outcome.error or files[outcome.part])
+            if not outcome.lasting:
+                ended.failures.append(outcome.error or files[outcome.part])
             if outcome.lasting or stop_at_failure:
                 ended.stopped = outcome.error
                 break
@@ -82,7 +83,12 @@ def reconcile(journal: Journal) -> None:
     """Bring a journal in line with what stands on the disk."""
     journal.sweep()
     for name in journal.receipts():
-        if not (journal.output / journal.receipt(name)["output"]).exists():
+        note = journal.receipt(name)
+        try:
+            whole = (journal.output / note["output"]).stat().st_size == note["bytes"]
+        except FileNotFoundError:
+            whole = False
+        if not whole:
             journal.discard(name)
     for name in journal.failed() | journal.started():
         journal.clear(name)

@@ -12,15 +12,17 @@ Shapes: V tokens, D hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,21 +32,22 @@ import pyarrow.compute as pc
 import regex
 
 from bert_ray import __version__
-from bert_ray.errors import JobError
-from bert_ray.lake.files import file_sha256
-from bert_ray.lake.journal import FOLDER, Journal, output_errors
+from bert_ray.errors import JobError, LakeError
+from bert_ray.lake.files import sync, sync_tree
+from bert_ray.lake.journal import Journal, output_errors
 from bert_ray.lake.lock import exclusive
-from bert_ray.lake.tables import local_target
+from bert_ray.lake.outputs import check_apart
+from bert_ray.lake.progress import Progress
+from bert_ray.lake.tables import local_path, local_target
 from bert_ray.model.bundle import Bundle, load_bundle, make_room, put_in_place, save_bundle
 from bert_ray.model.vocabulary import add_tokens, is_wordpiece, stands_alone, whole_texts
 from bert_ray.training.corpus.cleaning import clean
-from bert_ray.training.corpus.counting import add_up, characters
+from bert_ray.training.corpus.counting import COUNTING, add_up, characters
 from bert_ray.training.corpus.engines import engine
 from bert_ray.training.corpus.job import VocabularyJob
 from bert_ray.training.corpus.sources import Part, Source, open_sources, parts_of
 from bert_ray.training.corpus.stages import do_stage, reconcile
-from bert_ray.training.corpus.work import Task, Work
-from bert_ray.training.shards import TOKENIZER_FOLDER
+from bert_ray.training.corpus.work import Outcome, Task, Work
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -55,7 +58,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PREFIX = "##"
 # Rows of BERT's tokens: what its tokenizer says where nobody asks for more or less.
 _MAX_LENGTH = 512
-# Words of one length only are counted, as WordPiece has it: longer ones are unknown whatever the vocabulary.
+# Longer words are unknown to WordPiece, whatever the vocabulary.
 _LONGEST_WORD = 100
 # What a domain's word is made of: letters and their marks, the vowels of Hindi and Thai among them.
 _LETTERS = regex.compile(r"\p{L}[\p{L}\p{M}]*")
@@ -65,11 +68,15 @@ _UNIT_ROWS, _UNIT_BYTES = 50_000, 64 * 2**20
 _FAILURES_SHOWN = 10
 # What the summary measures on: so many texts, and so many characters of each.
 _JUDGED_TEXTS, _JUDGED_CHARACTERS = 2_000, 2_000
+# For which no more is cleaned of a text, and no more read in all.
+_READ_CHARACTERS, _READ_IN_ALL = 50_000, 2**28
 # The library's trainer is handed words as often as they stand in the texts, but no more than so many in all (half a
 # minute a hundred million on one core): of a larger lake the counts are divided by what makes it so many.
 _MOST_WORDS = 300_000_000
 # Characters that it is handed at once.
 _HANDED_CHARACTERS = 2**16
+# Words that become Python's at once.
+_BATCH_WORDS = 2**18
 # Tasks whose bundles are nothing but an encoder and its language-model head: no labels or index hang on the old tokens.
 _EXTENDABLE = ("embedding", "similarity", "fill-mask")
 # The spread of an embedding that has no old pieces: drawn with this seed.
@@ -87,6 +94,7 @@ class Summary:
         unknown: share of the tokens, on the same texts.
         failures: each file that could not be read, and why.
         stopped: why the run ended before its end, "" where it did not.
+        replaced: documents with bytes in whose place U+FFFD stands.
     """
 
     output: str
@@ -98,6 +106,7 @@ class Summary:
     before: float | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
     stopped: str = ""
+    replaced: int = 0
 
     @property
     def exit_status(self) -> int:
@@ -117,6 +126,8 @@ class Summary:
             ]
         if self.added:
             lines.append(f"  added: {', '.join(self.added[:12])}{', …' if len(self.added) > 12 else ''}")
+        if self.replaced:
+            lines.append(f"  {self.replaced:,} documents had bytes that are no text")
         if self.failures:
             lines.append(f"  failed      {len(self.failures):,} files or parts of them")
             lines += [f"              {text}" for text in self.failures[:_FAILURES_SHOWN]]
@@ -135,61 +146,68 @@ def run(job: VocabularyJob) -> Summary:
     """
     clock = time.monotonic()
     output = local_target(job.output)
-    _check_output(output, "config.json" if job.extend else "tokenizer.json")
-    place = output.with_name(f"{output.name}.run")
-    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / FOLDER).is_dir())):
-        raise JobError(f"{place} holds something else, and the counts of words would go there: choose another output")
+    _check_output(job, output)
     sources = open_sources(job.inputs, job.columns, job.reading)
+    for source in job.inputs:
+        check_apart(output, local_path(source))
+    bundle = _to_extend(job.extend) if job.extend else None
     make_room(output)
-    with output_errors(output):
-        (place / FOLDER).mkdir(parents=True, exist_ok=True)
-    with exclusive(place / FOLDER / "lock", f"the vocabulary {output}"):
-        summary = _make(job, output, place, sources)
-        if summary.tokens:
-            shutil.rmtree(place, ignore_errors=True)
+    place = output.with_name(f"{output.name}.run")
+    # As a training run of the same output, which would have its checkpoints there.
+    with exclusive(output.with_name(f".{output.name}.lock"), f"the vocabulary {output}"):
+        _check_counts(place)
+        summary = Summary(output=str(output))
+        try:
+            _make(job, output, place, sources, bundle, summary)
+        except JobError:
+            for text in summary.failures:
+                print(f"left out: {text}", file=sys.stderr, flush=True)
+            raise
+        finally:
+            if summary.tokens or not Journal(place).receipts():
+                shutil.rmtree(place, ignore_errors=True)
     summary.seconds = time.monotonic() - clock
     print(summary, flush=True)
     return summary
 
 
-def _make(job: VocabularyJob, output: Path, place: Path, sources: Sequence[Source]) -> Summary:
+def _make(
+    job: VocabularyJob, output: Path, place: Path, sources: Sequence[Source], bundle: Bundle | None, summary: Summary
+) -> None:
     from tokenizers import Tokenizer, models
 
-    bundle = _to_extend(job.extend) if job.extend else None
     old = bundle.tokenizer() if bundle else None
     backend = old.backend_tokenizer if old else _bert(Tokenizer(models.WordPiece(unk_token="[UNK]")), job.lowercase)
-    summary = Summary(output=str(output))
-    parts = _count(job, place, sources, backend, summary)
-    if summary.stopped or (summary.failures and job.on_error != "skip"):
-        return summary
+    work = _work(job, place, sources, backend)
+    parts = _count(job, work, sources, summary)
+    if summary.stopped or (summary.failures and (not parts or job.on_error != "skip")):
+        return
     texts = _some(sources, parts, job.markup)
-    counts = add_up(place / FOLDER / "count" / f"{part.id}.parquet" for part in parts)
+    with Progress(what="add up", units=len(parts), rows=None) as progress:
+        counts = add_up([work.place("count", part.id) for part in parts], progress)
     if not counts.num_rows or not texts:
         raise JobError("input: there is no text in it: name other columns, or another input")
+    _check_output(job, output)  # Counting may have taken hours.
     if bundle and old:
         tokenizer, summary.added = _extend(job, bundle, old, counts, output)
         summary.before = _measure(old, texts)[0]
     else:
         tokenizer = _train(job, backend, counts)
         _put(tokenizer, place / "vocabulary", output)
+    with output_errors(output):  # Before the counts go.
+        sync_tree(output)
+        sync(output.parent)
     summary.tokens = len(tokenizer)
     summary.pieces_per_word, summary.unknown = _measure(tokenizer, texts)
-    return summary
 
 
-def _count(
-    job: VocabularyJob, place: Path, sources: Sequence[Source], backend: Backend, summary: Summary
-) -> list[Part]:
-    """Count the words of all parts that are not counted yet; returns the parts that are."""
-    journal = Journal(place)
-    path = place / TOKENIZER_FOLDER / "tokenizer.json"
-    fresh = place / FOLDER / f"tokenizer.{os.getpid()}.new"
-    with output_errors(place):
-        path.parent.mkdir(exist_ok=True)
-        backend.save(str(fresh))
-        os.replace(fresh, path)
-    counted_by = {
-        "tokenizer's sha256": file_sha256(path),
+def _work(job: VocabularyJob, place: Path, sources: Sequence[Source], backend: Backend) -> Work:
+    """What all parts are counted by, with its tokenizer written for the workers."""
+    state = backend.to_str()
+    told = {
+        "counting": COUNTING,
+        "tokenizer": state,
+        "input": [source.name for source in sources],
         "columns": job.columns,
         "reading": dataclasses.asdict(job.reading),
         "markup": job.markup,
@@ -200,32 +218,56 @@ def _count(
         output=str(place),
         readers=tuple(source.reader() for source in sources),
         markup=job.markup,
-        digest=hashlib.sha256(json.dumps(counted_by).encode()).hexdigest()[:12],
+        digest=hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12],
     )
+    with output_errors(place):
+        work.tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        fresh = work.tokenizer.with_name(f"{work.tokenizer.name}.{os.getpid()}.new")
+        fresh.write_text(state, "utf-8")
+        os.replace(fresh, work.tokenizer)
+    return work
+
+
+def _count(job: VocabularyJob, work: Work, sources: Sequence[Source], summary: Summary) -> list[Part]:
+    """Count the words of all parts that are not counted yet; returns the parts that are."""
+    journal = Journal(work.output)
     journal.write_run({"version": __version__, "kind": "vocabulary", "job": dataclasses.asdict(job)})
     reconcile(journal)
     parts = parts_of(sources, _UNIT_ROWS, _UNIT_BYTES)
     names = {part.id: work.name("count", part.id) for part in parts}
-    for name in journal.receipts() - set(names.values()):
-        journal.discard(name)  # Of files that have changed, or counted by something else.
-    with engine(job) as on:
-        tasks = [Task(stage="count", part=part) for part in parts]
+    tasks = [Task(stage="count", part=part) for part in parts]
+    if receipts := journal.receipts():
+        counted = len(receipts & set(names.values()))
+        print(f"{counted:,} of {len(parts):,} units are counted already", file=sys.stderr, flush=True)
+    # No engine is started, and none asked for, where all is counted.
+    with engine(job) if set(names.values()) - receipts else contextlib.nullcontext(_nothing) as on:
         ended = do_stage(on, work, tasks, "count words", stop_at_failure=job.on_error == "fail")
     summary.failures, summary.stopped = ended.failures, ended.stopped
-    return [part for part in parts if names[part.id] in ended.done]
+    counted_parts = [part for part in parts if names[part.id] in ended.done]
+    summary.replaced = sum(journal.receipt(names[part.id])["replaced"] for part in counted_parts)
+    return counted_parts
+
+
+def _nothing(work: Work, tasks: Sequence[Task], watch: object) -> Generator[Outcome, None, None]:
+    assert not tasks
+    yield from ()
 
 
 def _some(sources: Sequence[Source], parts: Sequence[Part], markup: str) -> list[str]:
     """The heads of the first texts: what the summary measures on."""
     readers = [source.reader() for source in sources]
     found: list[str] = []
+    read = 0
     for part in parts:
-        for texts, _ in readers[part.source].read(part):
-            for text in texts:
-                if text and (body := clean(text, markup)):
-                    found.append(body[:_JUDGED_CHARACTERS])
-                    if len(found) == _JUDGED_TEXTS:
-                        return found
+        # A file that has gone since it was counted: others tell as much.
+        with contextlib.suppress(LakeError):
+            for texts, _ in readers[part.source].read(part):
+                for text in texts:
+                    read += len(text or "")
+                    if text and (body := clean(text[:_READ_CHARACTERS], markup)):
+                        found.append(body[:_JUDGED_CHARACTERS])
+                if len(found) >= _JUDGED_TEXTS or (found and read > _READ_IN_ALL):
+                    return found[:_JUDGED_TEXTS]
     return found
 
 
@@ -259,7 +301,7 @@ def _repeated(counts: pa.Table, divisor: int) -> Iterator[str]:
     """Each word as often as it was counted, blanks between them: the library counts, and takes no counts."""
     held: list[str] = []
     size = 0
-    for batch in counts.to_batches(max_chunksize=2**18):
+    for batch in counts.filter(pc.greater_equal(counts["count"], divisor)).to_batches(max_chunksize=_BATCH_WORDS):
         for word, count in zip(batch.column("word").to_pylist(), batch.column("count").to_pylist(), strict=True):
             left = count // divisor
             while left:
@@ -364,11 +406,12 @@ def _frequent(tokenizer: PreTrainedTokenizerFast, counts: pa.Table, job: Vocabul
     """
     known, found = tokenizer.get_vocab(), list[str]()
     often = counts.filter(pc.greater_equal(counts["count"], job.min_count))
-    for word in often["word"].to_pylist():
-        if 1 < len(word) <= _LONGEST_WORD and word not in known and _LETTERS.fullmatch(word):
-            found.append(word)
-            if len(found) == job.words:
-                break
+    for batch in often.to_batches(max_chunksize=_BATCH_WORDS):
+        for word in batch.column("word").to_pylist():
+            if 1 < len(word) <= _LONGEST_WORD and word not in known and _LETTERS.fullmatch(word):
+                found.append(word)
+                if len(found) == job.words:
+                    return found
     return found
 
 
@@ -410,12 +453,20 @@ def _measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[floa
     return len(ids) / max(1, words), float((ids == tokenizer.unk_token_id).mean()) if len(ids) else 0.0
 
 
-def _check_output(output: Path, mark: str) -> None:
+def _check_output(job: VocabularyJob, output: Path) -> None:
     """What stands there already may be replaced if it is of the same kind."""
+    mark = "config.json" if job.extend else "tokenizer.json"
     if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / mark).exists())):
         raise JobError(f"the output {output} holds something else: choose another directory")
     if mark == "tokenizer.json" and (output / "config.json").exists():
         raise JobError(f"the output {output} is a model, whose vocabulary it must keep: choose another directory")
+
+
+def _check_counts(place: Path) -> None:
+    """Where the counts go, there may be those of an earlier run, and nothing else."""
+    kind = Journal(place).read_run().get("kind") if place.is_dir() else None
+    if place.exists() and kind != "vocabulary" and not (place.is_dir() and not any(place.iterdir())):
+        raise JobError(f"{place} holds something else, and the counts of words would go there: choose another output")
 
 
 def _put(tokenizer: PreTrainedTokenizerFast, fresh: Path, output: Path) -> None:

@@ -2,7 +2,7 @@
 
 - clean: the part's documents, cleaned, with the hashes that tell duplicates: _bert_ray/clean/ID.parquet
 - tokens: those of them that stay, tokenised: _bert_ray/tokens/ID.arrow
-- count: how often each word stands in the part, for a vocabulary: _bert_ray/count/ID.parquet
+- count: how often each word stands in the part, for a vocabulary: _bert_ray/count/RULE/ID.parquet
 """
 
 from __future__ import annotations
@@ -80,7 +80,14 @@ class Work:
 
     def place(self, stage: Stage, part: str) -> Path:
         """Where a part's file of a stage stands."""
-        return Path(self.output, FOLDER, stage, f"{part}.{'arrow' if stage == 'tokens' else 'parquet'}")
+        file = f"{part}.{'arrow' if stage == 'tokens' else 'parquet'}"
+        # Counts by another rule stand beside these: a worker of a killed driver may still be at them.
+        return Path(self.output, FOLDER, stage, *([self.digest] if stage == "count" else ()), file)
+
+    @property
+    def tokenizer(self) -> Path:
+        """What words are counted by."""
+        return Path(self.output, FOLDER, TOKENIZER_FOLDER, f"{self.digest}.json")
 
     @property
     def verdicts(self) -> Path:
@@ -278,7 +285,7 @@ def _kept_text(path: Path) -> Iterator[pa.RecordBatch]:
 def _count(work: Work, task: Task, temporary: Path, watch: Callable[[int], None]) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
-    words = WordCounter(Tokenizer.from_file(str(Path(work.output, TOKENIZER_FOLDER, "tokenizer.json"))))
+    words = WordCounter(Tokenizer.from_str(work.tokenizer.read_text("utf-8")))
     read = replaced = 0
     for texts, bad in work.readers[task.part.source].read(task.part):
         read += len(texts)

@@ -22,6 +22,8 @@ def test_inputs_are_one_or_several() -> None:
 def test_the_job_file_is_whole() -> None:
     job = load_job(CorpusJob, [str(ROOT / "jobs" / "corpus.yaml")])
     assert job == CorpusJob(input=job.input, tokenizer=job.tokenizer, output=job.output, columns=job.columns)
+    made = load_job(VocabularyJob, [str(ROOT / "jobs" / "vocabulary.yaml")])
+    assert made == VocabularyJob(input=made.input, output=made.output)
 
 
 @pytest.mark.parametrize(

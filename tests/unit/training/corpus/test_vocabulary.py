@@ -13,13 +13,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bert_ray.errors import JobError, LakeError
+from bert_ray.errors import BertRayError, JobError, LakeError
+from bert_ray.inference import bulk
+from bert_ray.inference.job import AnnotateJob
+from bert_ray.lake.journal import OutputError, output_errors
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import Card, load_bundle, save_bundle
 from bert_ray.model.vocabulary_head import head_of
 from bert_ray.training.corpus import counting, vocabulary
 from bert_ray.training.corpus.counting import SCHEMA, WordCounter, add_up, characters
-from bert_ray.training.corpus.job import VocabularyJob
+from bert_ray.training.corpus.job import ReadingOptions, VocabularyJob
 from bert_ray.training.corpus.vocabulary import run
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import train
@@ -222,12 +225,26 @@ def test_what_is_counted_is_counted_once(lake: Path, tmp_path: Path, capsys: pyt
     pq.write_table(pa.table({"text": [many]}), lake / "f3.parquet")
     assert units() == ["4"]
     assert units(size=101) == []
+    # A count that was cut short, or has gone, is made anew; of one that was altered the file is named.
+    first = next(iter(tmp_path.glob("v.run/_bert_ray/count/*")))
     assert units(markup="html") == ["4"]
+    (rule,) = set(tmp_path.glob("v.run/_bert_ray/count/*")) - {first}
+    cut, gone, altered, _ = sorted(rule.iterdir())
+    content = altered.read_bytes()
+    altered.write_bytes(b"X" * len(content))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    capsys.readouterr()
+    with pytest.raises(LakeError, match=f"{altered.name} cannot be read .* remove it"):
+        run(make(lake, tmp_path / "v", markup="html"))
+    altered.write_bytes(content)
+    assert "count words on local: 2 units" in capsys.readouterr().err
+    assert units() == [], "what was counted otherwise is still there"
     pq.write_table(pa.table({"text": [many, "more"]}), lake / "f3.parquet")
     assert units(markup="html") == ["1"]
     assert (tmp_path / "v.run").exists()
     assert run(make(lake, tmp_path / "v", markup="html", min_count=1)).tokens > 100
-    assert capsys.readouterr().err == ""
+    assert "count words" not in capsys.readouterr().err
     assert not (tmp_path / "v.run").exists()
 
 
@@ -264,7 +281,7 @@ def test_counts_of_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         counter = WordCounter(tiny_tokenizer().backend_tokenizer)
         counter.add(text)
         pq.write_table(counter.table(), tmp_path / f"{number}.parquet")
-    found = add_up(tmp_path / f"{number}.parquet" for number in range(3))
+    found = add_up([tmp_path / f"{number}.parquet" for number in range(3)])
     assert found.schema == SCHEMA
     expected = [("a", 4), ("film", 3), ("味", 2), (",", 1), (".", 1), ("the", 1), ("道", 1)]
     assert list(zip(*found.to_pydict().values(), strict=True)) == expected
@@ -272,10 +289,24 @@ def test_counts_of_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert characters(found) == Counter("".join(word * count for word, count in expected))
 
 
-def test_one_at_a_time(place: Path, tmp_path: Path, tiny_bundle: Path) -> None:
-    (tmp_path / "v.run" / "_bert_ray").mkdir(parents=True)
+def test_where_nothing_can_be_counted_it_says_so(place: Path, tmp_path: Path) -> None:
+    summary = run(make(place, tmp_path / "v", reading=ReadingOptions(encoding="ascii"), on_error="skip"))
+    assert (summary.exit_status, summary.tokens, len(summary.failures)) == (1, 0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt"]
+    # Nor is anything left of a mistake.
+    with pytest.raises(BertRayError, match="nothing"):
+        run(make(place, tmp_path / "v", extend=str(tmp_path / "nothing")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt"]
+
+
+def test_the_output_is_not_read_as_text(lake: Path) -> None:
+    with pytest.raises(JobError, match="lies inside the input"):
+        run(make(lake, lake / "vocabulary"))
+
+
+def test_one_at_a_time(place: Path, lake: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     with (
-        exclusive(tmp_path / "v.run" / "_bert_ray" / "lock", "it"),
+        exclusive(tmp_path / ".v.lock", "it"),
         pytest.raises(LakeError, match="another process works on the vocabulary"),
     ):
         run(make(place, tmp_path / "v"))
@@ -283,3 +314,19 @@ def test_one_at_a_time(place: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     (tmp_path / "w.run" / "mine.txt").write_text("mine")
     with pytest.raises(JobError, match=r"w\.run holds something else"):
         run(make(place, tmp_path / "w"))
+    # Another run's table, which the counts would have taken back.
+    table = tmp_path / "x.run"
+    job = AnnotateJob(input=str(lake), model=str(tiny_bundle), output=str(table))
+    assert bulk.run(job).exit_status == 0
+    before = sorted(path for path in table.rglob("*") if path.is_file())
+    with pytest.raises(JobError, match=r"x\.run holds something else"):
+        run(make(place, tmp_path / "x"))
+    assert sorted(path for path in table.rglob("*") if path.is_file()) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_told_as_the_tokenizers_library_tells_it() -> None:
+    with pytest.raises(OutputError, match=r"cannot write to out: No space left on device"), output_errors(Path("out")):
+        tiny_tokenizer().backend_tokenizer.save("/dev/full")
+    with pytest.raises(Exception, match="of another kind"), output_errors(Path("out")):
+        raise Exception("of another kind")
