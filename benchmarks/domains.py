@@ -5,8 +5,8 @@
     python benchmarks/domains.py --domain food      the proof's Chinese BERT on Waimai's reviews: about 10 minutes
 
 Each is measured before and after: the loss of masked tokens on reviews held out, and the accuracy of classifiers that
-are fine-tuned on few labels, three seeds. MiniLM has no vocabulary head: before it goes on, that head alone is trained for
-as many steps. Of food reviews a tenth of the steps' tokens are the Chinese text that the base was pretrained on
+are fine-tuned on few labels, three seeds. MiniLM has no vocabulary head: before it goes on, that head alone is trained
+for as many steps. Of food reviews a tenth of the steps' tokens are the Chinese text that the base was pretrained on
 (`data.replay`); that base, of `pretrain_proof.py --part chinese`, has seen these reviews among the others.
 COVID's articles are a part of the proof. Results: benchmarks/results/domains.json.
 """
