@@ -61,32 +61,27 @@ def test_bulk_classification(
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("engine", ["ray", "spark"])
-def test_bulk_embedding(
-    engine: str, lake: Path, tiny_encoder: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
+# On Spark every task is written in bulk: test_every_task.py.
+def test_bulk_embedding_on_ray(lake: Path, tiny_encoder: Path, tmp_path: Path, ray_session: None) -> None:
     # One worker: that several agree, the test above shows.
     here = bulk_job(lake, tiny_encoder, tmp_path / "local", workers=1)
     bulk.run(here)
-    bulk.run(dataclasses.replace(here, engine=engine, output=str(tmp_path / engine)))
-    one, other = (read_output(tmp_path / run)["annotation"].combine_chunks() for run in ("local", engine))
+    bulk.run(dataclasses.replace(here, engine="ray", output=str(tmp_path / "ray")))
+    one, other = (read_output(tmp_path / run)["annotation"].combine_chunks() for run in ("local", "ray"))
     assert one.type == other.type == pa.list_(pa.float32(), 32)
     np.testing.assert_allclose(one.flatten(), other.flatten(), atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["ray", "spark"])
-def test_bulk_of_another_task_with_options_and_columns(
-    engine: str, tmp_path: Path, tiny_encoder: Path, request: pytest.FixtureRequest
+def test_bulk_of_another_task_with_options_and_columns_on_ray(
+    tmp_path: Path, tiny_encoder: Path, ray_session: None
 ) -> None:
-    request.getfixturevalue({"ray": "ray_session", "spark": "spark"}[engine])
     lake = make_lake(tmp_path / "lake", files=1)
     labels = {"film": "a film that was seen", "food": "food that was eaten"}
     more = {"task": "zero-shot", "options": {"labels": labels, "scores": True}, "columns": {"text": "text"}}
     here = bulk_job(lake, tiny_encoder, tmp_path / "local", workers=1, **more)
-    there = dataclasses.replace(here, engine=engine, output=str(tmp_path / engine))
+    there = dataclasses.replace(here, engine="ray", output=str(tmp_path / "ray"))
     assert [bulk.run(job).exit_status for job in (here, there)] == [0, 0]
-    one, other = read_output(tmp_path / "local"), read_output(tmp_path / engine)
+    one, other = read_output(tmp_path / "local"), read_output(tmp_path / "ray")
     assert_same_table(one, other, "annotation")
     assert {row["label"] for row in one["annotation"].to_pylist() if row} <= set(labels)
 

@@ -21,6 +21,8 @@ from bert_ray.model.bundle import load_bundle
 from bert_ray.training.job import CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train
 from bert_ray.training.loop import StepEvent
+from tests.conftest import needs, tiny_tokenizer
+from tests.corpora import make_corpus, random_texts
 from tests.groups import in_group, run_loop
 from tests.processes import begin, ended
 
@@ -57,10 +59,15 @@ def job(tiny_encoder: Path, uci_sample: pa.Table, tmp_path: Path) -> TrainJob:
     )
 
 
-def assert_same(disturbed: TrainResult, history: list[dict[str, float]], bundle: Path) -> None:
+FIGURES = ("train_loss", "validation_loss", "learning_rate")
+
+
+def assert_same(
+    disturbed: TrainResult, history: list[dict[str, float]], bundle: Path, figures: tuple[str, ...] = FIGURES
+) -> None:
     """The same history and weights as those of an undisturbed run, bit for bit."""
     for one, other in zip(disturbed.history, history, strict=True):
-        for name in ("train_loss", "validation_loss", "accuracy", "learning_rate"):
+        for name in figures:
             assert one[name] == other[name], name
     left, right = (load_bundle(path).model().state_dict() for path in (disturbed.bundle, bundle))
     for name, value in left.items():
@@ -68,7 +75,7 @@ def assert_same(disturbed: TrainResult, history: list[dict[str, float]], bundle:
 
 
 def test_a_killed_ray_worker(ray_session: None, job: TrainJob, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
+    needs("deepspeed", "train")
     from ray import cloudpickle
 
     # Ray's workers cannot import a test module: what they need of it travels whole.
@@ -82,7 +89,7 @@ def test_a_killed_ray_worker(ray_session: None, job: TrainJob, tmp_path: Path) -
     assert marker.exists(), "no worker was killed"
     resumed = [event for event in told if event["what"] == "resumed"]
     assert [event["step"] for event in resumed] == [9]
-    assert_same(disturbed, undisturbed, tmp_path / "whole" / "best")
+    assert_same(disturbed, undisturbed, tmp_path / "whole" / "best", (*FIGURES, "accuracy"))
 
 
 def drive_and_die(job: TrainJob, marker: Path, everyone: bool) -> None:
@@ -109,14 +116,8 @@ def lives(pid: int, begun: float) -> bool:
         return False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("everyone", [False, True])
-def test_a_killed_driver_of_ray(job: TrainJob, tmp_path: Path, everyone: bool) -> None:
-    """Ray's processes end with it, or before it; the same job goes on, here with fewer workers and without Ray."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'bert-ray[train]'")
-    job = replace(job, zero_stage=1, dropout=0.0, attention_dropout=0.0)
-    undisturbed = train(replace(job, engine="local", output=str(tmp_path / "whole")), tell=lambda _: None)
-    marker = tmp_path / "killed"
+def killed(job: TrainJob, marker: Path, everyone: bool) -> None:
+    """Begin a run on Ray in a process of its own, and kill that; wait until all that it started has ended."""
     process = begin(drive_and_die, job, marker, everyone)
     assert ended(process) == -signal.SIGKILL
     assert marker.exists(), "the driver was not killed"
@@ -127,12 +128,53 @@ def test_a_killed_driver_of_ray(job: TrainJob, tmp_path: Path, everyone: bool) -
     while left := [pid for pid, begun in started.items() if lives(int(pid), begun)]:
         assert time.monotonic() < until, f"processes {left} outlive their driver"
         time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_of_ray(job: TrainJob, tmp_path: Path) -> None:
+    """Ray's processes end with it; the same job goes on, here with fewer workers and without Ray."""
+    needs("deepspeed", "train")
+    job = replace(job, zero_stage=1, dropout=0.0, attention_dropout=0.0)
+    undisturbed = train(replace(job, engine="local", output=str(tmp_path / "whole")), tell=lambda _: None)
+    killed(job, tmp_path / "killed", everyone=False)
     told: list[dict[str, object]] = []
     disturbed = train(replace(job, engine="local"), tell=told.append)
     assert told[0]["what"] == "resumed"
     for one, other in zip(disturbed.history, undisturbed.history, strict=True):
         for name in ("train_loss", "validation_loss"):
             assert one[name] == pytest.approx(other[name], abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_pretraining_of_which_all_is_killed_goes_on_on_ray(
+    tiny_encoder: Path, tmp_path: Path, ray_session: None
+) -> None:
+    """Driver, workers and Ray itself; the same command again, and the losses are the undisturbed run's, bit for bit."""
+    needs("deepspeed", "train")
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), random_texts(60), random_texts(10, seed=1))
+    job = TrainJob(
+        model=str(tiny_encoder),
+        output=str(tmp_path / "model"),
+        task="pretraining",
+        data=DataOptions(train=str(corpus)),
+        steps=24,
+        batch_tokens=512,
+        evaluate_every=6,
+        max_length=40,
+        learning_rate=3e-3,
+        dropout=0.1,
+        zero_stage=1,
+        threads=1,
+        checkpoint=CheckpointOptions(every_steps=4),
+    )
+    undisturbed = in_group(2, run_loop, job, tmp_path / "whole")
+    killed(job, tmp_path / "killed", everyone=True)
+    told: list[dict[str, object]] = []
+    disturbed = train(job, tell=told.append)
+    # What the driver is told comes a moment late.
+    (step,) = (event["step"] for event in told if event["what"] == "resumed")
+    assert 6 <= step < job.steps, "the kill came too late"
+    assert_same(disturbed, undisturbed, tmp_path / "whole" / "best")
 
 
 def train_and_die(job: TrainJob, marker: Path) -> None:
@@ -150,4 +192,4 @@ def test_a_killed_process_run_again(job: TrainJob, tmp_path: Path) -> None:
     told: list[dict[str, object]] = []
     disturbed = train(job, tell=told.append)
     assert told[0]["what"] == "resumed"
-    assert_same(disturbed, undisturbed.history, undisturbed.bundle)
+    assert_same(disturbed, undisturbed.history, undisturbed.bundle, (*FIGURES, "accuracy"))
