@@ -257,19 +257,27 @@ def _missed(results: dict[str, Any]) -> list[str]:
         value = _value(of["ours"])
         if case.least is not None and value < case.least:
             found.append(f"Below its aim: {case.title} ({value:.4f}, {case.least} wanted).")
-        beside = _value(results.get(case.beside, {}).get("ours", {}) if case.beside else of.get("reference", {}))
-        if value < beside - NEAR:
-            whose = "MiniLM" if case.beside else "the reference"
-            found.append(f"More than half a point below {whose}: {case.title} ({value:.4f}, {beside:.4f}).")
+        other = results.get(case.beside, {}).get("ours", {}) if case.beside else of.get("reference", {})
+        whose = "MiniLM" if case.beside else "the reference"
+        if not other and case.given:
+            other, whose = {"": {"value": case.given[0], "precision": "", "date": ""}}, case.given[1]
+        for measure in (case.measure, case.also) if case.also else (case.measure,):
+            one, beside = (_value(runs, "" if measure == case.measure else measure) for runs in (of["ours"], other))
+            # BLEU and chrF are told of a hundred.
+            if one < beside - NEAR * (100 if measure in ("bleu", "chrf") else 1):
+                found.append(
+                    f"More than half a point below {whose}: {case.title}, {measure} ({one:.4f}, {beside:.4f})."
+                )
         if case.tfidf and value < _value(of.get("tfidf", {})):
             found.append(f"Below TF-IDF: {case.title} ({value:.4f}, {_value(of['tfidf']):.4f}).")
     return found
 
 
-def _value(runs: dict[str, Any]) -> float:
-    """The mean over seeds; minus infinity where there is none."""
-    values = [run["value"] for run in _alike(runs)[0].values()]
-    return sum(values) / len(values) if values else -math.inf
+def _value(runs: dict[str, Any], also: str = "") -> float:
+    """The mean over seeds, of the second measure where it is named; minus infinity where there is none."""
+    found = _alike(runs)[0].values()
+    values = [run.get("metrics", {}).get(also) for run in found] if also else [run["value"] for run in found]
+    return sum(values) / len(values) if values and None not in values else -math.inf
 
 
 def _aim(case: Case) -> str:
