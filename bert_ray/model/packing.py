@@ -43,16 +43,26 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        types = None if self.token_type_ids is None else self.token_type_ids.to(device, non_blocking=True)
         return PackedBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            token_type_ids=types,
+            input_ids=on_device(self.input_ids, device),
+            position_ids=on_device(self.position_ids, device),
+            token_type_ids=None if self.token_type_ids is None else on_device(self.token_type_ids, device),
             lengths=self.lengths,
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            cu_seqlens=on_device(self.cu_seqlens, device),
             rows=self.rows,
-            samples=None if self.samples is None else self.samples.to(device, non_blocking=True),
+            samples=None if self.samples is None else on_device(self.samples, device),
         )
+
+
+def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of this process's memory on `device`; a GPU fetches it when it comes to it, and nobody waits for that.
+
+    From memory that is not pinned the copy would wait until the GPU has done all that was asked of it before, and the
+    next batch be made only then (CUDA runtime API, "API synchronization behavior").
+    """
+    if str(device).startswith("cuda") and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack_rows(ragged: Ragged, rows: np.ndarray) -> PackedBatch:

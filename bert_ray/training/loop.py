@@ -25,7 +25,7 @@ from bert_ray.model.bundle import CARD_FILE, save_bundle
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
 from bert_ray.model.memory import keep_freed_memory
-from bert_ray.model.packing import plan
+from bert_ray.model.packing import on_device, plan
 from bert_ray.model.peak import matmul_rate, multiplies_bf16
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import checkpoints_of
@@ -326,7 +326,7 @@ class Loop:
 
     def _batch(self, source: Source, samples: np.ndarray, step: int | None) -> tuple[PackedBatch, torch.Tensor]:
         batch, targets = source.batch(samples, step)
-        return batch.to(self.device), targets.to(self.device, non_blocking=True)
+        return batch.to(self.device), on_device(targets, self.device)
 
     def _look(self) -> None:
         """Add up the losses of the last steps over all workers; see whether they are finite, and who asks to stop."""
