@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             # Of what the commands write their errors tell; what is left is what they print, into a file mostly.
             _let_go_of_stdout()
-            _complain(f"error: {why(error)}, for what is printed or kept aside: make room, and run it again")
+            where = f"for {error.filename}" if error.filename else "for what is printed or kept aside"
+            _complain(f"error: {why(error)}, {where}: make room, and run it again")
             return AT_FAULT
         _complain(
             f"{traceback.format_exc()}\n"

@@ -15,10 +15,8 @@ has the same name, replaced.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import re
 import socket
 import time
 import uuid
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ray.errors import JobError, LakeError, why
-from bert_ray.lake.files import printable
+from bert_ray.lake.files import printable, sync
 
 FOLDER = "_bert_ray"
 # The journal's layout; one that a later version cannot read is refused by name rather than misread.
@@ -116,7 +114,7 @@ class Journal:
             _make_directories(self.output, destination.parent)
             size_bytes = temporary.stat().st_size
             os.replace(temporary, destination)
-            _sync_directory(destination.parent)
+            sync(destination.parent)
         where = destination.relative_to(self.output).as_posix()
         self._write(self.root / "receipts" / f"{unit_id}.json", {**receipt, "output": where, "bytes": size_bytes})
         self.clear(unit_id)
@@ -208,7 +206,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_directory(path.parent)
+            sync(path.parent)
 
 
 def refuse_another_job(output: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
@@ -252,11 +250,7 @@ def output_errors(output: Path) -> Iterator[None]:
     """Turn the operating system's errors into one that names the output and the remedy."""
     try:
         yield
-    except Exception as error:
-        # The tokenizers library tells the system's errors in words alone: "No space left on device (os error 28)".
-        told = re.search(r"\(os error \d+\)$", str(error))
-        if not isinstance(error, OSError) and not (type(error) is Exception and told):
-            raise
+    except OSError as error:
         raise OutputError(
             f"cannot write to {printable(output)}: {why(error)}. "
             "When that is mended, the same command goes on where this run stopped"
@@ -272,24 +266,12 @@ def _make_directories(above: Path, directory: Path) -> None:
         return
     _make_directories(above, directory.parent)
     directory.mkdir(exist_ok=True)
-    _sync_directory(directory.parent)
+    sync(directory.parent)
     _lasting.add(directory)
 
 
 # Directories that this process knows to be on the disk.
 _lasting: set[Path] = set()
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename in the directory outlive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # Some network file systems have no such call for directories.
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _alive(pid: int) -> bool:

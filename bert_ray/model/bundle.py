@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -239,7 +240,7 @@ def save_bundle(
     try:
         with _quiet_transformers():
             model.save_pretrained(fresh, safe_serialization=True)
-        tokenizer.save_pretrained(fresh)
+        save_tokenizer(tokenizer, fresh)
         if add is not None:
             add(fresh)
         (task or get_task(card, model.config)).write_files(fresh)
@@ -252,6 +253,20 @@ def save_bundle(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_bundle(target)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write a tokenizer's files.
+
+    Raises:
+        OSError: they cannot be written. The library that writes them tells that in words alone, "… (os error 28)".
+    """
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if type(error) is not Exception or not (told := re.search(r"\(os error (\d+)\)$", str(error))):
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
 
 
 def make_room(target: Path) -> None:

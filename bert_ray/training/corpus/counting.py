@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
 from bert_ray.lake.progress import Progress
 from bert_ray.training.corpus.cleaning import slices
@@ -81,10 +81,12 @@ def add_up(paths: Sequence[Path], progress: Progress | None = None) -> pa.Table:
         try:
             with pa.OSFile(os.fsencode(path)) as file:
                 waiting.append(pq.read_table(file, schema=SCHEMA))
-        except (OSError, pa.ArrowException) as error:
+        except pa.ArrowInvalid as error:
             raise LakeError(
-                f"{printable(path)} cannot be read ({error}): remove it, and the same command counts it again"
+                f"{printable(path)} is damaged ({error}): remove it, and the same command counts it again"
             ) from error
+        except OSError as error:
+            raise LakeError(f"{printable(path)} cannot be read: {why(error)}") from error
         rows += waiting[-1].num_rows
         if progress is not None:
             progress.ended(waiting[-1].num_rows, 0.0, failed=False)

@@ -28,6 +28,7 @@ from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another
 from bert_ray.lake.lock import exclusive
 from bert_ray.lake.outputs import check_place
 from bert_ray.lake.progress import Progress
+from bert_ray.model.bundle import save_tokenizer
 from bert_ray.model.tokenization import MOST_UNKNOWN
 from bert_ray.training.corpus.assemble import decide_duplicates, write_manifest, write_shards
 from bert_ray.training.corpus.engines import Run, engine
@@ -172,7 +173,7 @@ class _Run:
         fresh = self.output / FOLDER / f"tokenizer.{os.getpid()}.new"
         try:
             with output_errors(self.output):
-                tokenizer.save_pretrained(fresh)
+                save_tokenizer(tokenizer, fresh)
             self.settings = {
                 "input": [source.name for source in sources],
                 "tokenizer's sha256": file_sha256(fresh / "tokenizer.json")[:16],

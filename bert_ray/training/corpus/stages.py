@@ -50,32 +50,34 @@ def do_stage(
     """
     ended, journal = Ended(), Journal(work.output)
     receipts = journal.receipts()
+    ended.done = receipts & {work.name(task.stage, task.part.id) for task in tasks}
     names = [work.name(task.stage, task.part.id) for task in tasks]
     rows: Sequence[int | None] = sizes if sizes is not None else [task.part.unit.rows for task in tasks]
     todo = [task for task, name in zip(tasks, names, strict=True) if name not in receipts]
     if not todo:
-        ended.done = set(names)
         return ended
     known = [size for size, name in zip(rows, names, strict=True) if name not in receipts]
     total = None if None in known else sum(size or 0 for size in known)
-    files = {task.part.id: str(task.part.unit) for task in todo}
+    left = {task.part.id: task for task in todo}
     with (
         Progress(what=f"{what} on {work.engine}", units=len(todo), rows=total) as progress,
         contextlib.closing(run(work, todo, progress.watch)) as outcomes,
     ):
         for outcome in outcomes:
-            failed = outcome.state == "failed"
+            failed, task = outcome.state == "failed", left.pop(outcome.part)
             progress.ended(outcome.documents, outcome.seconds, failed)
             if not failed:
+                ended.done.add(work.name(task.stage, task.part.id))
                 if told is not None:
                     told(outcome)
                 continue
             if not outcome.lasting:
-                ended.failures.append(outcome.error or files[outcome.part])
+                ended.failures.append(outcome.error or str(task.part.unit))
             if outcome.lasting or stop_at_failure:
                 ended.stopped = outcome.error
                 break
-    ended.done = journal.receipts() & set(names)
+    if not ended.stopped:
+        ended.failures += [f"{task.part.unit}: the engine has not told what became of it" for task in left.values()]
     return ended
 
 
@@ -85,8 +87,8 @@ def reconcile(journal: Journal) -> None:
     for name in journal.receipts():
         note = journal.receipt(name)
         try:
-            whole = (journal.output / note["output"]).stat().st_size == note["bytes"]
-        except FileNotFoundError:
+            whole = bool(note) and (journal.output / note["output"]).stat().st_size == note["bytes"]
+        except (FileNotFoundError, NotADirectoryError):
             whole = False
         if not whole:
             journal.discard(name)

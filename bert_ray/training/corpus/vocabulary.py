@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -32,14 +33,14 @@ import pyarrow.compute as pc
 import regex
 
 from bert_ray import __version__
-from bert_ray.errors import JobError, LakeError
+from bert_ray.errors import BertRayError, JobError, LakeError
 from bert_ray.lake.files import sync, sync_tree
-from bert_ray.lake.journal import Journal, output_errors
+from bert_ray.lake.journal import FOLDER, Journal, output_errors
 from bert_ray.lake.lock import exclusive
 from bert_ray.lake.outputs import check_apart
 from bert_ray.lake.progress import Progress
 from bert_ray.lake.tables import local_path, local_target
-from bert_ray.model.bundle import Bundle, load_bundle, make_room, put_in_place, save_bundle
+from bert_ray.model.bundle import Bundle, load_bundle, make_room, put_in_place, save_bundle, save_tokenizer
 from bert_ray.model.vocabulary import add_tokens, is_wordpiece, stands_alone, whole_texts
 from bert_ray.training.corpus.cleaning import clean
 from bert_ray.training.corpus.counting import COUNTING, add_up, characters
@@ -95,6 +96,7 @@ class Summary:
         failures: each file that could not be read, and why.
         stopped: why the run ended before its end, "" where it did not.
         replaced: documents with bytes in whose place U+FFFD stands.
+        skippable: whether `on_error=skip` would leave out what failed.
     """
 
     output: str
@@ -107,10 +109,11 @@ class Summary:
     failures: list[str] = dataclasses.field(default_factory=list)
     stopped: str = ""
     replaced: int = 0
+    skippable: bool = True
 
     @property
     def exit_status(self) -> int:
-        """0: the vocabulary is made, of all files; 1: files could not be read."""
+        """0: the vocabulary is made, of all files; 1: files could not be read, or counts not be written."""
         return int(not self.tokens or bool(self.failures))
 
     def __str__(self) -> str:
@@ -134,7 +137,8 @@ class Summary:
         if self.stopped:
             lines.append(f"  stopped     {self.stopped}")
         if self.failures and not self.tokens:
-            lines.append("  to go on    mend the files and give the same command, or leave them out: on_error=skip")
+            leave_out = ", or leave them out: on_error=skip" if self.skippable else ""
+            lines.append(f"  to go on    mend the files and give the same command{leave_out}")
         return "\n".join(lines)
 
 
@@ -156,16 +160,17 @@ def run(job: VocabularyJob) -> Summary:
     # As a training run of the same output, which would have its checkpoints there.
     with exclusive(output.with_name(f".{output.name}.lock"), f"the vocabulary {output}"):
         _check_counts(place)
-        summary = Summary(output=str(output))
+        summary = Summary(output=str(output), skippable=job.on_error != "skip")
         try:
             _make(job, output, place, sources, bundle, summary)
-        except JobError:
+        except BertRayError:
             for text in summary.failures:
                 print(f"left out: {text}", file=sys.stderr, flush=True)
             raise
         finally:
-            if summary.tokens or not Journal(place).receipts():
-                shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(LakeError):  # The counts cannot be listed now: they stay.
+                if summary.tokens or not Journal(place).receipts():
+                    _remove(place)
     summary.seconds = time.monotonic() - clock
     print(summary, flush=True)
     return summary
@@ -178,6 +183,9 @@ def _make(
 
     old = bundle.tokenizer() if bundle else None
     backend = old.backend_tokenizer if old else _bert(Tokenizer(models.WordPiece(unk_token="[UNK]")), job.lowercase)
+    # First, so that what stands there is told from anything else, whenever this is killed.
+    told = {"version": __version__, "kind": "vocabulary", "job": dataclasses.asdict(job)}
+    Journal(place).write_run(told | {"settings": {"counts of the vocabulary": str(output)}})
     work = _work(job, place, sources, backend)
     parts = _count(job, work, sources, summary)
     if summary.stopped or (summary.failures and (not parts or job.on_error != "skip")):
@@ -231,7 +239,6 @@ def _work(job: VocabularyJob, place: Path, sources: Sequence[Source], backend: B
 def _count(job: VocabularyJob, work: Work, sources: Sequence[Source], summary: Summary) -> list[Part]:
     """Count the words of all parts that are not counted yet; returns the parts that are."""
     journal = Journal(work.output)
-    journal.write_run({"version": __version__, "kind": "vocabulary", "job": dataclasses.asdict(job)})
     reconcile(journal)
     parts = parts_of(sources, _UNIT_ROWS, _UNIT_BYTES)
     names = {part.id: work.name("count", part.id) for part in parts}
@@ -464,9 +471,23 @@ def _check_output(job: VocabularyJob, output: Path) -> None:
 
 def _check_counts(place: Path) -> None:
     """Where the counts go, there may be those of an earlier run, and nothing else."""
-    kind = Journal(place).read_run().get("kind") if place.is_dir() else None
-    if place.exists() and kind != "vocabulary" and not (place.is_dir() and not any(place.iterdir())):
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.old"):
+        shutil.rmtree(left, ignore_errors=True)
+    if not place.exists():
+        return
+    journal = Journal(place)
+    # A run that was killed at its very start leaves directories alone.
+    begun = place.is_dir() and not {path.name for path in place.iterdir()} - {FOLDER} and not journal.receipts()
+    if not (place.is_dir() and journal.read_run().get("kind", "vocabulary" if begun else "") == "vocabulary"):
         raise JobError(f"{place} holds something else, and the counts of words would go there: choose another output")
+
+
+def _remove(place: Path) -> None:
+    """Take the counts away: by another name first, so that what a kill leaves of them is not in the way."""
+    gone = place.with_name(f".{place.name}.{os.getpid()}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(place, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _put(tokenizer: PreTrainedTokenizerFast, fresh: Path, output: Path) -> None:
@@ -479,5 +500,5 @@ def _put(tokenizer: PreTrainedTokenizerFast, fresh: Path, output: Path) -> None:
     """
     with output_errors(output):
         shutil.rmtree(fresh, ignore_errors=True)
-        tokenizer.save_pretrained(fresh)
+        save_tokenizer(tokenizer, fresh)
         put_in_place(fresh, output)

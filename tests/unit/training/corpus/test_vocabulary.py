@@ -11,14 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bert_ray.errors import BertRayError, JobError, LakeError
 from bert_ray.inference import bulk
 from bert_ray.inference.job import AnnotateJob
-from bert_ray.lake.journal import OutputError, output_errors
 from bert_ray.lake.lock import exclusive
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import Card, load_bundle, save_bundle, save_tokenizer
 from bert_ray.model.vocabulary_head import head_of
 from bert_ray.training.corpus import counting, vocabulary
 from bert_ray.training.corpus.counting import SCHEMA, WordCounter, add_up, characters
@@ -235,7 +234,7 @@ def test_what_is_counted_is_counted_once(lake: Path, tmp_path: Path, capsys: pyt
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
     capsys.readouterr()
-    with pytest.raises(LakeError, match=f"{altered.name} cannot be read .* remove it"):
+    with pytest.raises(LakeError, match=f"{altered.name} is damaged .* remove it"):
         run(make(lake, tmp_path / "v", markup="html"))
     altered.write_bytes(content)
     assert "count words on local: 2 units" in capsys.readouterr().err
@@ -314,6 +313,17 @@ def test_one_at_a_time(place: Path, lake: Path, tmp_path: Path, tiny_bundle: Pat
     (tmp_path / "w.run" / "mine.txt").write_text("mine")
     with pytest.raises(JobError, match=r"w\.run holds something else"):
         run(make(place, tmp_path / "w"))
+    # What a kill at the very start leaves, and one while the counts were taken away, is in nobody's way.
+    (tmp_path / "u.run" / "_bert_ray" / "tmp").mkdir(parents=True)
+    (tmp_path / ".u.run.1.old" / "_bert_ray" / "count").mkdir(parents=True)
+    assert run(make(place, tmp_path / "u")).exit_status == 0
+    assert not list(tmp_path.glob("*u.run*"))
+    # Nor are counts taken for another command's output.
+    place.write_text("".join(map(chr, range(0x4E00, 0x4E00 + 200))) * 2, "utf-8")
+    with pytest.raises(JobError, match="no room"):
+        run(make(place, tmp_path / "y", size=150))
+    with pytest.raises(JobError, match="holds a run of another job"):
+        bulk.run(AnnotateJob(input=str(lake), model=str(tiny_bundle), output=str(tmp_path / "y.run")))
     # Another run's table, which the counts would have taken back.
     table = tmp_path / "x.run"
     job = AnnotateJob(input=str(lake), model=str(tiny_bundle), output=str(table))
@@ -326,7 +336,14 @@ def test_one_at_a_time(place: Path, lake: Path, tmp_path: Path, tiny_bundle: Pat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_a_full_disk_is_told_as_the_tokenizers_library_tells_it() -> None:
-    with pytest.raises(OutputError, match=r"cannot write to out: No space left on device"), output_errors(Path("out")):
-        tiny_tokenizer().backend_tokenizer.save("/dev/full")
-    with pytest.raises(Exception, match="of another kind"), output_errors(Path("out")):
-        raise Exception("of another kind")
+    class Full(PreTrainedTokenizerFast):
+        def save_pretrained(self, directory: Any, **more: Any) -> tuple[str]:
+            self.backend_tokenizer.save(str(directory))
+            return (str(directory),)
+
+    tokenizer = Full(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    with pytest.raises(Exception, match=r"\(os error 28\)") as words:
+        tokenizer.save_pretrained("/dev/full")
+    assert not isinstance(words.value, OSError)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tokenizer(tokenizer, Path("/dev/full"))
