@@ -18,6 +18,7 @@ Every command imports what it needs when it runs: `bert-ray --help` loads neithe
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -36,6 +37,8 @@ DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, CUT_OFF, ASKED_TO_STOP = 0, 1, 2, 70, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; see the module's first lines."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Transformers loads DeepSpeed where that is installed, which says on standard output that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in str(record.msg))
     status = CUT_OFF  # Unless the command had come to its end.
     try:
         status = _dispatch(words)

@@ -76,6 +76,8 @@ _READ_CHARACTERS, _READ_IN_ALL = 50_000, 2**28
 _MOST_WORDS = 300_000_000
 # Characters that it is handed at once.
 _HANDED_CHARACTERS = 2**16
+# So few units are added up before anybody asks how far it is.
+_QUICK = 100
 # Words that become Python's at once.
 _BATCH_WORDS = 2**18
 # Tasks whose bundles are nothing but an encoder and its language-model head: no labels or index hang on the old tokens.
@@ -191,8 +193,12 @@ def _make(
     if summary.stopped or (summary.failures and (not parts or job.on_error != "skip")):
         return
     texts = _some(sources, parts, job.markup)
-    with Progress(what="add up", units=len(parts), rows=None) as progress:
-        counts = add_up([work.place("count", part.id) for part in parts], progress)
+    files = [work.place("count", part.id) for part in parts]
+    if len(files) < _QUICK:
+        counts = add_up(files)
+    else:
+        with Progress(what="add up", units=len(files), rows=None) as progress:
+            counts = add_up(files, progress)
     if not counts.num_rows or not texts:
         raise JobError("input: there is no text in it: name other columns, or another input")
     _check_output(job, output)  # Counting may have taken hours.
