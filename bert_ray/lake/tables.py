@@ -224,20 +224,26 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
     """The files below a directory, links followed; of directories those whose name `enter` is true of.
 
     Raises:
-        LakeError: a directory cannot be listed, or is a link to what is not there (a disk that is not mounted), and
-            what stands in it would be passed over in silence.
+        LakeError: a directory cannot be listed, or is a link to what is not there (a disk that is not mounted), or two
+            partitions are links to it; what stands in it would be passed over in silence.
     """
 
     def refuse(error: OSError) -> None:
         raise LakeError(f"{printable(error.filename)} cannot be listed: {error.strerror}") from error
 
-    seen = set()
+    seen: dict[str, str] = {}
     for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        if real in seen:  # A link that leads back up.
+        if real in seen:  # A link that leads back up, or one more name of what stands here also by its own.
+            other = seen[real]
+            if os.path.islink(folder) and os.path.islink(other) and "=" in os.path.basename(folder):
+                raise LakeError(
+                    f"{printable(other)} and {printable(folder)} are links to one directory, whose rows cannot be of "
+                    "both partitions: remove one of the links"
+                )
             below.clear()
             continue
-        seen.add(real)
+        seen[real] = folder
         # Links last: what stands here also by a name of its own is found by that one, on every file system.
         below[:] = sorted(filter(enter, below), key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         for name in names:

@@ -181,6 +181,24 @@ def test_a_delta_log_that_cannot_be_read_is_told(tmp_path: Path) -> None:
             open_table(tmp_path)
 
 
+def test_two_partitions_that_are_links_to_one_directory_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "disk" / "f.parquet")
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    (lake / "day=1").symlink_to(tmp_path / "disk")
+    assert [unit.path for unit in open_table(lake).units(9)] == ["day=1/f.parquet"]
+    (lake / "day=2").symlink_to(tmp_path / "disk")
+    with pytest.raises(LakeError, match=r"day=1 and .*day=2 are links to one directory"):
+        open_table(lake)
+    # One more name of a directory that stands there itself, "the latest", is one of its names.
+    (lake / "day=1").unlink()
+    (lake / "day=2").unlink()
+    (tmp_path / "disk").rename(lake / "day=1")
+    (lake / "day=latest").symlink_to(lake / "day=1")
+    assert [unit.path for unit in open_table(lake).units(9)] == ["day=1/f.parquet"]
+
+
 def test_a_partition_behind_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:
     """A disk that is not mounted."""
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "f.parquet")
