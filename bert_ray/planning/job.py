@@ -25,7 +25,7 @@ class ChooseJob:
         test_rows: most rows that are held out to compare the candidates on; never more than a quarter.
         epochs: of each fine-tuning.
         learning_rate: of each fine-tuning, the peak.
-        max_length: tokens to which texts are cut.
+        max_length: tokens to which texts are cut, or as many as a model has positions.
         seed: of the order of rows and of every training.
         threads: torch threads; default: all cores.
         output: directory for choose.json, choose.svg and the models tried; made where it is missing.

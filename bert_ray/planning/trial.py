@@ -80,7 +80,7 @@ def train_bundle(
         TimeUp: it was stopped.
         JobError, BundleError: the training failed.
     """
-    from bert_ray.model.bundle import put_in_place
+    from bert_ray.model.bundle import load_bundle, max_positions, put_in_place
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train
 
@@ -110,7 +110,7 @@ def train_bundle(
                 data=DataOptions(train=str(rows), validation_fraction=0.0),
                 epochs=job.epochs,
                 learning_rate=job.learning_rate,
-                max_length=job.max_length,
+                max_length=min(job.max_length, max_positions(load_bundle(reference).config)),
                 seed=job.seed,
                 threads=job.threads,
             ),

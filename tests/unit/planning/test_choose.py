@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -305,33 +306,45 @@ def test_two_models_of_one_name_have_a_place_each(
     assert {load_bundle(place).card.provenance["base"]["reference"] for place in places} == set(models)
 
 
-def short_encoder(place: Path) -> Path:
-    """An encoder with fewer positions than `max_length` has tokens: it loads, and no training takes it."""
+def test_a_model_with_fewer_positions_reads_what_it_can(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import BertModel
 
-    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
+    tokenizer, short = tiny_tokenizer(), str(tmp_path / "short")
     config = tiny_config(len(tokenizer))
     config.max_position_embeddings = 64
-    BertModel(config).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    BertModel(config).save_pretrained(short)
+    tokenizer.save_pretrained(short)
+    choice, _ = run(word_decides(120), tmp_path, models=[short, str(tiny_encoder)], epochs=1)
+    assert not [item for item in choice.candidates if item.error]
+    lengths = {item.reference: load_bundle(item.model).card.max_length for item in choice.candidates if item.reference}
+    assert lengths == {short: 64, str(tiny_encoder): 256}
 
 
 def test_a_model_that_cannot_be_trained_is_listed_and_the_others_go_on(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
-    short = short_encoder(tmp_path / "short")
-    choice, told = run(word_decides(120), tmp_path, models=[str(short), str(tiny_encoder)], epochs=1)
+    other, real = str(shutil.copytree(tiny_encoder, tmp_path / "other")), trial.train_bundle
+
+    def train_bundle(job: ChooseJob, reference: str, *more: Any) -> str:
+        if reference == other:
+            raise JobError("it does not go")
+        return real(job, reference, *more)
+
+    monkeypatch.setattr(trial, "train_bundle", train_bundle)
+    choice, told = run(word_decides(120), tmp_path, models=[other, str(tiny_encoder)], epochs=1)
     failed = {item.name: item for item in choice.candidates if item.error}
-    assert set(failed) == {f"{short}, head on frozen embeddings", f"{short}, fine-tuned"}
+    assert set(failed) == {f"{other}, head on frozen embeddings", f"{other}, fine-tuned"}
     assert {item.rows for item in failed.values()} == {0}
-    assert sum("left out: max_length is 256" in line for line in told) == 2
-    assert f"{short}, fine-tuned: left out: max_length is 256" in choice.text()
+    assert sum("left out: it does not go" in line for line in told) == 2
+    assert f"{other}, fine-tuned: left out: it does not go" in choice.text()
     assert any(item.rows for item in choice.candidates if item.reference == str(tiny_encoder))
     assert set(json.loads((tmp_path / "choose" / "choose.json").read_text())["left_out"]) == set(failed)
-    with pytest.raises(BundleError, match=r"none of the models can be used: .*frozen.*max_length is 256.*fine-tuned"):
-        run(word_decides(120), tmp_path, models=[str(short)])
+    with pytest.raises(BundleError, match=r"none of the models can be used: .*frozen.*it does not go.*fine-tuned"):
+        run(word_decides(120), tmp_path, models=[other])
 
 
 class Killed:
