@@ -264,7 +264,7 @@ def _missed(results: dict[str, Any]) -> list[str]:
         for measure in (case.measure, case.also) if case.also else (case.measure,):
             one, beside = (_value(runs, "" if measure == case.measure else measure) for runs in (of["ours"], other))
             # BLEU and chrF are told of a hundred.
-            if one < beside - NEAR * (100 if measure in ("bleu", "chrf") else 1):
+            if -math.inf < one < beside - NEAR * (100 if measure in ("bleu", "chrf") else 1):
                 found.append(
                     f"More than half a point below {whose}: {case.title}, {measure} ({one:.4f}, {beside:.4f})."
                 )

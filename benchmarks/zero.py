@@ -53,6 +53,7 @@ def _worker(rank: int, port: int, stage: int) -> dict[str, Any]:
         with torch.profiler.record_function("measured"):
             trainer.step()
     most = most_allocated(profile, since="measured")
+    torch.manual_seed(0)  # Of dropout, whatever a stage has drawn before.
     losses = [float(trainer.step()) for _ in range(STEPS)]
     work = work_of(CASE, trainer, WORKERS, zero_stage=stage)
     torch.distributed.barrier()

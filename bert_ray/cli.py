@@ -37,8 +37,7 @@ DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, CUT_OFF, ASKED_TO_STOP = 0, 1, 2, 70, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; see the module's first lines."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Transformers loads DeepSpeed where that is installed, which says on standard output that there is no GPU.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in str(record.msg))
+    logging.getLogger("DeepSpeed").addFilter(_not_of_the_accelerator)
     status = CUT_OFF  # Unless the command had come to its end.
     try:
         status = _dispatch(words)
@@ -75,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"bert-ray {__version__}: this is a bug, not a mistake of yours; please report the lines above"
         )
         return BUG
+
+
+def _not_of_the_accelerator(record: logging.LogRecord) -> bool:
+    """Transformers loads DeepSpeed where that is installed, which says on standard output that there is no GPU."""
+    return "Setting accelerator" not in str(record.msg)
 
 
 def _complain(text: str) -> None:

@@ -225,7 +225,7 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
 
     Raises:
         LakeError: a directory cannot be listed, or is a link to what is not there (a disk that is not mounted), or two
-            partitions are links to it; what stands in it would be passed over in silence.
+            partitions are one by way of a link; what stands in it would be passed over in silence.
     """
 
     def refuse(error: OSError) -> None:
@@ -235,11 +235,12 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
     for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:  # A link that leads back up, or one more name of what stands here also by its own.
-            other = seen[real]
-            if os.path.islink(folder) and os.path.islink(other) and "=" in os.path.basename(folder):
+            other = os.path.relpath(seen[real], directory)
+            own = real == os.path.join(os.path.realpath(directory), other)
+            if not own and _partition_of(other) != _partition_of(os.path.relpath(folder, directory)):
                 raise LakeError(
-                    f"{printable(other)} and {printable(folder)} are links to one directory, whose rows cannot be of "
-                    "both partitions: remove one of the links"
+                    f"{printable(seen[real])} and {printable(folder)} are one directory by way of a link, whose rows "
+                    "cannot be of both partitions: remove the link"
                 )
             below.clear()
             continue
@@ -254,6 +255,11 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
                     "remove the link"
                 )
             yield path
+
+
+def _partition_of(path: str) -> list[str]:
+    """The directories of a path that name a partition."""
+    return [name for name in path.split(os.sep) if "=" in name]
 
 
 def _names_directory(name: str) -> bool:

@@ -157,7 +157,7 @@ def test_a_pretraining_of_which_all_is_killed_goes_on_on_ray(
         output=str(tmp_path / "model"),
         task="pretraining",
         data=DataOptions(train=str(corpus)),
-        steps=24,
+        steps=60,
         batch_tokens=512,
         evaluate_every=6,
         max_length=40,
@@ -171,9 +171,9 @@ def test_a_pretraining_of_which_all_is_killed_goes_on_on_ray(
     killed(job, tmp_path / "killed", everyone=True)
     told: list[dict[str, object]] = []
     disturbed = train(job, tell=told.append)
-    # What the driver is told comes a moment late.
+    # An epoch is told before its checkpoint is written, and the driver hears of it a moment late.
     (step,) = (event["step"] for event in told if event["what"] == "resumed")
-    assert 6 <= step < job.steps, "the kill came too late"
+    assert 4 <= step < job.steps, "the kill came too late"
     assert_same(disturbed, undisturbed, tmp_path / "whole" / "best")
 
 

@@ -81,12 +81,12 @@ def add_up(paths: Sequence[Path], progress: Progress | None = None) -> pa.Table:
         try:
             with pa.OSFile(os.fsencode(path)) as file:
                 waiting.append(pq.read_table(file, schema=SCHEMA))
-        except pa.ArrowInvalid as error:
-            raise LakeError(
+        except (OSError, pa.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise LakeError(f"{printable(path)} cannot be read: {why(error)}") from error
+            raise LakeError(  # What a damaged page gives has no number of the system's.
                 f"{printable(path)} is damaged ({error}): remove it, and the same command counts it again"
             ) from error
-        except OSError as error:
-            raise LakeError(f"{printable(path)} cannot be read: {why(error)}") from error
         rows += waiting[-1].num_rows
         if progress is not None:
             progress.ended(waiting[-1].num_rows, 0.0, failed=False)

@@ -64,7 +64,9 @@ def do_stage(
         contextlib.closing(run(work, todo, progress.watch)) as outcomes,
     ):
         for outcome in outcomes:
-            failed, task = outcome.state == "failed", left.pop(outcome.part)
+            failed, task = outcome.state == "failed", left.pop(outcome.part, None)
+            if task is None:  # It was told before.
+                continue
             progress.ended(outcome.documents, outcome.seconds, failed)
             if not failed:
                 ended.done.add(work.name(task.stage, task.part.id))

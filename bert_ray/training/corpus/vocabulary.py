@@ -76,6 +76,8 @@ _READ_CHARACTERS, _READ_IN_ALL = 50_000, 2**28
 _MOST_WORDS = 300_000_000
 # Characters that it is handed at once.
 _HANDED_CHARACTERS = 2**16
+# How counts that are being taken away are called.
+_GONE = ".counts-gone"
 # So few units are added up before anybody asks how far it is.
 _QUICK = 100
 # Words that become Python's at once.
@@ -270,10 +272,9 @@ def _some(sources: Sequence[Source], parts: Sequence[Part], markup: str) -> list
     """The heads of the first texts: what the summary measures on."""
     readers = [source.reader() for source in sources]
     found: list[str] = []
-    read = 0
+    read, gone = 0, None
     for part in parts:
-        # A file that has gone since it was counted: others tell as much.
-        with contextlib.suppress(LakeError):
+        try:
             for texts, _ in readers[part.source].read(part):
                 for text in texts:
                     read += len(text or "")
@@ -281,6 +282,10 @@ def _some(sources: Sequence[Source], parts: Sequence[Part], markup: str) -> list
                         found.append(body[:_JUDGED_CHARACTERS])
                 if len(found) >= _JUDGED_TEXTS or (found and read > _READ_IN_ALL):
                     return found[:_JUDGED_TEXTS]
+        except LakeError as error:  # A file that has gone since it was counted: others tell as much.
+            gone = error
+    if gone is not None and not found:
+        raise gone
     return found
 
 
@@ -477,21 +482,26 @@ def _check_output(job: VocabularyJob, output: Path) -> None:
 
 def _check_counts(place: Path) -> None:
     """Where the counts go, there may be those of an earlier run, and nothing else."""
-    for left in place.parent.glob(f".{glob.escape(place.name)}.*.old"):
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*{_GONE}"):
         shutil.rmtree(left, ignore_errors=True)
     if not place.exists():
         return
-    journal = Journal(place)
-    # A run that was killed at its very start leaves directories alone.
-    begun = place.is_dir() and not {path.name for path in place.iterdir()} - {FOLDER} and not journal.receipts()
-    if not (place.is_dir() and journal.read_run().get("kind", "vocabulary" if begun else "") == "vocabulary"):
+    ours = False
+    if place.is_dir() and not place.is_symlink():
+        journal = Journal(place)
+        begun = journal.read_run()
+        # A run that was killed at its very start leaves directories alone.
+        empty = not {path.name for path in place.iterdir()} - {FOLDER} and not journal.receipts()
+        ours = begun["kind"] == "vocabulary" if "kind" in begun else not begun and empty
+        ours = ours and not (journal.root / "lock").exists()  # Of another command, which works there.
+    if not ours:
         raise JobError(f"{place} holds something else, and the counts of words would go there: choose another output")
 
 
 def _remove(place: Path) -> None:
     """Take the counts away: by another name first, so that what a kill leaves of them is not in the way."""
-    gone = place.with_name(f".{place.name}.{os.getpid()}.old")
-    with contextlib.suppress(FileNotFoundError):
+    gone = place.with_name(f".{place.name}.{os.getpid()}{_GONE}")
+    with contextlib.suppress(OSError):
         os.replace(place, gone)
     shutil.rmtree(gone, ignore_errors=True)
 

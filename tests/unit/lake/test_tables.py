@@ -189,14 +189,25 @@ def test_two_partitions_that_are_links_to_one_directory_are_refused(tmp_path: Pa
     (lake / "day=1").symlink_to(tmp_path / "disk")
     assert [unit.path for unit in open_table(lake).units(9)] == ["day=1/f.parquet"]
     (lake / "day=2").symlink_to(tmp_path / "disk")
-    with pytest.raises(LakeError, match=r"day=1 and .*day=2 are links to one directory"):
+    with pytest.raises(LakeError, match=r"day=1 and .*day=2 are one directory by way of a link"):
         open_table(lake)
+    (lake / "day=2").unlink()
+    (lake / "day=2").mkdir()
+    (lake / "day=2" / "data").symlink_to(tmp_path / "disk")
+    with pytest.raises(LakeError, match=r"day=2/data and .*day=1 are one directory by way of a link"):
+        open_table(lake)
+    (lake / "day=2" / "data").unlink()
+    (lake / "day=2").rmdir()
     # One more name of a directory that stands there itself, "the latest", is one of its names.
     (lake / "day=1").unlink()
-    (lake / "day=2").unlink()
     (tmp_path / "disk").rename(lake / "day=1")
     (lake / "day=latest").symlink_to(lake / "day=1")
     assert [unit.path for unit in open_table(lake).units(9)] == ["day=1/f.parquet"]
+    # But met before that, it would have taken the other's rows.
+    (lake / "day=0").mkdir()
+    (lake / "day=0" / "more").symlink_to(lake / "day=1")
+    with pytest.raises(LakeError, match=r"day=0/more and .*day=1 are one directory by way of a link"):
+        open_table(lake)
 
 
 def test_a_partition_behind_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from bert_ray.errors import BertRayError, JobError, LakeError
 from bert_ray.inference import bulk
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.lake.journal import Journal
 from bert_ray.lake.lock import exclusive
 from bert_ray.model.bundle import Card, load_bundle, save_bundle, save_tokenizer
 from bert_ray.model.vocabulary_head import head_of
@@ -315,7 +316,7 @@ def test_one_at_a_time(place: Path, lake: Path, tmp_path: Path, tiny_bundle: Pat
         run(make(place, tmp_path / "w"))
     # What a kill at the very start leaves, and one while the counts were taken away, is in nobody's way.
     (tmp_path / "u.run" / "_bert_ray" / "tmp").mkdir(parents=True)
-    (tmp_path / ".u.run.1.old" / "_bert_ray" / "count").mkdir(parents=True)
+    (tmp_path / ".u.run.1.counts-gone" / "_bert_ray" / "count").mkdir(parents=True)
     assert run(make(place, tmp_path / "u")).exit_status == 0
     assert not list(tmp_path.glob("*u.run*"))
     # Nor are counts taken for another command's output.
@@ -324,6 +325,12 @@ def test_one_at_a_time(place: Path, lake: Path, tmp_path: Path, tiny_bundle: Pat
         run(make(place, tmp_path / "y", size=150))
     with pytest.raises(JobError, match="holds a run of another job"):
         bulk.run(AnnotateJob(input=str(lake), model=str(tiny_bundle), output=str(tmp_path / "y.run")))
+    # A table that is begun, and has no receipt yet.
+    begun = Journal(tmp_path / "z.run")
+    begun.write_run({"settings": {}})
+    with pytest.raises(JobError, match=r"z\.run holds something else"):
+        run(make(place, tmp_path / "z"))
+    assert begun.read_run()["settings"] == {}
     # Another run's table, which the counts would have taken back.
     table = tmp_path / "x.run"
     job = AnnotateJob(input=str(lake), model=str(tiny_bundle), output=str(table))
