@@ -7,7 +7,7 @@
 Each is measured before and after: the loss of masked tokens on reviews held out, and the accuracy of classifiers that
 are fine-tuned on few labels, three seeds. MiniLM has no vocabulary head: what is called before is MiniLM with its head
 alone trained, for as many steps. Of food reviews a tenth of the steps' tokens are the Chinese text that the base was
-pretrained on (`data.replay`); that base, of `pretrain_proof.py --part chinese`, has seen these reviews among the others.
+pretrained on (`data.replay`); that base, of `pretrain_proof.py --part chinese`, has seen these reviews among others.
 COVID's articles are a part of the proof. Results: benchmarks/results/domains.json.
 """
 
