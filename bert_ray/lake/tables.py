@@ -236,8 +236,9 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
         real = os.path.realpath(folder)
         if real in seen:  # A link that leads back up, or one more name of what stands here also by its own.
             other = os.path.relpath(seen[real], directory)
-            own = real == os.path.join(os.path.realpath(directory), other)
-            if not own and _partition_of(other) != _partition_of(os.path.relpath(folder, directory)):
+            own = real == os.path.normpath(os.path.join(os.path.realpath(directory), other))
+            up = Path(seen[real]) in Path(folder).parents
+            if not (own or up) and _partition_of(other) != _partition_of(os.path.relpath(folder, directory)):
                 raise LakeError(
                     f"{printable(seen[real])} and {printable(folder)} are one directory by way of a link, whose rows "
                     "cannot be of both partitions: remove the link"

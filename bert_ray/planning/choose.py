@@ -318,7 +318,7 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
 
 
 def _candidates(job: ChooseJob, texts: np.ndarray, tell: Callable[[str], None]) -> list[Candidate]:
-    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.bundle import load_bundle, max_positions
     from bert_ray.model.tokenization import Tokenizer
 
     found, errors = [Candidate(name=BASELINE)], []
@@ -333,6 +333,8 @@ def _candidates(job: ChooseJob, texts: np.ndarray, tell: Callable[[str], None]) 
             continue
         if note := tokenize.unknown_note(pa.array(texts, pa.large_string())):
             tell(f"note: {reference}: {note}")
+        if (most := max_positions(bundle.config)) < job.max_length:
+            tell(f"note: {reference}: it reads {most} tokens of a text, where others read {job.max_length}")
         found.append(Candidate(name=f"{reference}, head on frozen embeddings", reference=reference, forward=forward))
         found.append(Candidate(name=f"{reference}, fine-tuned", reference=reference, fine_tuned=True, forward=forward))
     if len(found) == 1:

@@ -198,6 +198,11 @@ def test_two_partitions_that_are_links_to_one_directory_are_refused(tmp_path: Pa
         open_table(lake)
     (lake / "day=2" / "data").unlink()
     (lake / "day=2").rmdir()
+    # Nor does a link that leads back up lose anything.
+    for place in (tmp_path / "disk", lake):
+        (tmp_path / "disk" / "up=1").symlink_to(place)
+        assert [unit.path for unit in open_table(lake).units(9)] == ["day=1/f.parquet"]
+        (tmp_path / "disk" / "up=1").unlink()
     # One more name of a directory that stands there itself, "the latest", is one of its names.
     (lake / "day=1").unlink()
     (tmp_path / "disk").rename(lake / "day=1")

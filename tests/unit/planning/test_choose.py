@@ -317,7 +317,10 @@ def test_a_model_with_fewer_positions_reads_what_it_can(
     config.max_position_embeddings = 64
     BertModel(config).save_pretrained(short)
     tokenizer.save_pretrained(short)
-    choice, _ = run(word_decides(120), tmp_path, models=[short, str(tiny_encoder)], epochs=1)
+    choice, told = run(word_decides(120), tmp_path, models=[short, str(tiny_encoder)], epochs=1)
+    assert [line for line in told if "tokens of a text" in line] == [
+        f"note: {short}: it reads 64 tokens of a text, where others read 256"
+    ]
     assert not [item for item in choice.candidates if item.error]
     lengths = {item.reference: load_bundle(item.model).card.max_length for item in choice.candidates if item.reference}
     assert lengths == {short: 64, str(tiny_encoder): 256}
