@@ -34,15 +34,13 @@ from bert_ray.training.corpus.assemble import decide_duplicates, write_manifest,
 from bert_ray.training.corpus.engines import Run, engine
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.corpus.sources import Part, Source, open_sources, parts_of
-from bert_ray.training.corpus.stages import do_stage, reconcile
+from bert_ray.training.corpus.stages import do_stage, failure_lines, reconcile
 from bert_ray.training.corpus.tokens import load_tokenizer
 from bert_ray.training.corpus.work import Task, Work
 from bert_ray.training.shards import TOKENIZER_FOLDER, Manifest, Split, is_corpus, read_manifest
 
 # Sessions that run.json remembers.
 _SESSIONS = 100
-# Failures that the summary shows.
-_FAILURES_SHOWN = 10
 # What only the way to the corpus needs.
 _SCAFFOLD = ("clean", "duplicates", "tokens")
 
@@ -91,15 +89,9 @@ class Summary:
                 f"  fingerprint {self.manifest.fingerprint}",
             ]
         lines += [f"  warning     {text}" for text in self.warnings]
-        if self.failures:
-            lines.append(f"  failed      {len(self.failures):,} files or parts of them")
-            lines += [f"              {text}" for text in self.failures[:_FAILURES_SHOWN]]
-        if self.stopped:
-            lines.append(f"  stopped     {self.stopped}")
-        if self.failures and self.manifest is None:
-            # What was read once is not left out any more.
-            leave_out = ", or leave them out: on_error=skip" if self.skippable else ""
-            lines.append(f"  to go on    mend the files and give the same command{leave_out}")
+        # What was read once is not left out any more: it is not skippable.
+        finished = self.manifest is not None
+        lines += failure_lines(self.failures, self.stopped, finished=finished, skippable=self.skippable)
         return "\n".join(lines)
 
 

@@ -11,6 +11,9 @@ from bert_ray.lake.progress import Progress
 from bert_ray.training.corpus.engines import Run
 from bert_ray.training.corpus.work import Outcome, Task, Work
 
+# Failures that a summary shows.
+_FAILURES_SHOWN = 10
+
 
 @dataclass(slots=True)
 class Ended:
@@ -48,10 +51,9 @@ def do_stage(
         sizes: documents of each task; None: as far as files tell.
         told: called with what was done, as it is.
     """
-    ended, journal = Ended(), Journal(work.output)
-    receipts = journal.receipts()
-    ended.done = receipts & {work.name(task.stage, task.part.id) for task in tasks}
+    receipts = Journal(work.output).receipts()
     names = [work.name(task.stage, task.part.id) for task in tasks]
+    ended = Ended(done=receipts & set(names))
     rows: Sequence[int | None] = sizes if sizes is not None else [task.part.unit.rows for task in tasks]
     todo = [task for task, name in zip(tasks, names, strict=True) if name not in receipts]
     if not todo:
@@ -81,6 +83,27 @@ def do_stage(
     if not ended.stopped:
         ended.failures += [f"{task.part.unit}: the engine has not told what became of it" for task in left.values()]
     return ended
+
+
+def failure_lines(failures: Sequence[str], stopped: str, *, finished: bool, skippable: bool) -> list[str]:
+    """What a summary says of files that could not be read, and how to go on.
+
+    Args:
+        failures: each of them, and why.
+        stopped: why the run ended before its end, "" where it did not.
+        finished: whether what was to be made stands, without them.
+        skippable: whether `on_error=skip` would leave them out.
+    """
+    lines = []
+    if failures:
+        lines.append(f"  failed      {len(failures):,} files or parts of them")
+        lines += [f"              {text}" for text in failures[:_FAILURES_SHOWN]]
+    if stopped:
+        lines.append(f"  stopped     {stopped}")
+    if failures and not finished:
+        leave_out = ", or leave them out: on_error=skip" if skippable else ""
+        lines.append(f"  to go on    mend the files and give the same command{leave_out}")
+    return lines
 
 
 def reconcile(journal: Journal) -> None:

@@ -23,7 +23,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,8 @@ from bert_ray.training.corpus.counting import COUNTING, add_up, characters
 from bert_ray.training.corpus.engines import engine
 from bert_ray.training.corpus.job import VocabularyJob
 from bert_ray.training.corpus.sources import Part, Source, open_sources, parts_of
-from bert_ray.training.corpus.stages import do_stage, reconcile
-from bert_ray.training.corpus.work import Outcome, Task, Work
+from bert_ray.training.corpus.stages import do_stage, failure_lines, reconcile
+from bert_ray.training.corpus.work import Task, Work
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -65,8 +65,6 @@ _LONGEST_WORD = 100
 _LETTERS = regex.compile(r"\p{L}[\p{L}\p{M}]*")
 # The texts come in units of about so many rows, or so many bytes.
 _UNIT_ROWS, _UNIT_BYTES = 50_000, 64 * 2**20
-# Failures that the summary shows.
-_FAILURES_SHOWN = 10
 # What the summary measures on: so many texts, and so many characters of each.
 _JUDGED_TEXTS, _JUDGED_CHARACTERS = 2_000, 2_000
 # For which no more is cleaned of a text, and no more read in all.
@@ -135,14 +133,7 @@ class Summary:
             lines.append(f"  added: {', '.join(self.added[:12])}{', …' if len(self.added) > 12 else ''}")
         if self.replaced:
             lines.append(f"  {self.replaced:,} documents had bytes that are no text")
-        if self.failures:
-            lines.append(f"  failed      {len(self.failures):,} files or parts of them")
-            lines += [f"              {text}" for text in self.failures[:_FAILURES_SHOWN]]
-        if self.stopped:
-            lines.append(f"  stopped     {self.stopped}")
-        if self.failures and not self.tokens:
-            leave_out = ", or leave them out: on_error=skip" if self.skippable else ""
-            lines.append(f"  to go on    mend the files and give the same command{leave_out}")
+        lines += failure_lines(self.failures, self.stopped, finished=bool(self.tokens), skippable=self.skippable)
         return "\n".join(lines)
 
 
@@ -254,18 +245,14 @@ def _count(job: VocabularyJob, work: Work, sources: Sequence[Source], summary: S
     if receipts := journal.receipts():
         counted = len(receipts & set(names.values()))
         print(f"{counted:,} of {len(parts):,} units are counted already", file=sys.stderr, flush=True)
-    # No engine is started, and none asked for, where all is counted.
-    with engine(job) if set(names.values()) - receipts else contextlib.nullcontext(_nothing) as on:
+    # No cluster is asked for where all is counted.
+    left = set(names.values()) - receipts
+    with engine(job if left else dataclasses.replace(job, engine="local")) as on:
         ended = do_stage(on, work, tasks, "count words", stop_at_failure=job.on_error == "fail")
     summary.failures, summary.stopped = ended.failures, ended.stopped
     counted_parts = [part for part in parts if names[part.id] in ended.done]
     summary.replaced = sum(journal.receipt(names[part.id])["replaced"] for part in counted_parts)
     return counted_parts
-
-
-def _nothing(work: Work, tasks: Sequence[Task], watch: object) -> Generator[Outcome, None, None]:
-    assert not tasks
-    yield from ()
 
 
 def _some(sources: Sequence[Source], parts: Sequence[Part], markup: str) -> list[str]:
