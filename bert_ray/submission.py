@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -220,6 +221,7 @@ def _to_ray(options: SubmitOptions, command: str, job: Any) -> int:
 def _follow_ray(name: str, address: str, job: Any) -> str:
     # Ray's client takes another cluster that the environment names, whatever --address says.
     other = os.environ.get("RAY_API_SERVER_ADDRESS", os.environ.get("RAY_ADDRESS", address)) != address
+    address = shlex.quote(address)
     ray = f"RAY_API_SERVER_ADDRESS={address} ray job" if other else "ray job"
     lines = [
         f"  follow  {ray} logs --follow --address {address} {name}",
@@ -318,7 +320,7 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
             raise JobError(f"spark-submit ended at once: {_reason(log.read_text(errors='replace'))} (all in {log})")
     lines = [
         "The driver runs on in the background of this machine (Spark's client mode).",
-        f"  follow  tail -f {log}",
+        f"  follow  tail -f {shlex.quote(str(log))}",
         f"  stop    kill {driver.pid}",
     ]
     print("\n".join(lines + _progress(job)), flush=True)
@@ -345,7 +347,7 @@ def _foreground(words: list[str], environment: dict[str, str]) -> int:
 
 
 def _progress(job: Any) -> list[str]:
-    return [f"  done    bert-ray runs status {job.output}"] if isinstance(job, AnnotateJob) else []
+    return [f"  done    bert-ray runs status {shlex.quote(job.output)}"] if isinstance(job, AnnotateJob) else []
 
 
 def _program(engine: Literal["ray", "spark"]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.lake.files import file_sha256
+from bert_ray.training.corpus.tokens import Tokenised, lists_of
 from bert_ray.training.corpus_source import CorpusSource, Rows, marks_of
 from bert_ray.training.shards import (
     INDEX_FILE,
@@ -19,8 +20,8 @@ from bert_ray.training.shards import (
     Documents,
     Manifest,
     Split,
-    batches_of,
     describe,
+    id_type,
     shard_schema,
     write_index,
     write_shard,
@@ -66,15 +67,16 @@ def make_corpus(
         ids = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64) for text in texts]
         split, lengths = Split(words=sum(len(text.split()) for text in texts)), []
         for first in range(0, len(texts), documents_per_shard):
-            part = list(zip(texts, ids, strict=True))[first : first + documents_per_shard]
-            rows = (
-                (hashlib.blake2b(text.encode(), digest_size=16).digest(), found, ~continues[found])
-                for text, found in part
-            )
+            last = first + documents_per_shard
+            hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts[first:last]]
+            flat = np.concatenate(ids[first:last])
+            counts = np.array([len(found) for found in ids[first:last]])
+            tokens = Tokenised(flat.astype(id_type(size).to_pandas_dtype()), ~continues[flat], counts)
+            columns = lists_of(schema, pa.array(hashes, pa.binary(16)), tokens)
             path = f"{name}/{len(split.shards):05d}.arrow"
-            written = write_shard(directory / path, schema, batches_of(schema, rows))
+            written = write_shard(directory / path, schema, iter([pa.record_batch(columns, schema=schema)]))
             split.shards.append(describe(directory, path, *written))
-            lengths.append(pa.array([len(found) for _, found in part]))
+            lengths.append(pa.array(counts))
         if texts:
             split.index_sha256 = write_index(directory / name / INDEX_FILE, lengths)
         splits[name] = split

@@ -59,7 +59,7 @@ def read_value(text: str) -> Any:
     """A value as it would stand in a job file; what is no YAML is text."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         return text
 
 
@@ -95,6 +95,10 @@ def _load_yaml(path: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise JobError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError as error:
+        raise JobError(f"{path} has values in values in values, deeper than can be read") from error
+    except ValueError as error:  # A number of thousands of digits.
+        raise JobError(f"{path} has a value that cannot be read: {error}") from error
     if values is None:
         raise JobError(f"{path} is empty; a job file is YAML with one `key: value` a line (see the jobs/ directory)")
     if not isinstance(node, yaml.MappingNode):

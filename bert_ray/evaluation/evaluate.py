@@ -12,6 +12,7 @@ Shapes: B rows that can be compared, C labels.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Rows annotated at a time: enough for the packing to find equal lengths, few enough for the bar to move.
 _BATCH_ROWS = 4_096
+# What moves a terminal's cursor, or its line.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # The annotation's name while measuring: one that no column of a real table has.
 _COLUMN = "bert_ray evaluation"
 
@@ -295,11 +298,19 @@ def _in_table(section: Section, rows: Rows) -> Section:
 
 
 def _lines(values: dict[str, Any]) -> list[str]:
-    return [f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]
+    return [
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {_on_one_line(str(value))}"
+        for name, value in values.items()
+    ]
+
+
+def _on_one_line(label: str) -> str:
+    """A label of a table, whose line breaks and control characters are for no terminal and no script."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", label)
 
 
 def _matrix(confusion: Confusion) -> list[str]:
-    names = confusion.labels
+    names = [_on_one_line(name) for name in confusion.labels]
     width = max(len(name) for name in names)
     cells = [[f"{count}" for count in row] for row in confusion.counts]
     widths = [max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(names)]

@@ -159,11 +159,14 @@ class Journal:
 
     def discard(self, unit_id: str) -> None:
         """Take a unit back: its output file first, the receipt last, so that a kill in between leaves no loose file."""
-        note = self.receipt(unit_id)
+        note, receipt = self.receipt(unit_id), self.root / "receipts" / f"{unit_id}.json"
+        written = Path(note["output"]) if note else None
+        if written and (written.is_absolute() or ".." in written.parts):
+            raise LakeError(f"{receipt} was altered: it names {written}, which is no file of this output; remove it")
         with output_errors(self.output):
-            if note:
-                (self.output / note["output"]).unlink(missing_ok=True)
-            (self.root / "receipts" / f"{unit_id}.json").unlink(missing_ok=True)
+            if written:
+                (self.output / written).unlink(missing_ok=True)
+            receipt.unlink(missing_ok=True)
             self.clear(unit_id)
 
     def sweep(self) -> None:

@@ -49,6 +49,8 @@ _MODULES = ("Transformer", "Pooling", "Normalize")
 
 # Where sentence-transformers says what is done to a text before it is tokenised.
 _LIMITS = "sentence_bert_config.json"
+# In which files the weights lie, where they are several.
+_INDEX = "model.safetensors.index.json"
 
 # What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
 _FINGERPRINTED = (".safetensors", ".json", ".txt", ".model", ".parquet")
@@ -150,7 +152,15 @@ class Bundle:
         Raises:
             BundleError: there is none, or it has ids that the embeddings lack.
         """
-        return _load_tokenizer(self.directory, self.config)
+        tokenizer = load_tokenizer(self.directory)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        rows = encoder_config(self.config).vocab_size
+        if largest >= rows:
+            raise BundleError(
+                f"{self.directory}: the tokenizer has ids up to {largest}, the embeddings only {rows} rows: "
+                "the tokenizer belongs to another model"
+            )
+        return tokenizer
 
     def model(self, task: Task | None = None) -> PreTrainedModel:
         """The model with the head of its own task (or of the given one), in fp32 on the CPU, in evaluation mode.
@@ -365,6 +375,12 @@ def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None
                 "model.save_pretrained(DIR, safe_serialization=True)"
             )
         raise BundleError(f"{reference}: no model.safetensors in {directory}")
+    if (index := directory / _INDEX).exists():
+        shards = _read_json(index, what=f"{reference}: {_INDEX}").get("weight_map")
+        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+        for name in names:
+            if not name.endswith(".safetensors") or Path(name).name != name:
+                raise BundleError(f"{reference}: {_INDEX} names weights in {name!r}, which is no safetensors file here")
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -372,7 +388,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{what} is missing in {path.parent}: not a model directory") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"{what} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise BundleError(f"{what} is not a JSON object")
@@ -483,13 +499,19 @@ def _pooling(settings: dict[str, Any], directory: Path) -> str:
     return chosen[0]
 
 
-def _load_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model's directory, or of one that holds a tokenizer alone.
+
+    Raises:
+        BundleError: there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, use_fast=True)
     except Exception as error:
-        raise BundleError(f"{directory}: the tokenizer cannot be read: {error}") from error
+        told = " ".join(str(error).split())[:300]
+        raise BundleError(f"{directory}: the tokenizer cannot be read: {told}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise BundleError(f"{directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
     backend = tokenizer.backend_tokenizer
@@ -498,13 +520,6 @@ def _load_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToke
 
         then = [backend.normalizer] if backend.normalizer is not None else []
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *then])
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    rows = encoder_config(config).vocab_size
-    if largest >= rows:
-        raise BundleError(
-            f"{directory}: the tokenizer has ids up to {largest}, the embeddings only {rows} rows: "
-            "the tokenizer belongs to another model"
-        )
     return tokenizer
 
 

@@ -72,6 +72,12 @@ class Examples:
         offsets = self.pieces.tokens.offsets
         return np.diff(offsets if self.starts is None else offsets[self.starts])
 
+    @property
+    def squares(self) -> np.ndarray:
+        """Squared lengths of each sample's pieces, summed up, int64 (S,): attention stays within a piece."""
+        sums = np.concatenate([[0], np.cumsum(self.pieces.tokens.lengths.astype(np.int64) ** 2)])
+        return np.diff(sums if self.starts is None else sums[self.starts])
+
     def weigh(self, samples: np.ndarray) -> float:
         """What the given samples count for together."""
         return float(len(samples) if self.weights is None else self.weights[samples].sum())

@@ -88,7 +88,9 @@ def _in_store(reference: str) -> Path:
     fresh = target.with_suffix(f".{os.getpid()}.new")
     try:
         for info in files:
-            local = fresh / Path(info.path).relative_to(root)
+            local = fresh / (inside := Path(info.path).relative_to(root))
+            if ".." in inside.parts:
+                raise BundleError(f"{reference}: the store has a name that leads out of the model: {info.path}")
             local.parent.mkdir(parents=True, exist_ok=True)
             fs.copy_files(info.path, str(local), source_filesystem=store, destination_filesystem=fs.LocalFileSystem())
         os.replace(fresh, target)

@@ -14,6 +14,7 @@ checks no checksum, and stops in the debugger where a file is broken.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ _TRAILER_BYTES = 5
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 4: "u1", 9: "<i8", 10: "?", 14: "<u2", 19: "<f2"}
 _BFLOAT16 = 14
 _STRING = 7
+# The names of data files have room for so many.
+_MOST_SHARDS = 99_999
 
 _COPY = "copy or download the checkpoint again, whole"
 
@@ -82,6 +85,8 @@ class TensorBundle:
             fields = _fields(header)
             # BundleHeaderProto: the number of data files, and the order of bytes (1: the highest first).
             self._shards, big_endian = _last(fields, 1), _last(fields, 2)
+            if self._shards > _MOST_SHARDS:
+                raise ValueError
             self.entries = {name.decode("utf-8"): _entry(value) for name, value in found}
         except (ValueError, IndexError, struct.error, UnicodeDecodeError):
             raise BundleError(f"{index} is no index of a TensorFlow checkpoint, or is damaged; {_COPY}") from None
@@ -120,7 +125,7 @@ class TensorBundle:
             raise BundleError(f"{self.prefix}: {name} is {kind}, not numbers")
         values = np.fromfile(path, np.uint8, entry.size, offset=entry.offset)
         dtype = np.dtype(_DTYPES[entry.dtype])
-        if entry.size != dtype.itemsize * int(np.prod(entry.shape)) or _masked(crc32c(values)) != entry.checksum:
+        if entry.size != dtype.itemsize * math.prod(entry.shape) or _masked(crc32c(values)) != entry.checksum:
             raise BundleError(f"{path}: the bytes of {name} are not those that were written (checksum); {_COPY}")
         values = values.view(dtype)
         if entry.dtype == _BFLOAT16:

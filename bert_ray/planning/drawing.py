@@ -45,11 +45,9 @@ def _figure(plan: Plan) -> Figure:
     _mark(axes, plan.limit_as_it_is, "C1")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set(
-        xlabel=f"GPUs ({plan.gpu.name})",
-        ylabel="speed-up over one GPU, predicted",
-        title=f"{plan.model}, ZeRO {plan.work.zero_stage}; dotted: the network takes more than {NETWORK_LIMIT:.0%}",
-    )
+    axes.set(xlabel=f"GPUs ({plan.gpu.name})", ylabel="speed-up over one GPU, predicted")
+    title = f"{plan.model}, ZeRO {plan.work.zero_stage}; dotted: the network takes more than {NETWORK_LIMIT:.0%}"
+    axes.set_title(title, parse_math=False)
     axes.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
     axes.set_yticks(COUNTS, [f"{count:,}" for count in COUNTS])
     axes.grid(alpha=0.3)

@@ -79,13 +79,6 @@ def all_reduce_sec(size: float, workers: int, fabric: Fabric) -> float:
     return 2.0 * half_ring_sec(size, workers, fabric)
 
 
-def volume(work: Workload, workers: int, passes: int) -> float:
-    """Bytes that each worker sends in a step; see the module's table."""
-    share = (workers - 1) / workers * work.gradient_bytes * work.parameters
-    times = {0: 2, 1: 2, 2: passes + 1, 3: 3 * passes}[work.zero_stage]
-    return share * times
-
-
 def overlapped_sec(ready: Sequence[float], each: Sequence[float]) -> float:
     """When the last of a row of messages has arrived, in seconds.
 

@@ -199,6 +199,7 @@ class CorpusSource:
             self.steps += 1
             self._rising = share_of(self._warmup, self.steps)
         self.round_steps = min(job.evaluate_every, self.steps)
+        self.tokens = self._tokens_before(self.steps)
 
     def __len__(self) -> int:
         return self._all if self._judged is None else len(self._judged)
@@ -216,6 +217,10 @@ class CorpusSource:
     def lengths_of(self, samples: np.ndarray) -> np.ndarray:
         """See Source."""
         return self._lengths[self._row_of(samples)]
+
+    def squares_of(self, samples: np.ndarray) -> np.ndarray:
+        """See Source."""
+        return self.lengths_of(samples).astype(np.int64) ** 2
 
     def weigh(self, samples: np.ndarray) -> float:
         """See Source. The tokens that are to be guessed."""

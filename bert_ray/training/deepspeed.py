@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _BUCKET_ELEMENTS = 64 * 2**20
 # What fp16's losses are multiplied by at first: torch's own default.
 _FIRST_SCALE = 2.0**16
+# After so many steps without an overflow it grows: torch's own default.
+_GOOD_STEPS = 2000
 
 
 def _import(device: torch.device) -> Any:
@@ -113,14 +115,30 @@ class DeepSpeedStepper:
         DeepSpeed's own way with torch's autocast clips before it unscales, and with ZeRO never lowers the scale.
         """
         if not self._stage:
-            scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE)
+            scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE, growth_interval=_GOOD_STEPS)
             self.engine.torch_autocast_z0_gradscaler = scaler
             return scaler
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-        self._wrapped.loss_scaler = DynamicLossScaler(
+        class LateGrowth(DynamicLossScaler):  # type: ignore[misc]
+            """DeepSpeed has the scale grow before it divides by it gradients that came of the smaller one."""
+
+            cur_scale: float
+
+            def update_scale(self, overflow: bool) -> None:
+                """The scale falls at once, but grows in `grow`."""
+                before = self.cur_scale
+                super().update_scale(overflow)
+                self.next_scale = self.cur_scale
+                self.cur_scale = min(before, self.next_scale)
+
+            def grow(self) -> None:
+                """After the step."""
+                self.cur_scale = self.next_scale
+
+        self._wrapped.loss_scaler = LateGrowth(
             init_scale=_FIRST_SCALE,
-            scale_window=2000,
+            scale_window=_GOOD_STEPS,
             min_scale=1.0,
             delayed_shift=1,
             consecutive_hysteresis=False,
@@ -146,6 +164,8 @@ class DeepSpeedStepper:
         set_rate(self._wrapped, rate)
         if self._stage:
             self.engine.step()
+            if self._scaler is not None:
+                self._scaler.grow()
             norm = self.engine.get_global_grad_norm()
             return None if norm is None else torch.as_tensor(norm)
         if self._scaler is not None:

@@ -319,7 +319,7 @@ class Loop:
         assert isinstance(total, torch.Tensor)
         self._unseen.append((step, weight, total, norm))
         asked = weight if self.module.task.reads_corpus else 0.0
-        squares = float((tokens.astype(float) ** 2).sum())
+        squares = float(self.train.squares_of(samples).sum())
         self._flops += training_flops(self._dims, float(tokens.sum()), squares, asked, job.freeze_layers)
         position.tokens += int(tokens.sum())
         position.epoch_tokens += int(tokens.sum())
@@ -387,6 +387,8 @@ class Loop:
                 loss, metrics = self.evaluate(self.validation)
                 entry |= {"validation_loss": loss, **metrics}
             value = metrics.get(self.module.task.metric)
+            if value is not None and not np.isfinite(value):  # Of outputs that overflowed: any other is better.
+                value = -np.inf
             position.history.append(entry)
             position.epoch += 1
             position.index = position.epoch_tokens = 0
@@ -439,7 +441,7 @@ class Loop:
                     found.append((batch.rows, outputs.cpu().numpy(), float(total)))
         everyone = [item for items in self.peers.gather(found) for item in items]
         outputs = self._in_order(source, everyone)
-        loss = sum(item[2] for item in everyone) / source.weigh(everything)
+        loss = sum(item[2] for item in everyone) / max(1e-9, source.weigh(everything))
         task, examples = self.module.task, source.examples
         if chosen := task.tune(outputs, examples):
             # Decided by all validation rows, so the same on every worker.
@@ -503,14 +505,14 @@ class Loop:
         if what == "progress":
             since, tokens, flops = self._recent
             seconds = max(1e-9, now - since)
-            remaining = (self.steps - self.done) * seconds
-            left = remaining * position.tokens / max(1, self.done) / max(1, position.tokens - tokens)
+            left = max(0, self.train.tokens - position.tokens)
             more |= {
                 "loss": position.loss / max(1e-9, position.weight),
                 "tokens_per_second": (position.tokens - tokens) / seconds,
-                "utilisation": utilisation(self._flops - flops, seconds, self._peak),
-                "seconds_left": left,
+                "seconds_left": left * seconds / max(1, position.tokens - tokens),
             }
+            if not self.module.task.generates:  # A decoder's products are not counted.
+                more["utilisation"] = utilisation(self._flops - flops, seconds, self._peak)
         now = time.monotonic()
         self._told, self._recent = now, (now, position.tokens, self._flops)
         rounds = -(-self.steps // self.train.round_steps)

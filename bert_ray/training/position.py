@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 # Points of a run's loss curve, at most; an even number.
 _CURVE_POINTS = 400
 
@@ -31,7 +29,8 @@ class Position:
         diverged: the step whose loss or gradient was not finite, or the last of many that overflowed; None so far.
         overflowed: whether it was by that.
         stopped: whether the run left early because it was asked to.
-        curve: (step, mean loss, gradient norm) of a few hundred stretches of the run, for a plot.
+        curve: (step, mean loss, gradient norm) of a few hundred stretches of the run, for a plot; the norm is None
+            where all overflowed.
     """
 
     epoch: int = 0
@@ -49,13 +48,21 @@ class Position:
     diverged: int | None = None
     overflowed: bool = False
     stopped: bool = False
-    curve: list[list[float]] = field(default_factory=list)
+    curve: list[list[float | None]] = field(default_factory=list)
 
     def draw(self, step: int, losses: Sequence[float], norms: Sequence[float | None]) -> None:
         """Add a stretch of steps, which ended with `step`, to the loss curve; a long run's curve is thinned out."""
-        sizes = [size for size in norms if size is not None]
-        self.curve.append([step, sum(losses) / len(losses), sum(sizes) / len(sizes) if sizes else 0.0])
+        self.curve.append([step, _mean(losses), _mean(norms)])
         if len(self.curve) == _CURVE_POINTS:
             pairs = zip(self.curve[::2], self.curve[1::2], strict=True)
             # Two stretches are one that ends where the second did.
-            self.curve = [[second[0], *np.mean([first[1:], second[1:]], axis=0).tolist()] for first, second in pairs]
+            self.curve = [
+                [second[0], *(_mean(values) for values in zip(first[1:], second[1:], strict=True))]
+                for first, second in pairs
+            ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

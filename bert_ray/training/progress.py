@@ -35,9 +35,10 @@ def line(event: dict[str, Any]) -> str:
         workers = f"{event['workers']} worker{'s' if event['workers'] > 1 else ''}"
         return "\n".join([*event["skipped"], f"{where}  resumed from the checkpoint on {workers}"])
     if what == "progress":
+        share = f"{event['utilisation']:.0%} of peak  " if "utilisation" in event else ""
         return (
-            f"{where}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  "
-            f"{event['utilisation']:.0%} of peak  {duration(event['seconds_left'])} left"
+            f"{where}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s  {share}"
+            f"{duration(event['seconds_left'])} left"
         )
     known = {"what", "epoch", "epochs", "step", "steps", "train_loss", "learning_rate", "tokens_per_second"}
     more = "".join(f"  {name} {value:.4f}" for name, value in event.items() if name not in known)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,13 +41,18 @@ FORMAT = 1
 INDEX_SCHEMA = pa.schema([pa.field("length", pa.uint32(), nullable=False)])
 
 
+def id_type(vocabulary: int) -> pa.DataType:
+    """The type of token ids: those of a vocabulary of up to 65,536 take two bytes each."""
+    return pa.uint16() if vocabulary <= 2**16 else pa.uint32()
+
+
 def shard_schema(vocabulary: int) -> pa.Schema:
-    """The columns of a shard; ids of a vocabulary of up to 65,536 take two bytes each."""
-    ids = pa.uint16() if vocabulary <= 2**16 else pa.uint32()
+    """The columns of a shard."""
+    item = pa.field("item", id_type(vocabulary), nullable=False)
     return pa.schema(
         [
             pa.field("id", pa.binary(16), nullable=False),
-            pa.field("tokens", pa.large_list(pa.field("item", ids, nullable=False)), nullable=False),
+            pa.field("tokens", pa.large_list(item), nullable=False),
             pa.field("word_starts", pa.large_list(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
         ]
     )
@@ -385,33 +390,3 @@ def _fault(path: Path, shard: Shard, seen: dict[str, list[Any]]) -> str | None:
     except OSError as error:
         return f"cannot be read ({os.strerror(error.errno) if error.errno else error})"
     return None
-
-
-def batches_of(
-    schema: pa.Schema, documents: Iterator[tuple[bytes, Sequence[int] | np.ndarray, np.ndarray]], tokens: int = 2**20
-) -> Iterator[pa.RecordBatch]:
-    """Documents (id, token ids, word starts) as record batches of about `tokens` tokens."""
-    ids: list[bytes] = []
-    parts: list[np.ndarray] = []
-    flags: list[np.ndarray] = []
-    count = 0
-
-    def batch() -> pa.RecordBatch:
-        offsets = pa.array(np.cumsum([0, *map(len, parts)]), pa.int64())
-        values = pa.array(np.concatenate(parts), schema.field("tokens").type.value_type)
-        lists = pa.LargeListArray.from_arrays(offsets, values, type=schema.field("tokens").type)
-        starts = pa.LargeListArray.from_arrays(
-            offsets, pa.array(np.concatenate(flags), pa.bool_()), type=schema.field("word_starts").type
-        )
-        return pa.record_batch([pa.array(ids, pa.binary(16)), lists, starts], schema=schema)
-
-    for name, tokens_of, starts_of in documents:
-        ids.append(name)
-        parts.append(np.asarray(tokens_of, np.uint32))
-        flags.append(np.asarray(starts_of, bool))
-        count += len(parts[-1])
-        if count >= tokens:
-            yield batch()
-            ids, parts, flags, count = [], [], [], 0
-    if ids:
-        yield batch()

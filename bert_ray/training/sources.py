@@ -25,11 +25,13 @@ class Source(Protocol):
     Attributes:
         round_steps: steps between two evaluations.
         steps: of the whole run.
+        tokens: of the whole run; where steps are filled up with rows, about.
         examples: of a labelled table; None where the samples stem from somewhere else.
     """
 
     round_steps: int
     steps: int
+    tokens: int
     examples: Examples | None
 
     def __len__(self) -> int:
@@ -40,6 +42,9 @@ class Source(Protocol):
 
     def lengths_of(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of the given samples, int64 (S,)."""
+
+    def squares_of(self, samples: np.ndarray) -> np.ndarray:
+        """What their attention costs: squared lengths of the rows that a sample is seen in, summed up, int64 (S,)."""
 
     def weigh(self, samples: np.ndarray) -> float:
         """What the given samples count for together in the mean loss."""
@@ -81,7 +86,8 @@ class TableSource:
         self.round_steps = -(-len(examples) // batch_size)
         self.steps = self.round_steps * epochs
         self._examples, self._batch_size, self._seed, self._augmentation = examples, batch_size, seed, augmentation
-        self._lengths = examples.lengths
+        self._lengths, self._squares = examples.lengths, examples.squares
+        self.tokens = epochs * int(self._lengths.sum())
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -97,6 +103,10 @@ class TableSource:
     def lengths_of(self, samples: np.ndarray) -> np.ndarray:
         """See Source."""
         return self._lengths[samples]
+
+    def squares_of(self, samples: np.ndarray) -> np.ndarray:
+        """See Source."""
+        return self._squares[samples]
 
     def weigh(self, samples: np.ndarray) -> float:
         """See Source."""

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.job import TrainJob
 from tests.conftest import needs
 from tests.groups import in_group, losses, reviews_job, run_loop
@@ -44,6 +47,11 @@ def worker(job: TrainJob, root: Path, world: int) -> dict[str, list[dict[str, fl
             place = root / f"moved-{before}-{after}"
             run_loop(replace(job, zero_stage=before, precision="fp16"), place, stop=17)
             found[f"moved {before} {after}"] = run_loop(replace(job, zero_stage=after, precision="fp16"), place)
+        # A scale that grows with every step or every second one, and stays far below what overflows.
+        deepspeed._FIRST_SCALE, window, deepspeed._GOOD_STEPS = 8.0, deepspeed._GOOD_STEPS, 1
+        for stage in STAGES:
+            run_loop(replace(job, zero_stage=stage, precision="fp16"), root / f"grown-{stage}", stop=5)
+        deepspeed._GOOD_STEPS = window
     finally:
         deepspeed._FIRST_SCALE = usual
     return found
@@ -88,6 +96,21 @@ def test_an_overflow_lowers_the_scale_and_training_goes_on(runs: dict[str, Any],
     assert found != losses(runs[f"fp16 {stage}"]), "no step was left out"
     assert found[-2] < 0.95 * found[0]
     assert found == pytest.approx(losses(runs["overflow 0"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_scale_that_grows_divides_what_comes_after(runs: dict[str, Any], stage: int) -> None:
+    """Adam's first moments, in which a gradient that was divided by too much would show, after four steps."""
+
+    def moments(place: str) -> dict[str, torch.Tensor]:
+        state = load_file(runs["root"] / place / "checkpoints" / "step-00000004" / STATE_FILE)
+        return {name: value for name, value in state.items() if name.startswith("exp_avg/")}
+
+    assert scaling(runs["root"] / f"grown-{stage}")["scale"] > 8.0, "it did not grow"
+    found, expected = moments(f"grown-{stage}"), moments("grown-0")
+    assert found.keys() == expected.keys() and len(found) > 10
+    sizes = [float(sum((value**2).sum() for value in state.values()) ** 0.5) for state in (found, expected)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
 @pytest.mark.parametrize("stage", STAGES)

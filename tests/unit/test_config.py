@@ -153,6 +153,8 @@ def test_a_dumped_job_reads_back_equal(tmp_path: Path) -> None:
         ("input: a\nrows: 3\x1b[0m\n", "job.yaml:2: not YAML: it holds the character 0x1b, which is no text"),
         ("input: a\n\0\0\0", "job.yaml:2: not YAML: it holds the character 0x00, which is no text"),
         ("input: a\n---\ninput: b\n", "job.yaml:2: not YAML:"),
+        (f"input: {'[' * 5000}{']' * 5000}\n", "job.yaml has values in values in values, deeper than can be read"),
+        (f"input: a\nrows: {'1' * 5000}\n", "job.yaml has a value that cannot be read: Exceeds the limit"),
         ("input: a\nzzz: 1\n", "unknown key 'zzz'; the keys here are input, engine,"),
     ],
 )

@@ -258,5 +258,10 @@ def test_the_named_cluster_wins_over_the_environments(monkeypatch: pytest.Monkey
     assert "RAY_API" not in submission._follow_ray("one", "http://staging:8265", None)
 
 
+def test_commands_to_paste_are_quoted() -> None:
+    job = AnnotateJob(input="in", model="m", output="/data/my out; rm -r x")
+    assert submission._progress(job) == ["  done    bert-ray runs status '/data/my out; rm -r x'"]
+
+
 def test_a_driver_that_a_signal_ended_has_a_shells_status() -> None:
     assert submission._foreground(["sh", "-c", "kill -9 $$"], dict(os.environ)) == 137

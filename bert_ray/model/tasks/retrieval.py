@@ -64,7 +64,8 @@ def ranking(first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> Ranki
         cosines = first[some] @ candidates.T
         at = np.arange(len(cosines)), own[some]
         mine[some] = cosines[at]
-        places[some] = (cosines >= mine[some, None]).sum(1)
+        # A vector of an overflow is near to nothing: not to its own either, so it is last.
+        places[some] = (~(cosines < mine[some, None])).sum(1)
         cosines[at] = -np.inf
         best = cosines.argmax(1)
         other[some] = cosines[at[0], best]

@@ -21,6 +21,8 @@ CHINESE = (
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\ufeff]+")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,2000}>")
 _TAG_OR_COMMENT = re.compile(rf"<!--.*?-->|{_TAG.pattern}", re.DOTALL)
+# Numbers that Python refuses to read for their digits (`sys.set_int_max_str_digits`); no character has such a one.
+_ENDLESS_REFERENCE = re.compile("&#[0-9]{640,};?")
 _APART = re.compile(f"[^\\w]|[{CHINESE}]")
 # A longer text is cleaned in slices of so many characters: the list of its words would take many times its size.
 _SLICE_CHARACTERS = 2**20
@@ -36,7 +38,7 @@ def clean(text: str, markup: str = "none") -> str:
         markup: "html": tags become spaces and character references their characters; "none": it stays.
     """
     if markup == "html":
-        text = html.unescape(_without_tags(text)) if "<" in text or "&" in text else text
+        text = _without_markup(text) if "<" in text or "&" in text else text
     # Before anything else: a control character may stand between a letter and its mark.
     text = _CONTROL.sub("", text)
     if len(text) <= _SLICE_CHARACTERS:
@@ -54,11 +56,13 @@ def clean(text: str, markup: str = "none") -> str:
     return "".join(parts)
 
 
-def _without_tags(text: str) -> str:
+def _without_markup(text: str) -> str:
     """Without tags and comments; where no comment ends any more none is looked for: each would be, up to the end."""
     ends = text.rfind("-->")
     last = 0 if ends < 0 else ends + 3
-    return _TAG_OR_COMMENT.sub(" ", text[:last]) + _TAG.sub(" ", text[last:])
+    untagged = _TAG_OR_COMMENT.sub(" ", text[:last]) + _TAG.sub(" ", text[last:])
+    # As `html.unescape` has other numbers of no character.
+    return html.unescape(_ENDLESS_REFERENCE.sub("\ufffd", untagged))
 
 
 def slices(text: str, size: int) -> Iterator[str]:

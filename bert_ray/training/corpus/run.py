@@ -35,7 +35,7 @@ from bert_ray.training.corpus.engines import Run, engine
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.corpus.sources import Part, Source, open_sources, parts_of
 from bert_ray.training.corpus.stages import do_stage, failure_lines, reconcile
-from bert_ray.training.corpus.tokens import load_tokenizer
+from bert_ray.training.corpus.tokens import pretraining_tokenizer
 from bert_ray.training.corpus.work import Task, Work
 from bert_ray.training.shards import TOKENIZER_FOLDER, Manifest, Split, is_corpus, read_manifest
 
@@ -161,7 +161,7 @@ class _Run:
         """Check that the output is this job's, and put the tokenizer into it."""
         job, earlier = self.job, self.journal.read_run()
         _check_packages(job)
-        tokenizer = load_tokenizer(job.tokenizer)
+        tokenizer = pretraining_tokenizer(job.tokenizer)
         fresh = self.output / FOLDER / f"tokenizer.{os.getpid()}.new"
         try:
             with output_errors(self.output):

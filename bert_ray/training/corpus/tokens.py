@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.errors import JobError
 from bert_ray.training.corpus.cleaning import CHINESE, slices
 from bert_ray.training.masking import special_ids
+from bert_ray.training.shards import id_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,31 +41,19 @@ class Tokenised(NamedTuple):
     lengths: np.ndarray
 
 
-def load_tokenizer(reference: str) -> PreTrainedTokenizerFast:
+def pretraining_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or a bundle, checked for what pretraining needs of it.
 
     Raises:
-        JobError: there is none, it is not a fast one, or see `special_ids`.
-        BundleError: nothing lies at the reference.
+        BundleError: there is none at the reference.
+        JobError: see `special_ids`.
     """
-    from transformers import AutoTokenizer
-
+    from bert_ray.model.bundle import load_tokenizer
     from bert_ray.model.references import resolve
 
-    directory = resolve(reference)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, use_fast=True)
-    except Exception as error:
-        raise JobError(f"tokenizer {reference} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise JobError(f"tokenizer {reference} is no fast one (it has no tokenizer.json): save it with transformers")
+    tokenizer = load_tokenizer(resolve(reference))
     special_ids(tokenizer, reference)
     return tokenizer
-
-
-def dtype_of(vocabulary: int) -> Any:
-    """The type of the ids of a vocabulary, as `shards.shard_schema` has it."""
-    return np.uint16 if vocabulary <= 2**16 else np.uint32
 
 
 class Tokeniser:
@@ -86,7 +74,7 @@ class Tokeniser:
         self._backend.no_padding()
         # "[SEP]" in a text is five characters, and not the end of a sentence.
         self._backend.encode_special_tokens = True
-        self._dtype = dtype_of(vocabulary)
+        self._dtype = id_type(vocabulary).to_pandas_dtype()
         self._starts = self._table()
         self._cut = _chinese_words() if words == "jieba" else None
         model = self._backend.model

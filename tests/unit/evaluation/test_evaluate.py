@@ -13,7 +13,7 @@ import pytest
 
 from bert_ray.errors import BundleError, ColumnError, JobError, LakeError
 from bert_ray.evaluation import evaluate as room
-from bert_ray.evaluation.evaluate import Evaluation, evaluate
+from bert_ray.evaluation.evaluate import Evaluation, _lines, evaluate
 from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.model.bundle import load_bundle, save_bundle
 from tests.tiny_tasks import MAKERS
@@ -214,3 +214,9 @@ def test_a_table_whose_name_is_no_utf_8_is_refused(tmp_path: Path, tiny_bundle: 
     job = EvaluateJob(model=str(tiny_bundle), table=os.fsdecode(path), output=str(tmp_path / "report"))
     with pytest.raises(LakeError, match=r"caf.*\.parquet is no UTF-8: give"):
         evaluate(job)
+
+
+def test_labels_of_several_lines_print_no_further_figure() -> None:
+    assert _lines({"constant_label": "x\naccuracy 1.0\x1b]0;title\x07 好 é"}) == [
+        "constant_label x\\x0aaccuracy 1.0\\x1b]0;title\\x07 好 é"
+    ]

@@ -69,6 +69,19 @@ def test_a_receipt_ends_a_failure(journal: Journal) -> None:
     assert journal.failures() == []
 
 
+@pytest.mark.parametrize("place", ["../kept", "{root}/kept"])
+def test_a_receipt_that_names_a_file_elsewhere_takes_none(journal: Journal, tmp_path: Path, place: str) -> None:
+    (tmp_path / "kept").write_text("a book")
+    with journal.temporary("u") as temporary:
+        temporary.touch()
+        journal.commit("u", temporary, journal.output / "part-u.parquet", {})
+    receipt = journal.root / "receipts" / "u.json"
+    receipt.write_text(json.dumps(journal.receipt("u") | {"output": place.format(root=tmp_path)}))
+    with pytest.raises(LakeError, match=r"u\.json was altered: it names .*kept"):
+        journal.discard("u")
+    assert (tmp_path / "kept").exists()
+
+
 def test_discard_takes_output_and_receipt(journal: Journal) -> None:
     with journal.temporary("u") as temporary:
         temporary.touch()

@@ -4,12 +4,15 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pyarrow import fs
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import bert_ray
 from bert_ray.errors import BundleError, JobError
@@ -123,6 +126,24 @@ def test_a_pickle_is_refused(copy: Path) -> None:
     torch.save({}, copy / "pytorch_model.bin")
     with pytest.raises(BundleError, match=r"pickle.*refused.*safe_serialization"):
         load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../other/model.safetensors"])
+def test_an_index_that_leads_to_other_weights_is_refused(copy: Path, name: str) -> None:
+    (copy / "bert_ray.json").unlink()
+    (copy / "model.safetensors").rename(copy / "decoy.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    with pytest.raises(BundleError, match=rf"index\.json names weights in '{re.escape(name)}'"):
+        load_bundle(copy)
+
+
+def test_weights_in_several_files_load(tiny_bundle: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bundle)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    AutoTokenizer.from_pretrained(tiny_bundle).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = load_bundle(tmp_path).model().state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
 def test_remote_code_is_refused(copy: Path) -> None:
@@ -250,6 +271,21 @@ def test_a_model_in_an_object_store_is_copied_once_for_each_state(
     assert not (bundle.directory / "pytorch_model.bin").exists()
     with pytest.raises(BundleError, match=r"no model files|cannot be read"):
         resolve(reference.replace("sentiment", "nothing"))
+
+
+def test_a_store_whose_names_lead_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hostile one may list them; those that serve here do not let such a name be written."""
+
+    class Hostile(fs.SubTreeFileSystem):
+        def get_file_info(self, chosen: object) -> list[fs.FileInfo]:
+            return [fs.FileInfo("models/m/../../../out.json", type=fs.FileType.File, size=2, mtime_ns=1)]
+
+    monkeypatch.setenv("BERT_RAY_CACHE", str(tmp_path / "cache"))
+    hostile = Hostile(str(tmp_path), fs.LocalFileSystem())
+    monkeypatch.setattr(fs, "FileSystem", SimpleNamespace(from_uri=lambda _: (hostile, "models/m")))
+    with pytest.raises(BundleError, match=r"leads out of the model: models/m/\.\./\.\./\.\./out\.json"):
+        resolve("s3://lake/models/m")
+    assert not list(tmp_path.rglob("out.json"))
 
 
 def test_errors_pickle() -> None:

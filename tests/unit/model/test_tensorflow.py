@@ -20,6 +20,7 @@ import torch
 import bert_ray
 from bert_ray import cli
 from bert_ray.errors import BundleError, JobError
+from bert_ray.model import tensor_bundle
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.checksum import crc32c
 from bert_ray.model.tensor_bundle import TensorBundle
@@ -387,6 +388,15 @@ def test_many_blocks_and_data_files_are_read(release: Path, tmp_path: Path) -> N
     assert same(tmp_path / "bundle")
     (release / f"{CKPT}.data-00001-of-00003").unlink()
     with pytest.raises(BundleError, match=r"data-00001-of-00003 is missing: .* half there"):
+        TensorBundle(release / CKPT)
+
+
+def test_an_index_of_more_files_than_have_names_is_told(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(rewritten(release, lambda w: None, shards=3), tmp_path / "bundle")
+    monkeypatch.setattr(tensor_bundle, "_MOST_SHARDS", 2)
+    with pytest.raises(BundleError, match=r"is no index of a TensorFlow checkpoint"):
         TensorBundle(release / CKPT)
 
 

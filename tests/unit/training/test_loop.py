@@ -27,6 +27,7 @@ from bert_ray.model import bundle
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.packing import plan
+from bert_ray.model.tasks.classification import Classification
 from bert_ray.training import launch, loop, optim, run_directory
 from bert_ray.training.checkpoints import STATE_FILE
 from bert_ray.training.data import read_labelled
@@ -516,6 +517,14 @@ def test_bf16_trains(job_for: Jobs, tmp_path: Path) -> None:
 def test_early_stopping_ends_when_the_metric_no_longer_rises(job_for: Jobs) -> None:
     result = quiet(job_for(epochs=30, early_stopping=2, learning_rate=1e-9))
     assert len(result.history) == result.best_epoch + 2
+
+
+def test_an_epoch_whose_metric_is_no_number_is_not_the_best(job_for: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of outputs that overflowed."""
+    found = iter([float("nan"), 0.5, float("nan")])
+    monkeypatch.setattr(Classification, "validate", lambda *_: {"accuracy": next(found)})
+    result = quiet(job_for(epochs=3))
+    assert (result.best_epoch, result.metrics) == (2, {"accuracy": 0.5})
 
 
 def test_all_rows_train_where_nothing_is_held_out(job_for: Jobs, reviews: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -47,6 +46,10 @@ EPOCH = {"train_loss": 0.5, "learning_rate": 3e-5, "tokens_per_second": 987.6, "
         (
             {"what": "resumed", **WHERE, "workers": 1, "skipped": []},
             "epoch 2/3  step 40/60  resumed from the checkpoint on 1 worker",
+        ),
+        (
+            {"what": "progress", **WHERE, **{name: SPEED[name] for name in SPEED if name != "utilisation"}},
+            "epoch 2/3  step 40/60  loss 0.5124  12,346 tokens/s  3 min 20 s left",
         ),
         ({"what": "note", "text": "120 rows to train on"}, "120 rows to train on"),
     ],
@@ -103,8 +106,11 @@ def test_speed_share_of_the_peak_and_time_left_are_those_of_the_steps_since(
     events: list[dict[str, Any]] = []
     result = train(job, tell=lambda event: events.append({**event, "at": clock.now}))
 
+    whole = sum(item[0] for item in taken)
     if masked:
         rows = corpus_source(corpus, job)
+        assert rows.tokens == pytest.approx(whole, rel=0.02)  # Whole rows, so about.
+        whole = rows.tokens
         assert [item[0] for item in taken] == [rows.lengths_of(rows.select(step)).sum() for step in range(20)]
     dims = dims_of(load_bundle(result.bundle).config)
     flops = [training_flops(dims, *figures, job.freeze_layers) for figures in taken]
@@ -117,9 +123,8 @@ def test_speed_share_of_the_peak_and_time_left_are_those_of_the_steps_since(
             assert seconds == 2.0 * (done - before) > 0
             assert event["tokens_per_second"] == pytest.approx(sum(tokens[before:done]) / seconds)
             assert event["utilisation"] == pytest.approx(sum(flops[before:done]) / seconds / 1e9)
-            # Two seconds a step, were all of them of one size.
-            size = np.mean(tokens[before:done]) / np.mean(tokens[:done])
-            assert event["seconds_left"] == pytest.approx(2.0 * (len(taken) - done) / size)
+            rest = max(0, whole - sum(tokens[:done]))
+            assert event["seconds_left"] == pytest.approx(rest / event["tokens_per_second"])
             assert f"{event['tokens_per_second']:,.0f} tokens/s  {event['utilisation']:.0%} of peak" in line(event)
         if "step" in event:
             before, at = event["step"], event["at"]

@@ -123,6 +123,9 @@ def test_retrieval_counts_places() -> None:
     assert ranking(same, same, np.arange(4)).metrics()["recall@1"] == 0.0
     alone = ranking(same[:1], same[:1], np.zeros(1))
     assert (alone.metrics()["mrr"], alone.nearest.tolist()) == (1.0, [0])
+    # A vector of an overflow is in no place but the last.
+    same[0] = np.nan
+    assert ranking(same, same, np.arange(4)).places.tolist() == [4, 4, 4, 4]
 
 
 def test_pairs_are_measured_as_in_training(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:

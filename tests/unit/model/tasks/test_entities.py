@@ -521,6 +521,26 @@ def test_training_finds_entities(trained: Any) -> None:
     assert all(0.5 < entity["score"] <= 1.0 for entity in found)
 
 
+def test_validation_rows_without_a_word_end_no_training(trained: Any, tmp_path: Path) -> None:
+    from bert_ray.training.job import DataOptions, TrainJob
+    from bert_ray.training.launch import train
+
+    row = {"words": [["phone", "bad"]], "tags": [["B-thing", "O"]]}
+    pq.write_table(pa.table(row), tmp_path / "train.parquet")
+    kinds = pa.schema([("words", pa.list_(pa.string())), ("tags", pa.list_(pa.string()))])
+    pq.write_table(pa.table({"words": [[]], "tags": [[]]}, kinds), tmp_path / "validation.parquet")
+    data = DataOptions(
+        train=str(tmp_path / "train.parquet"),
+        validation=str(tmp_path / "validation.parquet"),
+        columns={"text": "words", "label": "tags"},
+    )
+    job = TrainJob(
+        model=str(trained.bundle), output=str(tmp_path / "out"), task="entities", engine="local", threads=1, data=data,
+        epochs=1,
+    )  # fmt: skip
+    assert train(job, tell=lambda _: None).history[0]["validation_loss"] == 0.0
+
+
 def test_an_entity_on_a_seam_is_found_once_whole(trained: Any) -> None:
     """A window holds 22 words: the entity stands at every place of a text of three windows."""
     rows, places = [], []

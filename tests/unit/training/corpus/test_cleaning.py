@@ -18,6 +18,10 @@ def test_what_cleaning_does() -> None:
     assert clean("1 < 2 &amp; <br />so<!-- no --><p class='x'>it", "html") == "1 < 2 & so it"
 
 
+def test_a_number_of_thousands_of_digits_is_no_character_and_no_error() -> None:
+    assert clean(f"a &#{'1' * 5000}; b &#{'0' * 5000}65 c &#65;&#x41;", "html") == "a \ufffd b \ufffd c AA"
+
+
 def test_comments_that_never_end_stay_and_cost_no_more_than_others() -> None:
     assert clean("a <!-- b --> c <!-- <b>d</b>", "html") == "a c <!-- d"
     # Looked for from each of them to the end, theirs would take half an hour.

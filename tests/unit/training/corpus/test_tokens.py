@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from bert_ray.errors import JobError
+from bert_ray.errors import BundleError, JobError
 from bert_ray.training.corpus import tokens
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.corpus.run import run
-from bert_ray.training.corpus.tokens import Tokeniser, load_tokenizer
+from bert_ray.training.corpus.tokens import Tokeniser, pretraining_tokenizer
 from bert_ray.training.shards import Documents, read_tokenizer
 from tests.conftest import tiny_tokenizer
 
@@ -98,10 +98,10 @@ def test_a_vocabulary_without_mask_is_refused(tmp_path: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(JobError, match=r"has no \[MASK\].*bert-ray vocabulary"):
-        load_tokenizer(str(tmp_path))
+        pretraining_tokenizer(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(JobError, match=r"tokenizer .*empty"):
-        load_tokenizer(str(tmp_path / "empty"))
+    with pytest.raises(BundleError, match=r"empty: the tokenizer cannot be read"):
+        pretraining_tokenizer(str(tmp_path / "empty"))
 
 
 def test_another_tokenizer_in_the_same_place_is_read_anew(
@@ -134,4 +134,14 @@ def test_a_tokenizer_that_lacks_a_token_is_refused_before_the_corpus_is_made(tmp
     known = {role: token for role, token in roles.items() if token != name}
     PreTrainedTokenizerFast(tokenizer_object=backend, **known).save_pretrained(tmp_path)
     with pytest.raises(JobError, match=rf"has no \{name}"):
-        load_tokenizer(str(tmp_path))
+        pretraining_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_wants_texts_in_lower_case_has_them_so(tiny_encoder: Path, tmp_path: Path) -> None:
+    """sentence-transformers says so beside the tokenizer, not in it."""
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
+    assert pretraining_tokenizer(str(tmp_path / "model")).tokenize("GOOD") != ["good"]
+    (tmp_path / "model" / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    assert pretraining_tokenizer(str(tmp_path / "model")).tokenize("GOOD") == ["good"]
