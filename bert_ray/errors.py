@@ -42,7 +42,7 @@ class Stopped(Exception):
     """A run was asked to stop (SIGTERM) and did, with a checkpoint to go on from; the message says where."""
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """What the operating system says of an error, without a path: the message around it names one that is known."""
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 

@@ -35,7 +35,7 @@ from typing import Any, Literal
 from bert_ray.config import dump_job, load_job, peek
 from bert_ray.config.flags import Arguments
 from bert_ray.config.keys import list_keys
-from bert_ray.errors import JobError
+from bert_ray.errors import JobError, why
 from bert_ray.inference.job import AnnotateJob, SparkOptions
 from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.job import TrainJob, absolute, absolute_model
@@ -390,7 +390,7 @@ def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:
         shutil.copyfile(Path(__file__).parent / "__main__.py", stage / _ENTRY)
     except OSError as error:
         raise JobError(
-            f"cannot write to {stage}: {error.strerror}. Name a directory for what is sent with --record"
+            f"cannot write to {stage}: {why(error)}. Name a directory for what is sent with --record"
         ) from error
     return name, stage
 

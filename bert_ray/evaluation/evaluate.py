@@ -26,7 +26,7 @@ from bert_ray.errors import BundleError, ColumnError, JobError, why
 from bert_ray.evaluation.leakage import rows_also_trained_on
 from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
-from bert_ray.model.bundle import encoder_config
+from bert_ray.model.bundle import dropout_rates, encoder_config
 from bert_ray.model.tasks import TRAINED_ONLY
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.sections import MATRIX_LABELS, Cases, Confusion, Constant, Section, as_data
@@ -283,11 +283,10 @@ def levers_of(bundle: Bundle, truth: Sequence[pa.Array]) -> Levers:
         refused.add("label_smoothing")
     except ColumnError:  # The table was made for another task that runs on the bundle.
         pass
-    # The configuration was saved with the rate that the job gave; DistilBERT calls it otherwise.
-    rate = getattr(config, "hidden_dropout_prob", None)
-    rate = getattr(config, "dropout", 0.0) if rate is None else rate
+    # The configuration was saved with the rate that the job gave.
+    rate, _ = dropout_rates(config)
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    return Levers(job=job, refused=refused, dropout=float(rate or 0.0), layers=layers)
+    return Levers(job=job, refused=refused, dropout=rate, layers=layers)
 
 
 def _in_table(section: Section, rows: Rows) -> Section:

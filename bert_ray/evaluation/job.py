@@ -26,8 +26,8 @@ class EvaluateJob:
         batch_tokens: tokens in a packed batch; default: what suits the device.
         threads: torch threads; default: torch's own choice.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (fp32 on a CPU, bf16 or fp16 on a GPU), "fp32", "bf16" (on a CPU with AMX two to three times as fast),
-            "fp16".
+        dtype: "auto" (fp32 on a CPU, bf16 or fp16 on a GPU), "fp32", "bf16" (on a CPU with AMX two to three times as
+            fast), "fp16".
     """
 
     model: str

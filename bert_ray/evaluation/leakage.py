@@ -11,7 +11,7 @@ import pyarrow as pa
 from bert_ray.errors import BertRayError
 from bert_ray.lake.tables import parquet_dataset
 from bert_ray.model.tokenization import to_python_strings
-from bert_ray.training.data import of_one_schema, rows_known
+from bert_ray.training.data import rows_known
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads
@@ -44,7 +44,7 @@ def rows_also_trained_on(
         return None
     columns = [named.get(name, name) for name in task.inputs]
     try:
-        table = of_one_schema(parquet_dataset(path))
+        table = parquet_dataset(path)
         if sum(Path(file).stat().st_size for file in table.files) > most_bytes:
             return None
         if not set(columns) <= set(table.schema.names):

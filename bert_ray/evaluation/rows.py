@@ -14,7 +14,7 @@ import pyarrow as pa
 from bert_ray.errors import ColumnError, LakeError, meant
 from bert_ray.lake.files import printable
 from bert_ray.lake.tables import parquet_dataset
-from bert_ray.training.data import of_one_schema, one_array, usable_rows
+from bert_ray.training.data import one_array, usable_rows
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads
@@ -56,7 +56,7 @@ def open_table(path: str) -> pads.Dataset:
     if not Path(path).exists():
         raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
     try:
-        table = of_one_schema(parquet_dataset(path))
+        table = parquet_dataset(path)
     except (pa.ArrowException, OSError) as error:
         raise LakeError(f"{path} cannot be read as Parquet: {error}") from error
     if not table.files:

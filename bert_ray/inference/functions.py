@@ -29,7 +29,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.functions import arrow_udf
 from pyspark.sql.pandas.types import from_arrow_type
 
-from bert_ray.errors import BundleError, JobError
+from bert_ray.errors import BundleError, JobError, why
 from bert_ray.inference.spark import on_gpu, spark_array, worker_threads
 from bert_ray.inference.specs import annotator_of
 
@@ -136,7 +136,7 @@ def _bundles(directory: Path) -> dict[str, str]:
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
-        raise JobError(f"{directory} cannot be listed: {error.strerror}; give references by name instead") from error
+        raise JobError(f"{directory} cannot be listed: {why(error)}; give references by name instead") from error
     for path in (directory / name for name in names if name[0] != "." and _is_bundle(directory / name)):
         try:
             name = load_bundle(path).card.name or path.name

@@ -68,8 +68,8 @@ class AnnotateJob:
         workers: workers (with Ray: actors; with Spark: tasks at a time); default: what the machine or cluster has.
             The local engine is one worker.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (fp32 on a CPU, bf16 or fp16 on a GPU), "fp32", "bf16" (on a CPU with AMX two to three times as fast),
-            "fp16".
+        dtype: "auto" (fp32 on a CPU, bf16 or fp16 on a GPU), "fp32", "bf16" (on a CPU with AMX two to three times as
+            fast), "fp16".
         ray, spark: where these engines run.
     """
 

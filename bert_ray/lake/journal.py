@@ -191,7 +191,7 @@ class Journal:
         except (FileNotFoundError, NotADirectoryError):
             return set()
         except OSError as error:
-            raise LakeError(f"{self.root / folder} cannot be listed: {error.strerror}") from error
+            raise LakeError(f"{self.root / folder} cannot be listed: {why(error)}") from error
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -199,7 +199,7 @@ class Journal:
         except (FileNotFoundError, ValueError):
             return {}
         except OSError as error:
-            raise LakeError(f"{path} cannot be read: {error.strerror}") from error
+            raise LakeError(f"{path} cannot be read: {why(error)}") from error
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         """Write a JSON file whole or not at all."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import LakeError, why
 
 # What flock says where a file system has no locks: a FUSE mount, Lustre without its option, NFS 3 without its daemon.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -52,7 +52,7 @@ def _take(path: Path, what: str) -> int | None:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise LakeError(f"cannot write {path}: {os.strerror(error.errno or 0)}; choose another output") from error
+            raise LakeError(f"cannot write {path}: {why(error)}; choose another output") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -62,7 +62,7 @@ def _take(path: Path, what: str) -> int | None:
                 path.unlink(missing_ok=True)
                 return None
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise LakeError(f"cannot lock {path}: {os.strerror(error.errno or 0)}") from error
+                raise LakeError(f"cannot lock {path}: {why(error)}") from error
             raise LakeError(
                 f"another process works on {what} ({holder or 'it has not said which'}): wait for it, stop it, or "
                 "choose another output"

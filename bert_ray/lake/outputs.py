@@ -15,7 +15,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_ray.errors import JobError, LakeError
+from bert_ray.errors import JobError, LakeError, why
 from bert_ray.lake.journal import FOLDER, Journal, output_errors
 from bert_ray.lake.snapshots import table_around
 from bert_ray.lake.tables import local_path, local_target, walk
@@ -47,7 +47,7 @@ def check_place(output: str | os.PathLike[str], source: str | os.PathLike[str]) 
     except NotADirectoryError as error:
         raise JobError(f"the output {place} is a file, or lies in one: name a directory") from error
     except OSError as error:
-        raise LakeError(f"the output {place} cannot be listed: {os.strerror(error.errno or 0)}") from error
+        raise LakeError(f"the output {place} cannot be listed: {why(error)}") from error
     # A run that was killed at its very start leaves the journal's directory and nothing in it.
     if set(found) - {FOLDER} and not Journal(place).read_run():
         raise JobError(

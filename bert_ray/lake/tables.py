@@ -19,9 +19,9 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
-from bert_ray.lake.schemas import merge, plain
+from bert_ray.lake.schemas import holds, merge, plain
 from bert_ray.lake.snapshots import active_files, check_whole, is_delta
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
 
@@ -161,7 +161,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
 
 
 def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | None = None) -> pads.Dataset:
-    """A Parquet file or directory as Arrow's dataset, of the same files as `open_table` has.
+    """A Parquet file or directory as Arrow's dataset, of the same files as `open_table` has, with all their columns.
 
     Args:
         path: local, or of `filesystem`.
@@ -170,14 +170,14 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
     Raises:
         LakeError: a Delta table that cannot be read, an Iceberg table, a part of either, a directory that cannot be
             listed, a pipe, or a file whose name is no UTF-8, which Arrow's datasets do not take.
-        pa.ArrowException, OSError: what is there cannot be read as Parquet.
+        pa.ArrowException, OSError: what is there cannot be read as Parquet, or a column's types do not go together.
     """
     import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
 
     if filesystem is not None and not isinstance(filesystem, fs.LocalFileSystem):
         if filesystem.get_file_info(f"{path}/_delta_log").type == fs.FileType.Directory:
             raise LakeError(f"{path} is a Delta table on a store, which is not read: copy it here")
-        return pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
+        return _of_one_schema(pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive"))
     place = Path(os.path.realpath(path))
     check_whole(place)
     if not place.is_dir():
@@ -190,7 +190,32 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
             raise LakeError(f"{printable(name)} has a name that is no UTF-8: give it another")
         if not os.path.isfile(name) and os.path.exists(name):  # Opening a pipe would wait for who writes to it.
             raise LakeError(f"{name} is no file: remove it")
-    return pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=os.fspath(place))
+    base = os.fspath(place)
+    return _of_one_schema(pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=base))
+
+
+def _of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
+    """A directory with the columns of all of its files, where Arrow alone takes the first file's for the others'.
+
+    Raises:
+        pa.ArrowException: a column's types do not go together.
+    """
+    import pyarrow.dataset as pads
+
+    schemas = [fragment.physical_schema for fragment in dataset.get_fragments()]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return dataset
+    # The first file may have a column as null, or not at all; or as views of text, where another has text.
+    files = plain(schemas[0])
+    for other in schemas[1:]:
+        files = merge(files, other)
+    for item in (item for schema in schemas for item in schema):
+        if not holds(known := files.field(item.name), item):
+            raise pa.ArrowInvalid(f"column {item.name!r} is {known.type} in a file, and {item.type} in another")
+    partitions = [field for field in dataset.schema if field.name not in files.names]
+    # Not by replace_schema, which refuses text in another layout that reading casts.
+    fragments, whole = list(dataset.get_fragments()), pa.schema([*files, *partitions])
+    return pads.FileSystemDataset(fragments, whole, dataset.format, dataset.filesystem)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -205,7 +230,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise LakeError(f"there is no {found}: the input is a directory of files, or one file") from None
     except OSError as error:
-        raise LakeError(f"{found} cannot be looked at: {os.strerror(error.errno or 0)}") from error
+        raise LakeError(f"{found} cannot be looked at: {why(error)}") from error
     return found
 
 
@@ -229,7 +254,7 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise LakeError(f"{printable(error.filename)} cannot be listed: {error.strerror}") from error
+        raise LakeError(f"{printable(error.filename)} cannot be listed: {why(error)}") from error
 
     seen: dict[str, str] = {}
     for folder, below, names in os.walk(directory, followlinks=True, onerror=refuse):

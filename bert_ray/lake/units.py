@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import conform, holds
 
@@ -205,6 +205,4 @@ def _batch_rows(file: pq.ParquetFile, group: int, columns: list[str] | None) -> 
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(why(error).split()) or type(error).__name__

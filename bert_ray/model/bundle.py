@@ -323,6 +323,19 @@ def encoder_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.encoder if config.model_type == ENCODER_DECODER else config
 
 
+def dropout_names(config: PretrainedConfig) -> tuple[str, str]:
+    """What an encoder's configuration calls its rates of dropout: for hidden states, and for attention weights."""
+    if config.model_type == "distilbert":
+        return "dropout", "attention_dropout"
+    return "hidden_dropout_prob", "attention_probs_dropout_prob"
+
+
+def dropout_rates(config: PretrainedConfig) -> tuple[float, float]:
+    """An encoder's rates of dropout: for hidden states, and for attention weights."""
+    hidden, attention = (float(getattr(config, name)) for name in dropout_names(config))
+    return hidden, attention
+
+
 def max_positions(config: PretrainedConfig) -> int:
     """Longest row in tokens. RoBERTa's positions start behind the padding id, so its table holds two rows more."""
     config = encoder_config(config)

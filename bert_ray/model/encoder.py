@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_ray.model.attention import packed_attention
-from bert_ray.model.bundle import ENCODER_DECODER, positions_follow_padding
+from bert_ray.model.bundle import ENCODER_DECODER, dropout_rates, positions_follow_padding
 from bert_ray.model.dropout import dropout
 from bert_ray.model.lookup import lookup
 from bert_ray.model.projection import filled, multiply, project
@@ -78,6 +78,7 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
     embeddings = base.embeddings
     distil = config.model_type == "distilbert"
     activation = config.activation if distil else config.hidden_act
+    hidden_rate, attention_rate = dropout_rates(config)
     return Encoder(
         words=embeddings.word_embeddings,
         positions=embeddings.position_embeddings,
@@ -90,8 +91,8 @@ def encoder_of(model: PreTrainedModel) -> Encoder:
         first_position=config.pad_token_id + 1 if positions_follow_padding(config) else 0,
         activation=ACT2FN[activation],
         is_gelu=activation == "gelu",
-        dropout=config.dropout if distil else config.hidden_dropout_prob,
-        attention_dropout=config.attention_dropout if distil else config.attention_probs_dropout_prob,
+        dropout=hidden_rate,
+        attention_dropout=attention_rate,
     )
 
 

@@ -132,16 +132,13 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
 
 def _model(job: TrainJob, asked: PlanJob, notes: list[str]) -> _Model:
     if job.model != "new":
-        from bert_ray.model.bundle import encoder_config, load_bundle
+        from bert_ray.model.bundle import dropout_rates, encoder_config, load_bundle
 
         base = load_bundle(job.model)
         config = encoder_config(base.config)
-        rates = ("dropout", "attention_dropout")
-        if config.model_type != "distilbert":
-            rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         given = (job.dropout, job.attention_dropout)
         hidden, attention = (
-            getattr(config, name) if rate is None else rate for name, rate in zip(rates, given, strict=True)
+            own if rate is None else rate for own, rate in zip(dropout_rates(config), given, strict=True)
         )
         return _Model(dims_of(config), hidden, attention, base)
     shape = job.architecture
@@ -228,13 +225,12 @@ def _sample(job: TrainJob, model: _Model) -> tuple[int, float, Any, Task]:
 
     from bert_ray.errors import ColumnError
     from bert_ray.lake.tables import parquet_dataset
-    from bert_ray.training.data import of_one_schema
     from bert_ray.training.launch import new_task
 
     assert model.base is not None, "only pretraining starts from a new model"
     task = new_task(job, model.base)
     try:
-        table = of_one_schema(parquet_dataset(job.data.train))
+        table = parquet_dataset(job.data.train)
         columns = {name: (job.data.columns or {}).get(name, name) for name in task.inputs}
         if missing := [column for column in columns.values() if column not in table.schema.names]:
             raise ColumnError(f"{job.data.train} has no column {missing[0]!r}: name it with data.columns")

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 from pyarrow import fs
 
 from bert_ray.errors import ColumnError, JobError, meant
-from bert_ray.lake.schemas import holds, merge, plain
 from bert_ray.lake.tables import parquet_dataset
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
@@ -391,7 +389,7 @@ def read_columns(
     if kind == fs.FileType.NotFound:
         raise JobError(f"{path} does not exist; data.train and data.validation name Parquet files or directories")
     try:
-        dataset = of_one_schema(parquet_dataset(place, system))
+        dataset = parquet_dataset(place, system)
         known = dataset.schema.names
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
@@ -405,28 +403,6 @@ def read_columns(
         return dataset.to_table(columns=list(dict.fromkeys(names.values())))
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
-    """A directory with the columns of all of its files, where Arrow alone takes the first file's for the others'.
-
-    Raises:
-        pa.ArrowException: a column's types do not go together.
-    """
-    schemas = [fragment.physical_schema for fragment in dataset.get_fragments()]
-    if all(schema.equals(schemas[0]) for schema in schemas):
-        return dataset
-    # The first file may have a column as null, or not at all; or as views of text, where another has text.
-    files = plain(schemas[0])
-    for other in schemas[1:]:
-        files = merge(files, other)
-    for item in (item for schema in schemas for item in schema):
-        if not holds(known := files.field(item.name), item):
-            raise pa.ArrowInvalid(f"column {item.name!r} is {known.type} in a file, and {item.type} in another")
-    partitions = [field for field in dataset.schema if field.name not in files.names]
-    # Not by replace_schema, which refuses text in another layout that reading casts.
-    fragments, whole = list(dataset.get_fragments()), pa.schema([*files, *partitions])
-    return pads.FileSystemDataset(fragments, whole, dataset.format, dataset.filesystem)
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.errors import LakeError
+from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import file_sha256, printable, sync, write_json
 from bert_ray.model.examples import ranges
 
@@ -388,5 +387,5 @@ def _fault(path: Path, shard: Shard, seen: dict[str, list[Any]]) -> str | None:
                 return "has another hash than when it was written"
             seen[name] = now
     except OSError as error:
-        return f"cannot be read ({os.strerror(error.errno) if error.errno else error})"
+        return f"cannot be read ({why(error)})"
     return None

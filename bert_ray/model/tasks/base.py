@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import BundleError, JobError, meant
+from bert_ray.model.bundle import dropout_names
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.sections import Case, Cases, Constant, Section, shown, texts_at
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
@@ -464,9 +465,6 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def set_dropout(config: PretrainedConfig, dropout: float | None, attention_dropout: float | None) -> None:
     """Put dropout rates into a configuration; None leaves the rate that is there."""
-    names = ("dropout", "attention_dropout")
-    if config.model_type != "distilbert":
-        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    for name, rate in zip(names, (dropout, attention_dropout), strict=True):
+    for name, rate in zip(dropout_names(config), (dropout, attention_dropout), strict=True):
         if rate is not None:
             setattr(config, name, rate)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from bert_ray.model.bundle import Card, max_positions, read_model, save_bundle
+from bert_ray.model.bundle import Card, dropout_rates, max_positions, read_model, save_bundle
 from bert_ray.model.decoder import Decoder, decoder_of
 from bert_ray.model.encoder import Encoder, encoder_of
 from bert_ray.model.tokenization import to_python_strings
@@ -161,6 +161,7 @@ def _new_decoder(model: Any, rows: int, layers: int, positions: int) -> Any:
     from transformers import BertConfig, BertLMHeadModel
 
     config, distil = model.config, model.config.model_type == "distilbert"
+    hidden_rate, attention_rate = dropout_rates(config)
     return BertLMHeadModel(
         BertConfig(
             vocab_size=rows,
@@ -170,8 +171,8 @@ def _new_decoder(model: Any, rows: int, layers: int, positions: int) -> Any:
             intermediate_size=config.hidden_dim if distil else config.intermediate_size,
             hidden_act=config.activation if distil else config.hidden_act,
             max_position_embeddings=positions,
-            hidden_dropout_prob=config.dropout if distil else config.hidden_dropout_prob,
-            attention_probs_dropout_prob=config.attention_dropout if distil else config.attention_probs_dropout_prob,
+            hidden_dropout_prob=hidden_rate,
+            attention_probs_dropout_prob=attention_rate,
             layer_norm_eps=1e-12 if distil else config.layer_norm_eps,
             is_decoder=True,
             add_cross_attention=True,
