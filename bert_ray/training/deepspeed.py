@@ -28,7 +28,7 @@ from bert_ray.training.optim import (
     scaling_of,
     set_rate,
 )
-from bert_ray.training.order import pieces_of_step
+from bert_ray.training.order import micro_batches_of_step
 
 if TYPE_CHECKING:
     from bert_ray.training.job import TrainJob
@@ -67,11 +67,11 @@ class DeepSpeedStepper:
         self._deepspeed = deepspeed
         elements = sum(weight.numel() for weight in module.parameters())
         bucket = min(_BUCKET_ELEMENTS, elements)
-        _, pieces = pieces_of_step(job, world)
+        _, micro_batches = micro_batches_of_step(job, world)
         config: dict[str, Any] = {
-            "train_batch_size": world * pieces,
+            "train_batch_size": world * micro_batches,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": pieces,
+            "gradient_accumulation_steps": micro_batches,
             # ZeRO clips its shares itself; at stage 0 the gradient is whole and `clip` is faster.
             "gradient_clipping": job.clip if self._stage else 0.0,
             "zero_allow_untested_optimizer": True,
@@ -152,9 +152,9 @@ class DeepSpeedStepper:
         return self.engine(*arguments)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See Stepper. DeepSpeed averages over the workers; pieces of a step are added up, not averaged."""
+        """See Stepper. DeepSpeed averages over the workers; micro-batches of a step are added up, not averaged."""
         # A clone, because the hook by which `backward` tells the engine's forward hook not to divide by the number of
-        # pieces must run first, and hooks of one tensor run in the order in which they were registered.
+        # micro-batches must run first, and hooks of one tensor run in the order in which they were registered.
         self.engine.backward(loss.clone(), scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()

@@ -29,13 +29,13 @@ from bert_ray.model.packing import on_device, plan
 from bert_ray.model.peak import matmul_rate, multiplies_bf16
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.training.checkpoints import checkpoints_of
+from bert_ray.training.loss_spikes import SpikeDetector
 from bert_ray.training.notice import stop_asked
 from bert_ray.training.optim import PRECISIONS, STEPS, TaskModel, encoder_weights, freeze, load_weights
-from bert_ray.training.order import noise_seed, pieces_of_step, shares
+from bert_ray.training.order import micro_batches_of_step, noise_seed, shares
 from bert_ray.training.position import Position
 from bert_ray.training.run_directory import BEST
 from bert_ray.training.schedule import learning_rate
-from bert_ray.training.watch import Watch
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Bundle, Card
@@ -157,7 +157,7 @@ class Loop:
         self._best = directory / BEST
         self.checkpoints = checkpoints_of(job, directory)
         self.train, self.validation = data.sources(job, base, card, device)
-        self.pieces, self.pieces_each = pieces_of_step(job, peers.world)
+        self.micro_batches, self.micro_batches_each = micro_batches_of_step(job, peers.world)
         self._dims = dims_of(base.config)
         # Model FLOPs since the start of this session, and what the device could do; measured when it is first told.
         self._flops, self._peak = 0.0, 0.0
@@ -180,7 +180,7 @@ class Loop:
         self.stepper = make_stepper(module)
         self.module = self.stepper.module
         spike = _CORPUS_SPIKE if self.module.task.reads_corpus else 0.0
-        self.watch = Watch(spike if job.loss_spike is None else job.loss_spike)
+        self.spikes = SpikeDetector(spike if job.loss_spike is None else job.loss_spike)
         if state is not None and found is not None:
             # Steps that fp16 overflowed in are done, but the optimiser took none.
             self.stepper.restore(state, int(state[STEPS]) if STEPS in state else self.done)
@@ -240,11 +240,11 @@ class Loop:
         ways = [] if job.activation_checkpointing else ["activation_checkpointing=true"]
         if job.engine == "ray" and job.zero_stage < 3:
             ways.append(f"zero_stage={job.zero_stage + 1}")
-        anew = f"micro_batches={2 * self.pieces}{' for gradient_accumulation' if job.gradient_accumulation > 1 else ''}"
+        instead = " for gradient_accumulation" if job.gradient_accumulation > 1 else ""
         return (
             f"the GPU has no memory for what follows step {self.done}{f' (it tried{first})' if first else ''}: give "
-            f"{' or '.join([*ways, 'a smaller model'])}, or delete {self.directory} and begin anew in smaller pieces, "
-            f"with {anew}; bert-ray plan says what a job needs"
+            f"{' or '.join([*ways, 'a smaller model'])}, or delete {self.directory} and begin anew in smaller "
+            f"micro-batches, with micro_batches={2 * self.micro_batches}{instead}; bert-ray plan says what a job needs"
         )
 
     def _spend(self, since: float) -> None:
@@ -299,19 +299,19 @@ class Loop:
         job, position, peers, step = self.job, self.position, self.peers, self.done
         samples = self.train.select(step)
         tokens = self.train.lengths_of(samples)
-        parts = shares(samples, tokens, self.pieces)
+        parts = shares(samples, tokens, self.micro_batches)
         weight = max(1e-9, self.train.weigh(samples))
         total: torch.Tensor | float = 0.0
-        for turn in range(self.pieces_each):
-            piece = turn * peers.world + peers.rank
-            mine = parts[piece] if piece < self.pieces else samples[:0]
+        for turn in range(self.micro_batches_each):
+            number = turn * peers.world + peers.rank
+            mine = parts[number] if number < self.micro_batches else samples[:0]
             # DeepSpeed averages gradients over the workers; times their number, over all weights, is the mean.
             scale = peers.world / weight
             if len(mine) == 0:  # Nothing to compute, but the other workers wait in the same collectives.
                 mine, scale = samples[:1], 0.0
-            torch.manual_seed(noise_seed(job.seed, step, piece))
+            torch.manual_seed(noise_seed(job.seed, step, number))
             batch, targets = self._batch(self.train, mine, step)
-            loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / self.pieces_each)
+            loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / self.micro_batches_each)
             self.stepper.backward(loss)
             total = total + (losses if scale else losses * 0.0)
         rate = learning_rate(step, self.steps, job.learning_rate, job.warmup, job.schedule, job.cooldown)
@@ -360,7 +360,7 @@ class Loop:
             position.weight += weight
             losses.append(value / weight)
             norms.append(size)
-            if note := self.watch(step + 1, value / weight, size):
+            if note := self.spikes(step + 1, value / weight, size):
                 self._tell("note", text=f"{note}; {self.train.where(self.train.select(step))}")
         if losses:
             position.draw(self.done, losses, norms)

@@ -105,7 +105,7 @@ class Stepper(Protocol):
         """TaskModel.forward."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of one piece of a step."""
+        """Add the gradient of one micro-batch of a step."""
 
     def step(self, rate: float) -> torch.Tensor | None:
         """Clip, update the weights at learning rate `rate`, forget the gradient; gives its norm before, where known."""

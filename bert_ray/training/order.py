@@ -36,7 +36,7 @@ def shares(rows: np.ndarray, tokens: np.ndarray, parts: int) -> list[np.ndarray]
     Args:
         rows: int64 (B,), row numbers.
         tokens: int64 (B,), of each of them.
-        parts: workers times pieces per worker.
+        parts: micro-batches of all workers.
 
     Returns:
         `parts` int64 arrays; some are empty where B < parts.
@@ -54,8 +54,8 @@ def shares(rows: np.ndarray, tokens: np.ndarray, parts: int) -> list[np.ndarray]
     return [np.array(part, np.int64) for part in chosen]
 
 
-def pieces_of_step(job: TrainJob, world: int) -> tuple[int, int]:
-    """In how many pieces a step is computed: over all workers, and on each of them.
+def micro_batches_of_step(job: TrainJob, world: int) -> tuple[int, int]:
+    """In how many micro-batches a step is computed: over all workers, and on each of them.
 
     With `micro_batches` their number, and so the noise of each, does not depend on the number of workers.
     """
@@ -80,9 +80,9 @@ def smallest_step(batch_tokens: int, longest: int, share: float) -> float:
     return min(batch_tokens, max(batch_tokens / SMALLEST_BATCH, (longest + 2) / share))
 
 
-def noise_seed(seed: int, step: int, piece: int) -> int:
-    """The seed of dropout for one piece of one step, below 2^63: noise is a function of the position."""
-    name = f"{seed}/{step}/{piece}".encode()
+def noise_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The seed of dropout for one micro-batch of one step, below 2^63: noise is a function of the position."""
+    name = f"{seed}/{step}/{micro_batch}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 

@@ -335,13 +335,13 @@ def test_a_loss_that_is_no_number_names_step_and_shards(pretraining_for: Jobs) -
 
 
 def test_a_spike_is_named_with_its_shards() -> None:
-    from bert_ray.training.watch import Watch
+    from bert_ray.training.loss_spikes import SpikeDetector
 
-    watch = Watch(1.5)
+    watch = SpikeDetector(1.5)
     assert not any(watch(step, 2.0 + step % 3 * 0.1, 1.0) for step in range(30))
     assert "loss 4, 1.9 times" in str(watch(30, 4.0, 1.0))
     assert "gradient norm" in str(watch(31, 2.0, 50.0))
-    assert Watch(0)(0, 1e9, 1e9) is None
+    assert SpikeDetector(0)(0, 1e9, 1e9) is None
 
 
 # Bad corpora.

@@ -11,7 +11,7 @@ _STEPS, _ENOUGH = 50, 20
 _NORM_RATIO = 10.0
 
 
-class Watch:
+class SpikeDetector:
     """Told each step's loss and gradient norm in order, gives a note where one is far above what it was."""
 
     def __init__(self, ratio: float) -> None:
