@@ -19,6 +19,8 @@ import common
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import softmax
+from sklearn import metrics
 
 if TYPE_CHECKING:
     from bert_ray.model.annotator import Annotator
@@ -77,7 +79,7 @@ def main() -> None:
     show(
         ["temperature", "log-loss", "mean score"],
         [
-            [f"{t}", f"{log_loss(cosines / t, truth):.3f}", f"{softmax(cosines / t).max(1).mean():.3f}"]
+            [f"{t}", f"{log_loss(cosines / t, truth):.3f}", f"{softmax(cosines / t, axis=1).max(1).mean():.3f}"]
             for t in (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
         ],
     )
@@ -159,21 +161,15 @@ def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
     return float((scores.argmax(axis=1) == truth).mean())
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 def log_loss(logits: np.ndarray, truth: np.ndarray) -> float:
-    return float(-np.log(softmax(logits)[np.arange(len(truth)), truth]).mean())
+    return float(metrics.log_loss(truth, softmax(logits, axis=1), labels=range(logits.shape[1])))
 
 
 def micro_f1(cosines: np.ndarray, threshold: float, truth: np.ndarray) -> float:
     """Labels whose score reaches the threshold beside those that are right, (B, C) each."""
     from bert_ray.model.tasks.zero_shot import TEMPERATURE
 
-    said = softmax(cosines / TEMPERATURE) >= threshold
-    return float(2 * (said & (truth == 1)).sum() / (said.sum() + truth.sum()))
+    return float(metrics.f1_score(truth == 1, softmax(cosines / TEMPERATURE, axis=1) >= threshold, average="micro"))
 
 
 def show(head: list[str], rows: list[list[str]]) -> None:

@@ -22,17 +22,24 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from bert_ray import __version__
 from bert_ray.errors import ColumnError, EngineError, JobError, LakeError, meant
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.work import Outcome, Work
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
 from bert_ray.lake.lock import exclusive
+from bert_ray.lake.outputs import check_place, parts
 from bert_ray.lake.progress import Progress
+from bert_ray.lake.tables import Reader, open_table
+from bert_ray.lake.units import Unit, partition_values
+
+if TYPE_CHECKING:
+    from bert_ray.model.annotator import Annotator
 
 # Sessions that run.json remembers.
 _SESSIONS = 100
@@ -53,9 +60,9 @@ class Plan:
     """
 
     job: AnnotateJob
-    work: Any
-    units: list[Any]
-    todo: list[Any]
+    work: Work
+    units: list[Unit]
+    todo: list[Unit]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -138,8 +145,6 @@ def run(job: AnnotateJob) -> Summary:
 @contextlib.contextmanager
 def _alone(job: AnnotateJob) -> Iterator[None]:
     """Hold the output's lock; of what is made for it nothing stays where the run does not begin."""
-    from bert_ray.lake.outputs import check_place
-
     output = check_place(job.output, job.input)
     folder = output / FOLDER
     made = [place for place in (folder, output, *output.parents) if not place.exists()]
@@ -206,7 +211,7 @@ def _run(job: AnnotateJob, engine: ModuleType, began: float, began_wall: float) 
     return summary
 
 
-def _count(outcome: Any, plan: Plan, summary: Summary, progress: Progress) -> None:
+def _count(outcome: Outcome, plan: Plan, summary: Summary, progress: Progress) -> None:
     """Take a unit that ended into summary and progress."""
     failed = outcome.state == "failed"
     progress.ended(outcome.rows, outcome.seconds, failed)
@@ -217,17 +222,15 @@ def _count(outcome: Any, plan: Plan, summary: Summary, progress: Progress) -> No
         summary.failures.append(_failure(plan, outcome))
 
 
-def _untold(plan: Plan, told: set[str]) -> Iterator[Any]:
+def _untold(plan: Plan, told: set[str]) -> Iterator[Outcome]:
     """Outcomes of units that ended while the engine was stopped, when nobody listened any more."""
-    from bert_ray.inference.work import Outcome
-
     journal = Journal(plan.work.output)
     for unit_id in sorted({unit.id for unit in plan.todo} & (journal.receipts() | journal.failed()) - told):
         if ended := Outcome.from_journal(journal, unit_id, plan.work.session):
             yield ended
 
 
-def _outcomes(engine: ModuleType, plan: Plan, watch: Callable[[int], None]) -> Iterator[Any]:
+def _outcomes(engine: ModuleType, plan: Plan, watch: Callable[[int], None]) -> Iterator[Outcome]:
     """The engine's outcomes, each unit once. Leaving the loop stops the engine."""
     if not plan.todo:
         return
@@ -239,7 +242,7 @@ def _outcomes(engine: ModuleType, plan: Plan, watch: Callable[[int], None]) -> I
                 yield outcome
 
 
-def _failure(plan: Plan, outcome: Any) -> dict[str, Any]:
+def _failure(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     unit = next(unit for unit in plan.todo if unit.id == outcome.unit)
     return {"unit": unit.id, "file": unit.path, "row_groups": unit.row_groups, "error": outcome.error}
 
@@ -266,9 +269,6 @@ def prepare(job: AnnotateJob) -> Plan:
         BertRayError: something is at fault that would fail every unit, or the output holds a run of another job.
     """
     from bert_ray.inference.specs import annotator_of
-    from bert_ray.inference.work import Work
-    from bert_ray.lake.outputs import check_place
-    from bert_ray.lake.tables import open_table
 
     output = check_place(job.output, job.input)
     journal = Journal(output)
@@ -352,7 +352,7 @@ def _precision(job: AnnotateJob, journal: Journal) -> str:
     return next(filter(None, noted), "auto")
 
 
-def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
+def _warnings(annotator: Annotator, reader: Reader, units: list[Unit]) -> list[str]:
     """Where the model's vocabulary cannot spell the language of an input, by some rows from all over the table."""
     batches = []
     for unit in units[:: max(1, -(-len(units) // _JUDGED_UNITS))]:
@@ -370,7 +370,7 @@ def _warnings(annotator: Any, reader: Any, units: list[Any]) -> list[str]:
     return found
 
 
-def _kept(job: AnnotateJob, schema: Any, partitions: tuple[str, ...]) -> tuple[str, ...]:
+def _kept(job: AnnotateJob, schema: pa.Schema, partitions: tuple[str, ...]) -> tuple[str, ...]:
     if job.keep is None:
         return tuple(name for name in schema.names if name not in partitions)
     for name in job.keep:
@@ -380,7 +380,7 @@ def _kept(job: AnnotateJob, schema: Any, partitions: tuple[str, ...]) -> tuple[s
     return tuple(name for name in job.keep if name not in partitions)
 
 
-def _checked(schema: Any, inputs: tuple[str, ...], kept: tuple[str, ...]) -> Any:
+def _checked(schema: pa.Schema, inputs: tuple[str, ...], kept: tuple[str, ...]) -> pa.Schema:
     """The schema to hold the annotator to: what is read and written. Where an input is missing, all there is, so that
     the error can name what is near.
     """
@@ -389,10 +389,8 @@ def _checked(schema: Any, inputs: tuple[str, ...], kept: tuple[str, ...]) -> Any
     return pa.schema([schema.field(name) for name in dict.fromkeys((*kept, *inputs))])
 
 
-def _check_directories(units: list[Any], annotation: str) -> None:
+def _check_directories(units: list[Unit], annotation: str) -> None:
     """A directory of the output must not spell a column of the annotation's name."""
-    from bert_ray.lake.units import partition_values
-
     for directory in {unit.partition_directory for unit in units}:
         for name in partition_values(f"{directory}/"):
             if name.casefold() == annotation.casefold():
@@ -402,15 +400,13 @@ def _check_directories(units: list[Any], annotation: str) -> None:
                 )
 
 
-def _reconcile(journal: Journal, units: list[Any]) -> None:
+def _reconcile(journal: Journal, units: list[Unit]) -> None:
     """Bring the journal of earlier runs in line with the table as it is now.
 
     New files are new units. A file that failed and was mended is done anew, with those of its units that had not
     failed. A file that was changed or removed after it was annotated is an error: its rows stand in the output, and
     whether they should go is not for a re-run to decide.
     """
-    from bert_ray.lake.outputs import parts
-
     journal.sweep()
     # Killed between receipt and clearing away what was noted before it.
     for unit_id in filter(journal.has_receipt, journal.failed() | journal.started()):

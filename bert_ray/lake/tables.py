@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,7 +40,9 @@ class Reader(Protocol):
     @property
     def schema(self) -> pa.Schema: ...
 
-    def read(self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()) -> Iterator[pa.RecordBatch]: ...
+    def read(
+        self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()
+    ) -> Generator[pa.RecordBatch, None, None]: ...
 
 
 class Table(Protocol):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -107,7 +107,9 @@ class ParquetReader:
     root: str
     schema: pa.Schema
 
-    def read(self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    def read(
+        self, unit: Unit, columns: Sequence[str], required: Sequence[str] = ()
+    ) -> Generator[pa.RecordBatch, None, None]:
         """The unit's rows in order, a few thousand at a time.
 
         Args:

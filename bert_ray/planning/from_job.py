@@ -89,7 +89,7 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
     rows = _corpus_rows(job, asked, model, notes) if pretrains else _table_rows(job, asked, model, notes)
     if pretrains:
         step_tokens = float(job.batch_tokens)
-        # Of every step a share is replayed, beside which the corpus itself is passed over (training/pretraining.py).
+        # Of every step a share is replayed, beside which the corpus is passed over (`CorpusSource`).
         own = 1.0 - job.data.replay_share if job.data.replay is not None else 1.0
         first = smallest_step(job.batch_tokens, rows.longest or math.ceil(rows.tokens), own)
         mean_tokens = step_tokens * mean_batch(job.batch_warmup, first / step_tokens)
@@ -186,11 +186,11 @@ def _rows_of_corpus(job: TrainJob, longest: int) -> Rows | None:
     corpus = Path(job.data.train)
     if not is_corpus(corpus):
         return None
-    from bert_ray.training import pretraining
+    from bert_ray.training import corpus_source
     from bert_ray.training.shards import Documents
 
     special = 2 if job.pretraining.sentences == "none" else 3
-    lengths = pretraining.Rows(Documents(corpus, "train"), longest - special).lengths + special
+    lengths = corpus_source.Rows(Documents(corpus, "train"), longest - special).lengths + special
     return _measured(lengths, len(lengths))
 
 

@@ -30,12 +30,8 @@ def fit_tfidf(texts: Sequence[str], labels: Sequence[Any], seed: int = 0) -> Any
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    if unspaced(texts):
-        words = TfidfVectorizer(
-            analyzer="char", ngram_range=(1, 3), sublinear_tf=True, min_df=2 if len(texts) > 999 else 1
-        )
-    else:
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2 if len(texts) > 999 else 1)
+    kind: dict[str, Any] = {"analyzer": "char", "ngram_range": (1, 3)} if unspaced(texts) else {"ngram_range": (1, 2)}
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 999 else 1, **kind)
     # C=10: weaker regularisation than scikit-learn's default of 1, as sparse texts want it.
     pipeline = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000, random_state=seed))
     try:

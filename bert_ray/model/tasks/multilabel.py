@@ -52,7 +52,7 @@ class MultiLabelOptions(SequenceOptions):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        SequenceOptions.__post_init__(self)
+        Options.__post_init__(self)
         if not 0.0 <= self.threshold <= 1.0:
             raise JobError(f"options.threshold is {self.threshold}; give a probability from 0 to 1")
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.model.tasks.base import Options, Task
+from bert_ray.model.tasks.heads import by_row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,11 +79,8 @@ class PooledTask(Task):
 
     def vectors(self, outputs: Outputs, pieces: Pieces) -> np.ndarray:
         """One vector a row, float32 (B, D): the mean of its windows', of unit length where the card says so."""
-        starts = pieces.starts
-        if len(pieces) == len(starts) - 1:
-            return outputs.values
-        found = np.add.reduceat(outputs.values, starts[:-1], axis=0) / np.diff(starts)[:, None].astype(np.float32)
-        return unit(found) if self.card.normalize else found
+        found = by_row(outputs, pieces)
+        return unit(found) if self.card.normalize and len(found) < len(pieces) else found
 
     def write_files(self, directory: Path) -> None:
         """What sentence-transformers reads besides: modules, pooling, length and prompt."""

@@ -17,7 +17,7 @@ from bert_ray.inference import bulk, runs
 from bert_ray.inference.bulk import Plan, Summary
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.inference.work import Outcome, annotate_unit
-from bert_ray.lake import lock, outputs
+from bert_ray.lake import lock
 from bert_ray.lake.journal import Journal
 from bert_ray.lake.lock import exclusive
 from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
@@ -305,14 +305,14 @@ def test_a_partition_moved_behind_a_link_counts_as_done(job: AnnotateJob, tmp_pa
 
 def test_a_unit_committed_while_a_run_begins_stays(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = bulk.prepare(job)
-    listed = outputs.parts
+    listed = bulk.parts
 
     def parts(output: Path) -> dict[str, Path]:
         found = listed(output)
         assert annotate_unit(plan.work, plan.todo[0]).state == "done"  # By a worker of a driver that was killed.
         return found
 
-    monkeypatch.setattr(outputs, "parts", parts)
+    monkeypatch.setattr(bulk, "parts", parts)
     assert len(bulk.prepare(job).todo) == 11
     assert len(list(Path(job.output).rglob("part-*"))) == 1
 
