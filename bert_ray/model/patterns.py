@@ -25,6 +25,8 @@ PATTERNS = ("card", "email", "iban", "ip", "phone")
 
 # A result below this is a hint that wants further evidence ("::", the unspecified IPv6 address, has 0.1).
 _LEAST_SCORE = 0.3
+# What phonenumbers calls no country: numbers are those that carry a country code.
+_NO_REGION = "ZZ"
 
 # A long text is looked at in parts, so that time grows with its length and no more. What begins in a part is found
 # with the part's surroundings: nothing here is longer than an e-mail address, 254 characters (RFC 5321, 4.5.3.1.3).
@@ -130,8 +132,7 @@ def _recogniser(name: str, regions: tuple[str, ...]) -> _Find:
         for region in regions:
             if region not in phonenumbers.SUPPORTED_REGIONS:
                 raise JobError(f"options.regions: {region!r} is no region of phone numbers; give US, GB, DE, CN, …")
-        # Any one region finds the numbers that carry a country code.
-        phone = known.PhoneRecognizer(supported_regions=regions or ("US",))
+        phone = known.PhoneRecognizer(supported_regions=regions or (_NO_REGION,))
         return lambda text: [_plain(found) for found in phone.analyze(text, phone.supported_entities)]
     if name == "email":
         return _looking_twice(name, _in_any_script(_offline_email()))

@@ -50,9 +50,9 @@ class ChooseJob:
         if len(set(self.models)) < len(self.models):
             raise JobError(f"models names one twice: {', '.join(self.models)}")
         for key in ("budget_minutes", "learning_rate"):
-            if getattr(self, key) <= 0:
+            if not getattr(self, key) > 0:
                 raise JobError(f"{key} is {getattr(self, key)}: it is above 0")
-        for key, least in (("test_rows", 20), ("epochs", 1), ("max_length", 3)):
+        for key, least in (("test_rows", 20), ("epochs", 1), ("max_length", 3), ("seed", 0)):
             if getattr(self, key) < least:
                 raise JobError(f"{key} is {getattr(self, key)}: it is at least {least}")
         for key in ("first_rows", "threads"):

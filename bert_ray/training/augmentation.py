@@ -22,6 +22,7 @@ from bert_ray.model.encoder import encode
 from bert_ray.model.packing import pack_rows
 from bert_ray.model.tasks.fill_mask import FillMask
 from bert_ray.model.tokenization import Ragged
+from bert_ray.model.vocabulary import is_wordpiece
 from bert_ray.model.vocabulary_head import vocabulary_logits
 
 if TYPE_CHECKING:
@@ -197,7 +198,9 @@ def _begins(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Which tokens of the vocabulary begin a word, bool (V,)."""
     vocabulary = tokenizer.get_vocab()
     begins = np.ones(max(vocabulary.values()) + 1, bool)
-    marks = tuple(mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in vocabulary))
+    # To WordPiece these are letters.
+    known = () if is_wordpiece(tokenizer) else ("Ġ", "▁")
+    marks = tuple(mark for mark in known if any(token.startswith(mark) for token in vocabulary))
     for token, index in vocabulary.items():
         begins[index] = token.startswith(marks) if marks else not token.startswith("##")
     return begins

@@ -197,10 +197,16 @@ class Checkpoints:
                     _write(Path(here), state, position)
                     for file in (STATE_FILE, POSITION_FILE):  # In this order: the second makes it a checkpoint.
                         self._store.put(Path(here, file), f"{name}/{file}")
-            self.damaged.pop(name, None)
-            self._prune(name)
         except WRITE_ERRORS as error:
             raise self.failed(f"checkpoint {name} to {self.where}", error, name) from error
+        self.damaged.pop(name, None)
+        try:
+            self._prune(name)
+        except OSError as error:
+            raise LakeError(
+                f"{name} is written, but checkpoints before it cannot be removed from {self.where}: {why(error)}. When "
+                "that is mended, the same command goes on"
+            ) from error
 
     def failed(self, what: str, error: Exception, name: str | None = None) -> LakeError:
         """The error that `what` could not be written, which says where the run goes on from; `name` is not whole."""

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
@@ -138,14 +139,17 @@ def train(
     output, directory = Path(job.output), Path(f"{job.output}.run")
     make_room(output)
     lock = output.with_name(f".{output.name}.lock")
-    with exclusive(lock, f"the training run of {output}"), tracked(job, tell) as told:
-        return _train(job, output, directory, callbacks, told, started)
+    with exclusive(lock, f"the training run of {output}"):
+        has_ended = output.exists() and any(output.iterdir())
+        with nullcontext(tell) if has_ended else tracked(job, tell) as told:
+            return _train(job, output, directory, has_ended, callbacks, told, started)
 
 
 def _train(
     job: TrainJob,
     output: Path,
     directory: Path,
+    has_ended: bool,
     callbacks: Sequence[Callback],
     tell: Callable[[dict[str, Any]], None],
     started: float,
@@ -154,7 +158,6 @@ def _train(
     from bert_ray.model.bundle import load_bundle
 
     # Who began, or ended, by a version that ignored such keys goes on with them.
-    has_ended = output.exists() and any(output.iterdir())
     if begun_in(directory) is None and not has_ended:
         _check_kind(job)
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"

@@ -83,11 +83,20 @@ def same_run(begun: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def begun_in(directory: Path) -> dict[str, Any] | None:
-    """What the run in `directory` was asked; {} where that cannot be read, None where there is no run."""
+    """What the run in `directory` was asked; {} where that is no JSON, None where there is no run.
+
+    Raises:
+        JobError: a file is where the directory belongs.
+        LakeError: the system does not let it be read.
+    """
     try:
         return dict(json.loads((directory / RUN_FILE).read_text("utf-8")))
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise JobError(f"{directory}, where the run's checkpoints belong, is a file: choose another output") from None
+    except OSError as error:
+        raise LakeError(f"{directory / RUN_FILE} cannot be read: {why(error)}") from error
     except ValueError:
         return {}
 

@@ -101,6 +101,8 @@ def _mlflow(job: TrainJob, stack: contextlib.ExitStack) -> Write:
         import mlflow
     except ImportError as error:
         raise JobError("trackers: mlflow is not installed: pip install 'bert-ray[mlflow]'") from error
+    if active := mlflow.active_run():
+        raise JobError(f"trackers: mlflow has run {active.info.run_id} under way in this process: end it first")
     # Names the training for the session that goes on with it.
     settings = job.identity()
     name = digest(settings | {"output": job.output})

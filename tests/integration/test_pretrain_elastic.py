@@ -21,6 +21,8 @@ from tests.groups import go_on_alone, group_loop, in_group, losses, run_loop
 needs("deepspeed", "train")
 pytestmark = pytest.mark.slow
 
+# DeepSpeed's stage, and what of its work lies in the memory of the CPU.
+ENGINES = ((0, "none"), (2, "none"), (2, "optimizer"), (3, "parameters"))
 # DeepSpeed's stage, and where gradients are clipped; 0: they are not.
 SPOILED = ((0, 1.0), (0, 0.0), (1, 1.0), (2, 1.0), (2, 0.0), (3, 1.0))
 
@@ -34,13 +36,35 @@ def two_workers(job: TrainJob, root: Path) -> dict[str, Any]:
     found["parameters"] = run_loop(replace(job, zero_stage=3, offload="parameters"), root / "parameters")
     found["lamb"] = run_loop(replace(job, optimizer="lamb"), root / "lamb")
     found["recomputed"] = run_loop(replace(job, zero_stage=3, activation_checkpointing=True), root / "recomputed")
+    for stage, offload in ENGINES:
+        engine = group_loop(replace(job, zero_stage=stage, offload=offload), root / "engine").stepper.engine
+        parameters = engine.zero_offload_param()
+        found[f"engine {stage} {offload}"] = (
+            engine.zero_optimization_stage(),
+            bool(engine.zero_cpu_offload()),
+            parameters is not None and str(parameters.device) == "cpu",
+        )
     run_loop(job, root / "cut", stop=5)
+    found["apart"] = apart(job, root)
     for stage, clip in SPOILED:
         spoiled = root / f"spoiled{stage}-{clip}"
         diverged = spoil_gradient(replace(job, zero_stage=stage, clip=clip), spoiled, 5)
         kept = sorted(path.name for path in (spoiled / "checkpoints").iterdir())
         found[f"spoiled {stage} {clip}"] = diverged, kept
     return found
+
+
+def apart(job: TrainJob, root: Path) -> str:
+    """What is said where the second worker does not see the first one's checkpoints."""
+    from bert_ray.errors import LakeError
+
+    rank = torch.distributed.get_rank()
+    directory = root / "cut" if rank == 0 else root / "elsewhere"
+    try:
+        group_loop(job, directory)
+    except LakeError as error:
+        return str(error)
+    return ""
 
 
 def spoil_gradient(job: TrainJob, directory: Path, step: int) -> int | None:
@@ -95,6 +119,16 @@ def test_every_stage_has_the_losses_of_one_plain_process(runs: dict[str, Any], s
     job = replace(runs["job"], engine="local", output=str(runs["root"] / f"plain{stage}"))
     expected = losses(train(job, tell=lambda _: None).history)
     assert losses(runs["two"][f"stage {stage}"]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "offload"), ENGINES)
+def test_deepspeed_shares_out_and_offloads_what_the_job_says(runs: dict[str, Any], stage: int, offload: str) -> None:
+    expected = (stage, offload != "none", offload == "parameters")
+    assert runs["two"][f"engine {stage} {offload}"] == expected
+
+
+def test_workers_that_see_different_checkpoints_do_not_begin(runs: dict[str, Any]) -> None:
+    assert "the workers see different checkpoints in" in runs["two"]["apart"]
 
 
 @pytest.mark.parametrize("how", ["offload", "parameters", "recomputed"])

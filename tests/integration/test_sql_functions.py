@@ -53,6 +53,23 @@ def test_group_by_the_label(spark: Any, registered: dict, expected: list) -> Non
     assert {(row.source, row[1]): row.n for row in rows} == {key: labels.count(key) for key in labels}
 
 
+def test_inside_an_aggregate_it_is_refused_and_a_subquery_serves(spark: Any, registered: dict, expected: list) -> None:
+    from pyspark.errors import AnalysisException
+
+    with pytest.raises(AnalysisException, match=r"(?i)nondeterministic"):
+        spark.sql("SELECT source, avg(bert_sentiment(text).score) FROM reviews GROUP BY source").collect()
+    rows = spark.sql(
+        "SELECT source, avg(judged.score) AS mean FROM (SELECT source, bert_sentiment(text) AS judged FROM reviews) "
+        "GROUP BY source"
+    ).collect()
+    scores: dict[str, list[float]] = {}
+    for (_, source, _), row in zip(ROWS, expected, strict=True):
+        scores.setdefault(source, []).extend([row["score"]] if row else [])
+    assert {row.source: row.mean for row in rows} == pytest.approx(
+        {source: sum(found) / len(found) if found else None for source, found in scores.items()}, abs=1e-5
+    )
+
+
 def test_nothing_is_computed_twice(spark: Any, registered: dict) -> None:
     """One evaluation in the plan, though the value is filtered on and selected through a subquery (see PROBES)."""
     frame = spark.sql(

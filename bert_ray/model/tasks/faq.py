@@ -185,7 +185,8 @@ class Faq(PooledTask):
         prompts = {"question": self.options.prompt, "answer": ""}
         found = {}
         for name, prompt in prompts.items():
-            spec = AnnotatorSpec(model=base.reference, options={"prompt": prompt})
+            # fp32 wherever it is made: what is asked is compared in what the machine has then.
+            spec = AnnotatorSpec(model=base.reference, options={"prompt": prompt}, dtype="fp32")
             annotator = Annotator(replace(base, card=encoding), spec)
             found[f"{name}_vectors"] = unit_vectors(annotator.annotate([pairs[name]]))
         index = FaqIndex(**found, **pairs)

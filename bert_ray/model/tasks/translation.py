@@ -85,6 +85,8 @@ class TranslationOptions(Options):
         for name, least in (("beams", 1), ("max_target_tokens", 2), ("decoder_layers", 1), ("vocabulary", 100)):
             if (value := getattr(self, name)) < least:
                 raise JobError(f"options.{name} is {value}; give {least} or more")
+        if not -10 <= self.length_penalty <= 10:
+            raise JobError(f"options.length_penalty is {self.length_penalty}; give a number from -10 to 10")
 
 
 class SentenceTokenizer(Tokenizer):

@@ -135,7 +135,8 @@ def target_vocabulary(texts: list[str], size: int) -> Backend:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(),
-            pre_tokenizers.Split(Regex(r"[\p{Han}\p{P}\p{N}]"), "isolated"),
+            # The angle brackets too, or a text's own "<s>" would be merged to the token of that name.
+            pre_tokenizers.Split(Regex(r"[\p{Han}\p{P}\p{N}<>]"), "isolated"),
         ]
     )
     backend.decoder = decoders.Metaspace()

@@ -455,3 +455,27 @@ def test_summary_in_words() -> None:
     text = str(summary)
     for part in ("50 rows in 5 units on ray", "5.0 rows/s", "skipped  1", "failed   1", "a.parquet", "left     2"):
         assert part in text
+
+
+def test_a_part_reaches_the_disk_before_it_appears(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bulk.prepare(job)
+    synced: set[int] = set()
+    moved: dict[str, bool] = {}
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def put(source: Path, target: Path) -> None:
+        moved[Path(target).name] = os.stat(source).st_ino in synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", put)
+    unit = plan.todo[0]
+    assert annotate_unit(plan.work, unit).state == "done"
+    assert {name: moved[name] for name in (f"part-{unit.id}.parquet", f"{unit.id}.json")} == {
+        f"part-{unit.id}.parquet": True,
+        f"{unit.id}.json": True,
+    }

@@ -269,6 +269,13 @@ def test_a_model_in_an_object_store_is_copied_once_for_each_state(
     assert bundle.fingerprint == load_bundle(tiny_bundle).fingerprint
     assert resolve(reference) == bundle.directory
     assert not (bundle.directory / "pytorch_model.bin").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "copy_files", lambda *_, **__: pytest.fail("it was copied again"))
+        assert resolve(reference) == bundle.directory
+    card = Card(task="classification", name="another", labels=["negative", "positive"])
+    other = save_bundle(tmp_path / "other", bundle.model(), bundle.tokenizer(), card)
+    fs.copy_files(str(tmp_path / "other"), "lake/models/sentiment", destination_filesystem=store)
+    assert load_bundle(reference).fingerprint == other.fingerprint != bundle.fingerprint
     with pytest.raises(BundleError, match=r"no model files|cannot be read"):
         resolve(reference.replace("sentiment", "nothing"))
 

@@ -5,6 +5,7 @@ import pytest
 
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tokenization import Pieces, Ragged
+from bert_ray.training.sources import TableSource
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,14 @@ def test_tokens_of_a_sample_and_what_attention_within_its_pieces_costs(
     found = Examples(pieces=pieces, targets=Targets(values=np.zeros(len(lengths))), starts=starts)
     assert found.lengths.tolist() == lengths
     assert found.squares.tolist() == squares
+
+
+def test_each_epoch_of_a_table_has_all_samples_in_an_order_of_its_own() -> None:
+    tokens = Ragged(ids=np.zeros(50, np.int32), types=None, offsets=np.arange(51))
+    pieces = Pieces(tokens=tokens, rows=np.arange(50))
+    source = TableSource(Examples(pieces=pieces, targets=Targets(values=np.zeros(50))), batch_size=8, epochs=2)
+    steps = source.round_steps
+    epochs = [np.concatenate([source.select(epoch * steps + at) for at in range(steps)]) for epoch in range(2)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any()
+    assert source.tokens == 100

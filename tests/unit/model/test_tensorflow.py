@@ -162,6 +162,7 @@ def test_the_tokenizer_is_the_vocabulary_s(tmp_path: Path) -> None:
         ("release", True, None, False, "has capitals: Film"),
         ("release", None, None, True, "no capitals"),
         ("uncased_L-12", False, False, False, "as told"),
+        ("bert-lowercased", False, None, True, "no capitals"),
     ],
 )
 def test_case(

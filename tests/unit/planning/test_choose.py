@@ -443,7 +443,9 @@ def test_equal_texts_are_on_one_side_and_told(tmp_path: Path) -> None:
     [
         ({"models": []}, "models is empty"),
         ({"budget_minutes": 0}, "budget_minutes is 0"),
+        ({"budget_minutes": float("nan")}, "budget_minutes is nan"),
         ({"test_rows": 1}, "test_rows is 1"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_wrong_settings(settings: dict[str, object], message: str) -> None:

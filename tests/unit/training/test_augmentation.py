@@ -16,6 +16,8 @@ import torch
 from bert_ray.errors import JobError
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.tokenization import Pieces, Ragged, Tokenizer
+from bert_ray.model.vocabulary import add_tokens
+from bert_ray.training import augmentation as augmentation_module
 from bert_ray.training.augmentation import Augmentation
 from bert_ray.training.job import AugmentationOptions, CheckpointOptions, TrainJob
 from bert_ray.training.launch import train
@@ -184,3 +186,12 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_tasks_over_words_are_not_distorted(job_for: Callable[..., TrainJob]) -> None:
     with pytest.raises(JobError, match="belongs to single words"):
         train(job_for(task="entities", augmentation=AugmentationOptions(swap=0.1)), tell=lambda _: None)
+
+
+def test_a_letter_that_other_vocabularies_have_as_a_blank_begins_no_word_less() -> None:
+    """Maltese has words with a capital Ġ; of byte-level BPE it is the mark of a blank."""
+    plain, wider = tiny_tokenizer(), add_tokens(tiny_tokenizer(), ["Ġust"])
+    assert "Ġust" in wider.get_vocab()
+    begins = augmentation_module._begins(wider)
+    assert (begins[: len(plain)] == augmentation_module._begins(plain)).all()
+    assert begins[wider.get_vocab()["Ġust"]]

@@ -180,3 +180,39 @@ def test_a_store_that_is_none_and_one_that_is_silent(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoints_module.fs, "FileSystem", Silent)
     with pytest.raises(LakeError, match="s3://there does not answer: no route to host"):
         Checkpoints("s3://there", 1)
+
+
+def test_old_ones_that_cannot_be_removed_do_not_make_the_new_one_unwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a store whose rules let nobody delete."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Checkpoints, "_drop", refused)
+    with pytest.raises(LakeError, match=r"step-00000003 is written, but .* cannot be removed .*Permission denied"):
+        saved(tmp_path, 1, 2, 3, keep=2)
+    found = Checkpoints(tmp_path, 2).latest()
+    assert found is not None and found.position == {"step": 3}
+
+
+def test_its_files_reach_the_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    appeared: list[bool] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def moved(source: Path, target: Path) -> None:
+        files = [Path(source, name).stat().st_ino for name in (STATE_FILE, POSITION_FILE)]
+        appeared.append({*files, Path(source).stat().st_ino} <= synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", moved)
+    saved(tmp_path, 1)
+    assert appeared == [True]
+    assert tmp_path.stat().st_ino in synced, "its name in the directory"

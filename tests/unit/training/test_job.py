@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,13 @@ def test_identity_holds_what_decides_the_model_and_nothing_else() -> None:
     assert job(learning_rate=1.0).identity() != job().identity()
     assert job(class_weights="balanced").identity() != job().identity()
     assert job(data=DataOptions(train="other")).identity() != job().identity()
+
+
+def test_keys_that_may_change_are_those_that_the_page_names() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "train.md").read_text("utf-8")
+    named = page.partition("Keys that say where and how fast (")[2].partition(")")[0]
+    free = {"output", *re.findall(r"`([a-z_]+)`", named)}
+    assert {item.name for item in fields(TrainJob)} - set(job().identity()) == free
 
 
 def test_a_job_pickles() -> None:

@@ -36,6 +36,7 @@ from bert_ray.training.launch import TrainResult, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.optim import STEPS, TaskModel
 from bert_ray.training.order import held_out
+from bert_ray.training.schedule import learning_rate
 
 Jobs = Callable[..., TrainJob]
 
@@ -484,11 +485,67 @@ def test_a_run_directory_that_is_not_ours_is_refused_and_a_torn_first_write_is_n
     assert not directory.exists()
 
 
-def test_accumulation_gives_the_same_steps(job_for: Jobs, tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_steps(job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    backward = optim.PlainStepper.backward
+
+    def counted(stepper: optim.PlainStepper, loss: torch.Tensor) -> None:
+        passes[-1] += 1
+        backward(stepper, loss)
+
+    monkeypatch.setattr(optim.PlainStepper, "backward", counted)
     one = job_for(dropout=0.0, output=str(tmp_path / "one"))
     four = replace(one, gradient_accumulation=4, output=str(tmp_path / "four"))
-    losses = [[entry["train_loss"] for entry in quiet(job).history] for job in (one, four)]
+    histories = []
+    for job in (one, four):
+        passes.append(0)
+        histories.append(quiet(job).history)
+    losses = [[entry["train_loss"] for entry in history] for history in histories]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    steps = histories[0][-1]["step"]
+    assert passes == [steps, 4 * steps]
+
+
+def test_steps_take_the_rate_of_the_schedule_and_noise_of_their_own(
+    job_for: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    noise: list[tuple[int, int, int]] = []
+    step, seed = optim.PlainStepper.step, loop.noise_seed
+
+    def stepped(stepper: optim.PlainStepper, rate: float) -> torch.Tensor | None:
+        rates.append(rate)
+        return step(stepper, rate)
+
+    def seeded(*place: int) -> int:
+        noise.append(place)
+        return seed(*place)
+
+    monkeypatch.setattr(optim.PlainStepper, "step", stepped)
+    monkeypatch.setattr(loop, "noise_seed", seeded)
+    job = job_for(schedule="trapezoidal", warmup=0.3, cooldown=0.5, gradient_accumulation=2)
+    steps = int(quiet(job).history[-1]["step"])
+    assert rates == [learning_rate(at, steps, job.learning_rate, 0.3, "trapezoidal", 0.5) for at in range(steps)]
+    assert rates[0] < max(rates) > rates[-1]
+    # The first seed is that of the new head.
+    assert noise[1:] == [(job.seed, at, part) for at in range(steps) for part in range(2)]
+
+
+def test_fp16_that_takes_no_step_any_more_ends_the_run(job_for: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(loop, "_MOST_OVERFLOWS", 3)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *given, **more: scaler(*given, init_scale=2.0**100, **more))
+    job = job_for(precision="fp16", epochs=8)
+    with pytest.raises(JobError, match=r"no step since long was within fp16's range.*precision=bf16"):
+        quiet(job)
+    assert not Path(job.output).exists()
+
+
+def test_a_run_whose_place_is_a_file_is_told(job_for: Jobs) -> None:
+    job = job_for()
+    Path(f"{job.output}.run").touch()
+    with pytest.raises(JobError, match=r"model\.run, where the run's checkpoints belong, is a file"):
+        quiet(job)
 
 
 def test_penalties_pull_weights_to_nought(job_for: Jobs, tmp_path: Path) -> None:

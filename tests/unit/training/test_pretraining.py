@@ -20,6 +20,7 @@ import torch
 
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.lock import exclusive
+from bert_ray.model import encoder
 from bert_ray.model.bundle import load_bundle
 from bert_ray.training import shards
 from bert_ray.training.job import ArchitectureOptions, CheckpointOptions, DataOptions, PretrainingOptions, TrainJob
@@ -190,11 +191,24 @@ def test_only_masked_tokens_go_through_the_vocabularys_head(
             assert transformed == compared == [(asked, module.model.config.hidden_size)]
 
 
-def test_recomputed_activations_give_the_same_bits(pretraining_for: Jobs, tmp_path: Path) -> None:
+def test_recomputed_activations_give_the_same_bits(
+    pretraining_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed: list[object] = []
+    real = encoder.checkpoint
+
+    def counted(*given: object, **more: object) -> object:
+        recomputed.append(given)
+        return real(*given, **more)
+
+    monkeypatch.setattr(encoder, "checkpoint", counted)
     settings = {"steps": 4, "evaluate_every": 4, "dropout": 0.1, "attention_dropout": 0.1}
     one = quiet(pretraining_for(output=str(tmp_path / "kept"), **settings))
+    assert not recomputed
     other = quiet(pretraining_for(output=str(tmp_path / "again"), activation_checkpointing=True, **settings))
     assert figures(one) == figures(other)
+    layers = load_bundle(other.bundle).config.num_hidden_layers
+    assert len(recomputed) >= 4 * layers
 
 
 # The run.

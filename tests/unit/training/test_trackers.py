@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def test_mlflow(job_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.data.params["learning_rate"] == str(job.learning_rate)
     logged = client.get_metric_history(run.info.run_id, "round/train_loss")
     assert [item.value for item in logged] == [entry["train_loss"] for entry in result.history]
+    # What has ended is not repeated, in MLflow neither.
+    assert not train(job, tell=lambda _: None).trained
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    with mlflow.start_run(), pytest.raises(JobError, match=r"mlflow has run \w+ under way in this process"):
+        train(replace(job, output=str(tmp_path / "another")), tell=lambda _: None)
 
 
 def test_a_server_that_goes_away_costs_its_figures_alone(

@@ -11,7 +11,7 @@ import pytest
 from bert_ray.model.bundle import Card
 from bert_ray.model.tasks import Classification
 from bert_ray.model.tasks.label_report import label_sets_report, majority, one_label_report
-from bert_ray.model.tasks.sections import Confusion, as_data
+from bert_ray.model.tasks.sections import Confusion, as_data, text_cases
 
 
 def annotations(said: list[str | None], scores: list[float] | None = None) -> pa.Array:
@@ -155,3 +155,11 @@ def test_one_label_alone() -> None:
     labels, mistakes = label_sets_report(["a"], so, said, None, ["text"], [pa.array(["x", "y", "z"])], 20)
     assert labels.rows[0][:5] == ("a", 2, 2, 0.5, 0.5)
     assert [case.row for case in mistakes.cases] == [1, 2]
+
+
+def test_of_texts_the_worst_are_shown_and_a_quarter_as_many_of_the_best() -> None:
+    texts = [pa.array(list("abcdefghij"))]
+    found = text_cases(
+        ["text"], texts, list("abcdefghij"), list("abcdefghij"), [0.1, 0.2, 0.3, 0.4] + [1.0] * 6, 4, "F"
+    )
+    assert [(section.key, len(section.cases)) for section in found] == [("mistakes", 4), ("right", 1)]

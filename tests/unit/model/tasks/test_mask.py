@@ -112,6 +112,9 @@ def test_regions_decide_about_local_numbers(bundle: Path) -> None:
     assert masked(bundle, text, regions=["US"]) == "ring 020 7946 0958 or [PHONE]"
     assert masked(bundle, text, regions=["GB"]) == "ring [PHONE] or [PHONE]"
     assert masked(bundle, text, regions=[]) == "ring 020 7946 0958 or [PHONE]"
+    # Nor are those of the country whose numbers begin with +1.
+    assert masked(bundle, "ring 212-736-5000", regions=[]) == "ring 212-736-5000"
+    assert masked(bundle, "ring 212-736-5000", regions=["US"]) == "ring [PHONE]"
 
 
 def test_one_pattern_alone(bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,17 @@ from bert_ray.model.encoder import encode, encoder_of
 from bert_ray.model.generation import Generator, _Search
 from bert_ray.model.packing import pack_rows
 from bert_ray.model.tasks import get_task
-from bert_ray.model.tasks.translation import sentences
-from bert_ray.model.tasks.translation_start import characters_of, make_start, spelling, target_vocabulary
+from bert_ray.model.tasks.translation import TranslationOptions, sentences
+from bert_ray.model.tasks.translation_start import (
+    BEGIN,
+    END,
+    PAD,
+    UNKNOWN,
+    characters_of,
+    make_start,
+    spelling,
+    target_vocabulary,
+)
 from bert_ray.model.tokenization import Ragged
 from bert_ray.training.job import AugmentationOptions, DataOptions, TrainJob
 from bert_ray.training.launch import train
@@ -251,6 +261,23 @@ def test_a_vocabulary_gives_texts_back() -> None:
     backend = target_vocabulary(texts, 300)
     back = backend.decode_batch([encoding.ids for encoding in backend.encode_batch(texts)])
     assert [text.strip() for text in back] == [" ".join(text.split()) for text in texts]
+
+
+def test_marks_that_a_text_spells_itself_are_no_marks() -> None:
+    """Else a row of them would be cut in two."""
+    texts = [f"{a}<s>{b}</s> {b}<unk>{a}" for a, b in itertools.product("abcdefghij", "klmnopqrst")]
+    backend = target_vocabulary(texts, 60)
+    backend.encode_special_tokens = True
+    own = {backend.token_to_id(mark) for mark in (BEGIN, END, PAD, UNKNOWN)}
+    assert len(own) == 4
+    for text in [*texts, "a<s> b", "a<unk> b"]:
+        assert own.isdisjoint(backend.encode(text).ids), text
+
+
+@pytest.mark.parametrize("penalty", [float("nan"), 400.0])
+def test_a_length_penalty_beyond_all_numbers_is_refused(penalty: float) -> None:
+    with pytest.raises(JobError, match=r"options\.length_penalty is .*; give a number from -10 to 10"):
+        TranslationOptions(length_penalty=penalty)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "distilbert"])
