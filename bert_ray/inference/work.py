@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
 from bert_ray import __version__
-from bert_ray.errors import BertRayError, LakeError
+from bert_ray.lake import attempts
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import Journal, OutputError
 from bert_ray.lake.outputs import part_path, writing
@@ -25,9 +21,6 @@ if TYPE_CHECKING:
     from bert_ray.lake.tables import Reader
     from bert_ray.lake.units import Unit
     from bert_ray.model.annotator import Annotator, AnnotatorSpec
-
-# A unit over which this many workers died in one session is given up: it is likely what kills them (memory).
-_DEATHS = 3
 
 # Sessions for which this process has met an error that every further unit would meet, and what it was.
 _hopeless: dict[str, str] = {}
@@ -121,12 +114,8 @@ def annotate_unit(work: Work, unit: Unit, watch: Callable[[int], None] | None = 
     if journal.has_receipt(unit.id) and (known := Outcome.from_journal(journal, unit.id)):
         return known  # Done by an attempt that died before it could say so.
     try:
-        deaths = journal.start(unit.id, work.session)
-        if deaths >= _DEATHS:
-            raise LakeError(
-                f"{deaths} workers died over it, perhaps for lack of memory: "
-                "try fewer workers, fewer batch_tokens or smaller unit_rows, and run again"
-            )
+        remedy = "try fewer workers, fewer batch_tokens or smaller unit_rows, and run again"
+        attempts.begin(journal, unit.id, work, "it", remedy)
         return _annotate(work, unit, journal, watch)
     except Exception as error:
         return _failed(work, unit, journal, error)
@@ -158,10 +147,7 @@ def _annotate(work: Work, unit: Unit, journal: Journal, watch: Callable[[int], N
             "dtype": annotator.precision,
             "began": began,
             "seconds": round(seconds, 3),
-            "engine": work.engine,
-            "session": work.session,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            **attempts.signature(work),
         }
         journal.commit(unit.id, temporary, destination, receipt)
     return Outcome(unit=unit.id, state="done", rows=rows, began=began, seconds=seconds)
@@ -190,20 +176,7 @@ def _failed(work: Work, unit: Unit, journal: Journal, error: BaseException) -> O
     lasting = isinstance(error, _Lasting | OutputError)
     if isinstance(error, _Lasting) and error.__cause__ is not None:
         error = error.__cause__
-    expected = isinstance(error, BertRayError)
-    told = str(error) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    told = attempts.fail(journal, unit.id, unit, work, error, lasting=lasting)
     if lasting:
         _hopeless[work.session] = told
-    note: dict[str, Any] = {
-        "file": unit.path,
-        "row_groups": unit.row_groups,
-        "error": told,
-        "lasting": lasting,
-        "engine": work.engine,
-        "session": work.session,
-        "traceback": "" if expected else "".join(traceback.format_exception(error)),
-    }
-    # On a full disk not even this can be written; the outcome says it.
-    with contextlib.suppress(LakeError, OSError):
-        journal.fail(unit.id, note)
     return Outcome(unit=unit.id, state="failed", error=told, lasting=lasting)

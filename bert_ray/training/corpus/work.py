@@ -7,13 +7,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import socket
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_ray.errors import BertRayError, LakeError
+from bert_ray.lake import attempts
 from bert_ray.lake.files import file_sha256, printable, sync
 from bert_ray.lake.journal import FOLDER, Journal, OutputError, output_errors
 from bert_ray.lake.outputs import writing
@@ -40,8 +36,6 @@ from bert_ray.training.shards import TOKENIZER_FOLDER, shard_schema
 
 Stage = Literal["clean", "tokens", "count"]
 
-# A part over which this many workers died in one session is given up: it is likely what kills them (memory).
-_DEATHS = 3
 # The bytes of a document's hash that shards keep.
 _ID_BYTES = 16
 # Documents that are tokenised and written together, or so many characters.
@@ -154,9 +148,7 @@ def do(work: Work, task: Task, watch: Callable[[int], None] | None = None) -> Ou
     if note := journal.has_receipt(name) and journal.receipt(name):
         return Outcome(part=part.id, state="done", documents=note["read"], seconds=note["seconds"])
     try:
-        deaths = journal.start(name, work.session)
-        if deaths >= _DEATHS:
-            raise LakeError(f"{deaths} workers died over {part.unit}, perhaps for lack of memory: try fewer workers")
+        attempts.begin(journal, name, work, str(part.unit), "try fewer workers")
         clock = time.perf_counter()
         with journal.temporary(name) as temporary:
             found = _STAGES[task.stage](work, task, temporary, watch or _nobody)
@@ -166,10 +158,7 @@ def do(work: Work, task: Task, watch: Callable[[int], None] | None = None) -> Ou
                 "file": part.unit.path,
                 **found,
                 "seconds": seconds,
-                "engine": work.engine,
-                "session": work.session,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
+                **attempts.signature(work),
             }
             journal.commit(name, temporary, work.place(task.stage, part.id), receipt)
         return Outcome(part=part.id, state="done", documents=found["read"], seconds=seconds)
@@ -318,19 +307,7 @@ def _tokeniser(file: Path, sha256: str, vocabulary: int, words: str) -> Tokenise
 
 
 def _failed(work: Work, task: Task, journal: Journal, error: Exception) -> Outcome:
-    expected = isinstance(error, BertRayError)
-    told = str(error) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
-    note = {
-        "file": task.part.unit.path,
-        "row_groups": task.part.unit.row_groups,
-        "error": told,
-        "engine": work.engine,
-        "session": work.session,
-        "traceback": "" if expected else "".join(traceback.format_exception(error)),
-    }
-    # On a full disk not even this can be written; the outcome says it.
-    with contextlib.suppress(LakeError, OSError):
-        journal.fail(work.name(task.stage, task.part.id), note)
+    told = attempts.fail(journal, work.name(task.stage, task.part.id), task.part.unit, work, error)
     return Outcome(part=task.part.id, state="failed", error=told, lasting=isinstance(error, OutputError))
 
 
