@@ -99,9 +99,9 @@ class Ours:
             self.batches.append((packed.to(device), asked.to(device)))
             self.weights.append(float(counts.sum()))
 
-    def piece(self, number: int, pieces: int) -> torch.Tensor:
+    def micro_batch(self, number: int, count: int) -> torch.Tensor:
         """Forward and backward of one batch; gives the sum of its losses."""
-        loss, total, _ = self.stepper.forward(*self.batches[number], 1.0 / (self.weights[number] * pieces))
+        loss, total, _ = self.stepper.forward(*self.batches[number], 1.0 / (self.weights[number] * count))
         self.stepper.backward(loss)
         return total / self.weights[number]
 
@@ -137,11 +137,11 @@ class Transformers:
                 rows["attention_mask"] = mask
             self.batches.append({name: torch.from_numpy(values).to(device) for name, values in rows.items()})
 
-    def piece(self, number: int, pieces: int) -> torch.Tensor:
+    def micro_batch(self, number: int, count: int) -> torch.Tensor:
         """Forward and backward of one batch; gives its mean loss."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             loss = self.model(**self.batches[number]).loss
-        (loss / pieces).backward()
+        (loss / count).backward()
         return loss.detach()
 
     def step(self) -> None:
@@ -151,7 +151,9 @@ class Transformers:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def timed(contestant: Ours | Transformers, device: torch.device, pieces: int, steps: int) -> dict[str, float | None]:
+def timed(
+    contestant: Ours | Transformers, device: torch.device, micro_batches: int, steps: int
+) -> dict[str, float | None]:
     """Seconds of one step, the peak measured right before and after, memory, and the loss at the end."""
     from bert_ray.model.peak import matmul_rate
 
@@ -167,8 +169,8 @@ def timed(contestant: Ours | Transformers, device: torch.device, pieces: int, st
         if step == WARM_UP_STEPS:
             wait()
             before, start = matmul_rate(device, dtype), time.perf_counter()
-        for piece in range(pieces):
-            loss = contestant.piece((step * pieces + piece) % 4, pieces)
+        for number in range(micro_batches):
+            loss = contestant.micro_batch((step * micro_batches + number) % 4, micro_batches)
         contestant.step()
     wait()
     seconds = time.perf_counter() - start
@@ -182,7 +184,7 @@ def timed(contestant: Ours | Transformers, device: torch.device, pieces: int, st
 
 
 def profile(contestant: Ours | Transformers, device: torch.device) -> None:
-    """Print where the time of a step of two pieces goes, by operation and its shapes, and how much none accounts for.
+    """Print where the time of a step of two micro-batches goes, by operation and shapes, and what none accounts for.
 
     What the wall clock has beyond the sum of the kernels is launching and waiting; shapes tell products that are far
     from the device's rate from those that are near it.
@@ -193,7 +195,7 @@ def profile(contestant: Ours | Transformers, device: torch.device) -> None:
     with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
         start = time.perf_counter()
         for number in range(2):
-            contestant.piece(number, 2)
+            contestant.micro_batch(number, 2)
         contestant.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -223,7 +225,7 @@ def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
 
     dims = dims_of(batches.config)
     lengths = np.concatenate(batches.sizes).astype(float)
-    tokens = options.pieces * lengths.sum() / len(batches.sizes)
+    tokens = options.micro_batches * lengths.sum() / len(batches.sizes)
     return Workload(
         dims=dims,
         parameters=parameters(dims, pooler=False, vocabulary_head=True),
@@ -233,7 +235,7 @@ def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
         row_tokens=lengths.mean(),
         row_squares=(lengths**2).mean(),
         asked_share=budget(lengths.astype(int), MASKED).sum() / lengths.sum(),
-        accumulation=options.pieces,
+        accumulation=options.micro_batches,
         precision=options.precision,
         recompute=options.recompute,
         dropout=batches.config.hidden_dropout_prob,
@@ -264,12 +266,12 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     for name, make in contestants.items():
         contestant = make()
-        one = timed(contestant, device, options.pieces, options.steps)
+        one = timed(contestant, device, options.micro_batches, options.steps)
         if options.profile:
             profile(contestant, device)
         own = work.step_tokens
         if isinstance(contestant, Transformers):
-            own = options.pieces * float(
+            own = options.micro_batches * float(
                 np.mean(
                     [int((batch.get("attention_mask", batch["input_ids"]) != 0).sum()) for batch in contestant.batches]
                 )
@@ -292,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: both")
     parser.add_argument("--micro-tokens", type=int, default=32_768, help="tokens of one forward pass")
-    parser.add_argument("--pieces", type=int, default=2, help="forward passes of a step")
+    parser.add_argument("--micro-batches", type=int, default=2, help="forward passes of a step")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take longest; nothing is kept")

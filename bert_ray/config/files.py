@@ -97,7 +97,7 @@ def _load_yaml(path: str) -> tuple[yaml.MappingNode, dict[str, Any]]:
         raise JobError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
     except RecursionError as error:
         raise JobError(f"{path} has values in values in values, deeper than can be read") from error
-    except ValueError as error:  # A number of thousands of digits.
+    except ValueError as error:  # A number of thousands of digits, say.
         raise JobError(f"{path} has a value that cannot be read: {error}") from error
     if values is None:
         raise JobError(f"{path} is empty; a job file is YAML with one `key: value` a line (see the jobs/ directory)")

@@ -305,7 +305,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
 
 def _on_one_line(label: str) -> str:
     """A label of a table, whose line breaks and control characters are for no terminal and no script."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", label)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), label)
 
 
 def _matrix(confusion: Confusion) -> list[str]:

@@ -512,8 +512,12 @@ def _pooling(settings: dict[str, Any], directory: Path) -> str:
     return chosen[0]
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a model's directory, or of one that holds a tokenizer alone.
+
+    Args:
+        directory: where it lies.
+        name: what errors call it; None: the directory.
 
     Raises:
         BundleError: there is none.
@@ -524,9 +528,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, use_fast=True)
     except Exception as error:
         told = " ".join(str(error).split())[:300]
-        raise BundleError(f"{directory}: the tokenizer cannot be read: {told}") from error
+        raise BundleError(f"{name or directory}: the tokenizer cannot be read: {told}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise BundleError(f"{directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
+        raise BundleError(f"{name or directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
     backend = tokenizer.backend_tokenizer
     if _read_limits(directory).get("do_lower_case") and not _lowers_first(backend.normalizer):
         from tokenizers import normalizers

@@ -380,7 +380,7 @@ def _fill(config: BertConfig, weights: dict[str, np.ndarray]) -> PreTrainedModel
 def _lower_case(prefix: Path, reference: str, vocabulary: Iterable[str]) -> tuple[bool, str]:
     """Whether texts are to be lower-cased, and why."""
     for name in (prefix.absolute().parent.name, Path(os.path.expanduser(reference)).absolute().name):
-        if said := re.search("(?<![a-z])(?:un)?cased", name.lower()):
+        if said := re.search("uncased|(?<![a-z])cased", name.lower()):
             return said[0] == "uncased", f"the name {name} says {said[0]}"
     capitals = [token for token in vocabulary if re.search("[A-Z]", token) and not re.fullmatch(r"\[.*\]|<.*>", token)]
     if capitals:

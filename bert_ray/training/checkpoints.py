@@ -182,7 +182,8 @@ class Checkpoints:
         """Write a checkpoint, whole or not at all, also through a kill or a power cut; then drop damaged and oldest.
 
         Raises:
-            LakeError: it cannot be written (the disk is full, say); those before it are as they were.
+            LakeError: it cannot be written (the disk is full, say), and those before it are as they were; or it is
+                written, and older ones cannot be removed.
         """
         name = f"step-{step:08d}"
         try:

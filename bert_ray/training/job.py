@@ -228,9 +228,9 @@ class TrainJob:
         pretraining: see PretrainingOptions.
         architecture: see ArchitectureOptions.
         gradient_accumulation: micro-batches in which each worker computes its part of a step, for want of memory; the
-            result is the same, except where a step's rows are compared (embedding): then those of one are.
-        micro_batches: of all workers together in a step, instead: their number, and so the noise of dropout, is the
-            same for any number of workers.
+            result is the same, except where a step's rows are compared (embedding): then those of one micro-batch.
+        micro_batches: in how many micro-batches all workers together compute a step, instead: their number, and so the
+            noise of dropout, is the same for any number of workers.
         activation_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less
             memory for a third more work.
         optimizer: `adamw`, or `lamb` for very large batches (You et al., arXiv 1904.00962), which needs zero_stage 0.

@@ -141,7 +141,9 @@ def train(
     lock = output.with_name(f".{output.name}.lock")
     with exclusive(lock, f"the training run of {output}"):
         has_ended = output.exists() and any(output.iterdir())
-        with nullcontext(tell) if has_ended else tracked(job, tell) as told:
+        # Killed after it ended, it may have left MLflow's run open.
+        over = has_ended and begun_in(directory) is None
+        with nullcontext(tell) if over else tracked(job, tell) as told:
             return _train(job, output, directory, has_ended, callbacks, told, started)
 
 
@@ -349,7 +351,7 @@ def _check_kind(job: TrainJob) -> None:
     if not reads_corpus and job.gradient_accumulation > job.batch_size:
         raise JobError(
             f"gradient_accumulation {job.gradient_accumulation} exceeds batch_size {job.batch_size}: a step of so few "
-            "rows has no such many pieces"
+            "rows has no such many micro-batches"
         )
 
 

@@ -62,7 +62,7 @@ _MOST_OVERFLOWS = 50
 _CORPUS_SPIKE = 1.5
 
 # Where the rest of the seed space begins that seeds the head's weights; dropout's seeds are hashes.
-_HEAD_PIECE = -1
+_HEAD = -1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,7 +98,7 @@ def new_module(
     learning: Learning | None = None,
 ) -> TaskModel:
     """The model to train: the base's encoder with a fresh head, or the weights of a checkpoint."""
-    torch.manual_seed(noise_seed(job.seed, 0, _HEAD_PIECE))
+    torch.manual_seed(noise_seed(job.seed, 0, _HEAD))
     task = base.bind(card, kind=job.task)
     task.learning = learning or task.learning
     model = task.new_model(base, job.dropout, job.attention_dropout)

@@ -37,7 +37,7 @@ def tracked(job: TrainJob, tell: Tell) -> Iterator[Tell]:
     of and tried again five minutes later: the training is worth more than its figures.
 
     Raises:
-        JobError: a tracker is not installed, or its server does not answer.
+        JobError: a tracker is not installed, its server does not answer, or MLflow has another run under way here.
     """
     if not job.trackers:
         yield tell

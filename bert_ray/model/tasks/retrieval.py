@@ -61,11 +61,11 @@ def ranking(first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> Ranki
     step = max(1, _COSINES // max(1, len(candidates)))
     for start in range(0, rows, step):
         some = slice(start, start + step)
-        cosines = first[some] @ candidates.T
+        # A vector of an overflow is near to nothing, its own pair neither.
+        cosines = np.nan_to_num(first[some] @ candidates.T, nan=-np.inf)
         at = np.arange(len(cosines)), own[some]
         mine[some] = cosines[at]
-        # A vector of an overflow is near to nothing: not to its own either, so it is last.
-        places[some] = (~(cosines < mine[some, None])).sum(1)
+        places[some] = (cosines >= mine[some, None]).sum(1)
         cosines[at] = -np.inf
         best = cosines.argmax(1)
         other[some] = cosines[at[0], best]

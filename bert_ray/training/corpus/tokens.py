@@ -51,7 +51,7 @@ def pretraining_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     from bert_ray.model.bundle import load_tokenizer
     from bert_ray.model.references import resolve
 
-    tokenizer = load_tokenizer(resolve(reference))
+    tokenizer = load_tokenizer(resolve(reference), reference)
     special_ids(tokenizer, reference)
     return tokenizer
 

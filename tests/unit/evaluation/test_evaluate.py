@@ -218,5 +218,5 @@ def test_a_table_whose_name_is_no_utf_8_is_refused(tmp_path: Path, tiny_bundle: 
 
 def test_labels_of_several_lines_print_no_further_figure() -> None:
     assert _lines({"constant_label": "x\naccuracy 1.0\x1b]0;title\x07 好 é"}) == [
-        "constant_label x\\x0aaccuracy 1.0\\x1b]0;title\\x07 好 é"
+        "constant_label x\\naccuracy 1.0\\x1b]0;title\\x07 好 é"
     ]

@@ -285,12 +285,12 @@ def test_a_store_whose_names_lead_elsewhere_is_refused(tmp_path: Path, monkeypat
 
     class Hostile(fs.SubTreeFileSystem):
         def get_file_info(self, chosen: object) -> list[fs.FileInfo]:
-            return [fs.FileInfo("models/m/../../../out.json", type=fs.FileType.File, size=2, mtime_ns=1)]
+            return [fs.FileInfo("models/m/../../out.json", type=fs.FileType.File, size=2, mtime_ns=1)]
 
     monkeypatch.setenv("BERT_RAY_CACHE", str(tmp_path / "cache"))
     hostile = Hostile(str(tmp_path), fs.LocalFileSystem())
     monkeypatch.setattr(fs, "FileSystem", SimpleNamespace(from_uri=lambda _: (hostile, "models/m")))
-    with pytest.raises(BundleError, match=r"leads out of the model: models/m/\.\./\.\./\.\./out\.json"):
+    with pytest.raises(BundleError, match=r"leads out of the model: models/m/\.\./\.\./out\.json"):
         resolve("s3://lake/models/m")
     assert not list(tmp_path.rglob("out.json"))
 

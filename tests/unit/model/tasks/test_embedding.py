@@ -123,9 +123,10 @@ def test_retrieval_counts_places() -> None:
     assert ranking(same, same, np.arange(4)).metrics()["recall@1"] == 0.0
     alone = ranking(same[:1], same[:1], np.zeros(1))
     assert (alone.metrics()["mrr"], alone.nearest.tolist()) == (1.0, [0])
-    # A vector of an overflow is in no place but the last.
-    same[0] = np.nan
-    assert ranking(same, same, np.arange(4)).places.tolist() == [4, 4, 4, 4]
+    # A vector of an overflow has the last place, and takes none from others.
+    apart = np.eye(4, dtype=np.float32)
+    apart[0] = np.nan
+    assert ranking(apart, apart, np.arange(4)).places.tolist() == [4, 1, 1, 1]
 
 
 def test_pairs_are_measured_as_in_training(tiny_encoder: Path, related: Path, tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_pairs_teach_what_belongs_together(tiny_encoder: Path, related: Path, tm
 @pytest.mark.parametrize("engine_batches", [1, 2])
 def test_scores_teach_cosines(tiny_encoder: Path, pairs: Path, tmp_path: Path, engine_batches: int) -> None:
     data = DataOptions(train=str(pairs), validation_fraction=0.25, columns={"label": "score"})
-    # Pairs are compared with those of their own piece; without dropout few of them teach the same for every seed.
+    # Pairs are compared with those of their own micro-batch; without dropout few of them teach the same for every seed.
     settings = {
         "batch_size": 16 * engine_batches,
         "gradient_accumulation": engine_batches,
