@@ -17,7 +17,8 @@ import re
 import shutil
 from pathlib import Path
 
-from bert_ray.errors import BundleError
+from bert_ray.errors import BundleError, JobError
+from bert_ray.stores import open_store
 
 # What a model directory may hold of use; pickles, ONNX exports and pictures of a hub repository are not fetched.
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.parquet")
@@ -70,12 +71,14 @@ def _in_store(reference: str) -> Path:
     from pyarrow import fs
 
     try:
-        store, root = fs.FileSystem.from_uri(reference)
+        store, root = open_store(reference)
         if isinstance(store, fs.LocalFileSystem):
             if not Path(root).is_dir():
                 raise FileNotFoundError(root)
             return Path(root)
         infos = store.get_file_info(fs.FileSelector(root, recursive=True))
+    except JobError:
+        raise
     except Exception as error:
         raise BundleError(f"{reference}: cannot be read: {error}") from error
     files = [info for info in infos if info.is_file and any(Path(info.path).match(glob) for glob in _WANTED)]

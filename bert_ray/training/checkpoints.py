@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 from pyarrow import fs
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from bert_ray.errors import JobError, LakeError, why
 from bert_ray.lake.files import sync, write_json
 from bert_ray.model.bundle import WRITE_ERRORS
+from bert_ray.stores import open_store
 from bert_ray.training.job import is_uri
 from bert_ray.training.run_directory import RUN_FILE
 
@@ -136,8 +138,8 @@ class Checkpoints:
         self._store = None
         if is_uri(self.where):
             try:
-                system, root = fs.FileSystem.from_uri(self.where)
-            except ValueError as error:
+                system, root = open_store(self.where)
+            except pa.ArrowInvalid as error:
                 raise JobError(f"checkpoint.directory {self.where} cannot be used: {error}") from error
             except OSError as error:
                 raise LakeError(f"checkpoint.directory {self.where} does not answer: {error}") from error

@@ -19,6 +19,7 @@ from bert_ray.errors import ColumnError, JobError, meant
 from bert_ray.lake.tables import parquet_dataset
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tokenization import is_blank, is_text, to_python_strings
+from bert_ray.stores import open_store
 from bert_ray.training.job import is_uri
 from bert_ray.training.order import held_out
 
@@ -380,7 +381,7 @@ def read_columns(
         ColumnError: a column is missing.
     """
     try:
-        system, place = fs.FileSystem.from_uri(path) if is_uri(path) else (fs.LocalFileSystem(), path)
+        system, place = open_store(path) if is_uri(path) else (fs.LocalFileSystem(), path)
         kind = system.get_file_info(place).type
     except pa.ArrowInvalid as error:
         raise JobError(f"{path} is no address of a store that is known: {error}") from error

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import fs
 
 from bert_ray.errors import JobError, LakeError
-from bert_ray.training import checkpoints as checkpoints_module
 from bert_ray.training.checkpoints import POSITION_FILE, STATE_FILE, Checkpoints
 
 
@@ -177,7 +177,7 @@ def test_a_store_that_is_none_and_one_that_is_silent(monkeypatch: pytest.MonkeyP
         def from_uri(uri: str) -> None:
             raise OSError("no route to host")
 
-    monkeypatch.setattr(checkpoints_module.fs, "FileSystem", Silent)
+    monkeypatch.setattr(fs, "FileSystem", Silent)
     with pytest.raises(LakeError, match="s3://there does not answer: no route to host"):
         Checkpoints("s3://there", 1)
 
