@@ -213,6 +213,14 @@ def _sentence_model(case: Case) -> Any:
     return SentenceTransformer(_source(case))
 
 
+def _computed_in(precision: str) -> Any:
+    """Products in bf16 where ours are, of weights that stay fp32."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
 def _cosines(model: Any, table: pa.Table) -> np.ndarray:
     one, other = (model.encode(table[name].to_pylist(), normalize_embeddings=True) for name in ("text", "text_pair"))
     return (one * other).sum(axis=1)
@@ -226,7 +234,8 @@ def _correlation(model: Any, test: pa.Table) -> float:
 
 def cosines(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
     """Cosines of sentence-transformers' embeddings."""
-    return _correlation(_sentence_model(case), test)
+    with _computed_in(precision):
+        return _correlation(_sentence_model(case), test)
 
 
 def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
@@ -247,6 +256,7 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precis
         num_train_epochs=case.settings["epochs"],
         per_device_train_batch_size=32,
         learning_rate=case.settings["learning_rate"],
+        weight_decay=0.01,
         warmup_steps=0.1,
         save_strategy="no",
         report_to=[],
@@ -257,9 +267,10 @@ def cosines_tuned(case: Case, train: pa.Table, test: pa.Table, seed: int, precis
     SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(rows), loss=losses.CoSENTLoss(model)
     ).train()
-    if case.cut:
-        return cut_accuracy(lambda table: _cosines(model, table), rest, test)
-    return _correlation(model, test)
+    with _computed_in(precision):
+        if case.cut:
+            return cut_accuracy(lambda table: _cosines(model, table), rest, test)
+        return _correlation(model, test)
 
 
 def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> dict[str, float]:
@@ -267,8 +278,9 @@ def retrieval(case: Case, train: pa.Table, test: pa.Table, seed: int, precision:
     from sentence_transformers.util import semantic_search
 
     model = _sentence_model(case)
-    answers = model.encode(train["answer"].to_pylist(), convert_to_tensor=True)
-    asked = model.encode(test["question"].to_pylist(), convert_to_tensor=True)
+    with _computed_in(precision):
+        answers = model.encode(train["answer"].to_pylist(), convert_to_tensor=True)
+        asked = model.encode(test["question"].to_pylist(), convert_to_tensor=True)
     found = semantic_search(asked, answers, top_k=len(train))
     place = {name: row for row, name in enumerate(train["id"].to_pylist())}
     ranks = [

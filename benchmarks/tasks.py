@@ -20,6 +20,7 @@ Results: benchmarks/results/tasks.json, tasks_bf16.json.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import tempfile
 from collections.abc import Callable
@@ -285,7 +286,7 @@ def main() -> None:
     result = common.RESULTS / f"{common.result_name('tasks', options.dtype)}.json"
     if options.task and result.exists():
         figures = json.loads(result.read_text())["tasks"]  # The others stay as they were.
-    kept = {"rounds": options.rounds, "threads": options.threads, "dtype": options.dtype}
+    how = {"rounds": options.rounds, "threads": options.threads, "date": datetime.date.today().isoformat()}
     lines = []
     with tempfile.TemporaryDirectory(prefix="bert_ray-bench-") as scratch:
         for task in (options.task,) if options.task else TASKS:
@@ -300,7 +301,7 @@ def main() -> None:
             speeds = {name: [rows / seconds for seconds, _ in found] for name, found in measured.items()}
             best = max((name for name in speeds if name != "bert_ray"), key=lambda name: common.median(speeds[name]))
             ratios = [one / other for one, other in zip(speeds["bert_ray"], speeds[best], strict=True)]
-            figures[task] = {"rows": rows, "best_peer": best, "ratio": common.median(ratios)} | {
+            figures[task] = {**how, "rows": rows, "best_peer": best, "ratio": common.median(ratios)} | {
                 name: {"rows_per_second": common.median(found)} for name, found in speeds.items()
             }
             lines += [
@@ -313,7 +314,7 @@ def main() -> None:
                 for name, found in speeds.items()
             ]
             # Kept as they come: one that cannot be compared ends the run, and loses nothing.
-            common.keep(common.result_name("tasks", options.dtype), kept | {"tasks": figures})
+            common.keep(common.result_name("tasks", options.dtype), {"dtype": options.dtype, "tasks": figures})
     common.table(
         f"Tasks beside the Hugging Face pipeline, MiniLM, {options.threads} threads, {options.dtype}",
         ("task", "contestant", "rows/s", "beside its best"),

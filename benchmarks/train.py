@@ -173,7 +173,7 @@ def main() -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     common.keep("train", {"rounds": options.rounds, "steps": options.steps, "cases": figures})
     common.table(
-        "Fine-tuning: real tokens per second, 2 threads",
+        f"Fine-tuning: real tokens per second, {options.threads} threads",
         ("data", "trainer", "real tokens/s", "share of peak", "beside Trainer"),
         lines,
     )

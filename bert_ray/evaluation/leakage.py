@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def rows_also_trained_on(
     """
     path = (provenance.get("data") or {}).get("train")
     named = ((provenance.get("job") or {}).get("data") or {}).get("columns") or {}
-    if not isinstance(path, str) or not Path(path).exists():
+    if not isinstance(path, str) or not os.path.exists(path):
         return None
     columns = [named.get(name, name) for name in task.inputs]
     try:

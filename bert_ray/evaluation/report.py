@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bert_ray.evaluation.charts import curves, scatter, shares
 from bert_ray.evaluation.overfitting import CAVEAT, metrics_of
 from bert_ray.model.bundle import encoder_config
-from bert_ray.model.tasks.sections import MATRIX_LABELS, Case, Confusion, Curve, Mark, Scatter, Section
+from bert_ray.model.tasks.sections import MATRIX_LABELS, Case, Confusion, Curve, Mark, Scatter, Section, shown_number
 
 if TYPE_CHECKING:
     from bert_ray.evaluation.evaluate import Evaluation
@@ -178,7 +178,7 @@ def _cell(value: str | int | float, as_share: bool) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{100 * value:.1f}" if as_share else f"{value:.4g}"
+    return f"{100 * value:.1f}" if as_share else shown_number(value)
 
 
 def _card(bundle: Bundle) -> list[tuple[str, str]]:

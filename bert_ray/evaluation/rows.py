@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,7 +53,7 @@ def open_table(path: str) -> pads.Dataset:
         path.encode()
     except UnicodeEncodeError:  # Arrow takes no such names, and no report could be written of it.
         raise LakeError(f"{printable(path)} is no UTF-8: give the table a name that is") from None
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise LakeError(f"no table at {path}: give a Parquet file or a directory of them")
     try:
         table = parquet_dataset(path)

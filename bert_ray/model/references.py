@@ -36,11 +36,12 @@ def resolve(reference: str) -> Path:
     if "://" in reference:
         return _in_store(reference)
     path = Path(os.path.expanduser(reference))
-    if path.is_dir():
+    # By os.path, to which what may not be looked into is not there; Path's own raise.
+    if os.path.isdir(path):
         return path.absolute()
-    if path.exists():
+    if os.path.exists(path):
         raise BundleError(f"{reference} is a file; a model reference is a directory")
-    if path.with_name(path.name + ".index").exists():
+    if os.path.exists(f"{path}.index"):
         raise BundleError(
             f"{reference} is a checkpoint that TensorFlow wrote, not a bundle; make one of it, and give that: bert-ray "
             f"convert {reference} OUT"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.errors import BertRayError, BundleError, JobError
+from bert_ray.errors import BertRayError, BundleError, JobError, why
 from bert_ray.planning import trial
 from bert_ray.planning.tfidf import fit_tfidf
 
@@ -205,8 +205,11 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         test_rows=len(test),
         drawing=output / "choose.svg",
     )
-    _write(choice, output / "choose.json", job)
-    _draw(choice)
+    try:
+        _write(choice, output / "choose.json", job)
+        _draw(choice)
+    except OSError as error:
+        raise JobError(f"{choice.text()}\n{error.filename or output} cannot be written: {why(error)}") from error
     return choice
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,9 @@ def _svg(plan: Plan) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    # The same drawing gives the same bytes.
-    with rc_context({"svg.hashsalt": "bert_ray"}):
+    # The same drawing gives the same bytes. Text stays text, in the reader's font: a path may be of any script.
+    with rc_context({"svg.hashsalt": "bert_ray", "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         _figure(plan).savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 

@@ -6,6 +6,7 @@ Shapes: T tokens, L length of a row.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -203,7 +204,7 @@ def _table_rows(job: TrainJob, asked: PlanJob, model: _Model, notes: list[str]) 
         return Rows(count=asked.rows, tokens=asked.row_tokens, squares=asked.row_tokens**2)
     if is_uri(job.data.train):
         raise JobError(f"{job.data.train} lies on a store, where the plan does not look: give --rows and --row-tokens")
-    if not place.exists():
+    if not os.path.exists(place):
         raise JobError(f"{place} does not exist: give --rows and --row-tokens, or the table of the training job")
     count, windows, lengths, task = _sample(job, model)
     held = 0.0 if job.data.validation else job.data.validation_fraction

@@ -99,12 +99,12 @@ class PlanJob:
 
     def __post_init__(self) -> None:
         for key in ("gpus", "node_gpus", "rows", "row_tokens", "vocabulary"):
-            if (value := getattr(self, key)) is not None and value < 1:
+            if (value := getattr(self, key)) is not None and not value >= 1:
                 raise JobError(f"{key} is {value}: it is at least 1")
         for key in ("network_gbps", "peak_tflops"):
-            if (value := getattr(self, key)) is not None and value <= 0:
+            if (value := getattr(self, key)) is not None and not value > 0:
                 raise JobError(f"{key} is {value}: it is above 0")
-        if self.price is not None and self.price < 0:
+        if self.price is not None and not self.price >= 0:
             raise JobError(f"price is {self.price}: it is 0 or more")
         if not 0.0 < self.mfu <= 1.0:
             raise JobError(f"mfu is {self.mfu}: it is a share of the GPU's peak, above 0 and at most 1, such as 0.4")

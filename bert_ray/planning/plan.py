@@ -8,6 +8,7 @@ were where they could be compared.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -210,7 +211,7 @@ def plan(asked: PlanJob) -> Plan:
         JobError: the training job is wrong, or says too little.
         BundleError: its model cannot be used.
     """
-    if not Path(asked.job).is_file():
+    if not os.path.isfile(asked.job):
         raise JobError(f"no job file {asked.job}; give that of a `bert-ray train`, such as jobs/finetune.yaml")
     job = load_job(TrainJob, [asked.job, *asked.train], command="bert-ray train").absolute()
     gpu = GPUS[asked.gpu]

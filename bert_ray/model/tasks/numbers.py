@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError
-from bert_ray.model.tasks.sections import SCATTER_POINTS, Case, Cases, Scatter, Section, Table, texts_at
+from bert_ray.model.tasks.sections import SCATTER_POINTS, Case, Cases, Scatter, Section, Table, shown_number, texts_at
 
 # Stretches of the scale that errors are told for.
 _BINS = 5
@@ -101,8 +101,8 @@ def numbers_report(
         Case(
             row=row,
             texts=texts,
-            said=f"{said[row]:.4g}",
-            so=f"{so[row]:.4g}",
+            said=shown_number(said[row]),
+            so=shown_number(so[row]),
             right=False,
             detail="" if same_units else f"rank {places[0][row]:.0%} for {places[1][row]:.0%}".replace("%", "\u00a0%"),
         )
@@ -116,14 +116,23 @@ def numbers_report(
     ]
 
 
+def _told_apart(values: np.ndarray) -> list[str]:
+    """Different numbers, with as many digits as it takes to tell them apart, three at least."""
+    for digits in range(3, 18):
+        names = [f"{value:.{digits}g}" for value in values]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def _along(said: np.ndarray, so: np.ndarray, same_units: bool) -> Table:
     """Means along the scale: by value where these are few, else by stretches of equal width."""
     values = np.unique(so)
     if len(values) <= _BINS + 1:
-        names, which = [f"{value:g}" for value in values], np.searchsorted(values, so)
+        names, which = _told_apart(values), np.searchsorted(values, so)
     else:
         edges = np.linspace(so.min(), so.max(), _BINS + 1)
-        names = [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges.tolist())]
+        names = [f"{low} to {high}" for low, high in pairwise(_told_apart(edges))]
         which = np.clip(np.searchsorted(edges, so, side="right") - 1, 0, _BINS - 1)
     header = ["what is so", "rows", "mean so", "mean said", "deviation of said"]
     if same_units:

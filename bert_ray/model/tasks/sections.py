@@ -191,6 +191,11 @@ def shown(text: str, most: int = SHOWN_CHARACTERS) -> str:
     return text if len(text) <= most else text[:most] + " …"
 
 
+def shown_number(value: float) -> str:
+    """A number of four digits, or of as many as stand before its point and one more."""
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
 def texts_at(
     names: Sequence[str], inputs: Sequence[pa.Array], rows: Sequence[int]
 ) -> list[tuple[tuple[str, str], ...]]:

@@ -112,3 +112,9 @@ def test_a_language_that_the_vocabulary_cannot_spell_is_told(tmp_path: Path, tin
     )
     assert len(result.warnings) == 1
     assert "unknown to the model's vocabulary" in result.warnings[0]
+
+
+def test_training_data_that_may_not_be_looked_for_are_passed_over() -> None:
+    """By the system's word: here of a name that is too long, elsewhere of another's directory."""
+    task = Classification(Card(task="classification", labels=["negative", "positive"]))
+    assert rows_also_trained_on([pa.array(TEXTS)], task, provenance(Path("x" * 300))) is None

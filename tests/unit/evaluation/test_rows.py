@@ -60,3 +60,8 @@ def test_files_that_disagree_are_told(tmp_path: Path) -> None:
     task = Regression(Card(task="regression", inputs=["text"]))
     with pytest.raises(LakeError, match="cannot be read"):
         read_rows(open_table(str(tmp_path)), str(tmp_path), task, {"text": "text", "label": "label"})
+
+
+def test_a_name_that_the_system_does_not_take_is_of_no_table() -> None:
+    with pytest.raises(LakeError, match="no table at x"):
+        open_table("x" * 300)

@@ -188,6 +188,11 @@ def test_a_broken_card_is_told(copy: Path, content: str) -> None:
         load_bundle(copy)
 
 
+def test_a_name_that_the_system_does_not_take_is_of_no_model() -> None:
+    with pytest.raises(BundleError, match=r"no model at \./x"):
+        load_bundle("./" + "x" * 300)
+
+
 def test_a_plain_directory_loads_with_its_labels(copy: Path) -> None:
     (copy / "bert_ray.json").unlink()
     bundle = load_bundle(copy)

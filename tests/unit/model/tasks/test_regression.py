@@ -16,8 +16,9 @@ import torch
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.bundle import Card, load_bundle
-from bert_ray.model.tasks import get_task
+from bert_ray.model.tasks import get_task, numbers
 from bert_ray.model.tasks.regression import Regression
+from bert_ray.model.tasks.sections import shown_number
 from bert_ray.training.data import read_labelled
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import prepare, train
@@ -230,3 +231,14 @@ def test_a_table_without_numbers_is_refused(tiny_encoder: Path, tmp_path: Path) 
     it = make_job(tiny_encoder, tmp_path, columns={"label": "text_pair", "text_pair": "text"})
     with pytest.raises(BertRayError, match=r"table\.parquet: the label column is"):
         train(it, tell=lambda _: None)
+
+
+def test_the_scale_has_names_that_tell_its_parts_apart() -> None:
+    def names(so: list[float]) -> list[str]:
+        table = numbers._along(np.zeros(len(so)), np.array(so), True)
+        return [str(row[0]) for row in table.rows]
+
+    assert names(list(range(1990, 2021))) == [f"{year} to {year + 6}" for year in range(1990, 2020, 6)]
+    assert names([1_234_567.0, 1_234_568.0]) == ["1234567", "1234568"]
+    assert names([0.5, 1.0]) == ["0.5", "1"]
+    assert [shown_number(value) for value in (0.12345, 12_346.0, -12_349.25)] == ["0.1235", "12,346.0", "-12,349.2"]
