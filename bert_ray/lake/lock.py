@@ -50,7 +50,7 @@ def _take(path: Path, what: str) -> int | None:
     """The open lock file, locked; None where the file system has no locks."""
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise LakeError(f"cannot write {path}: {why(error)}; choose another output") from error
         try:

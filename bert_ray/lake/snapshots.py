@@ -1,7 +1,7 @@
 """Tables whose directory holds more than their rows: which of its Parquet files count now.
 
 A Delta table keeps the files that an update, a deletion or a compaction has replaced; only its log tells them from
-those that count. An Iceberg table does so too, and its log is not read yet.
+those that count. Iceberg, Hudi and Spark's streams do so too, and their logs are not read yet.
 """
 
 from __future__ import annotations
@@ -13,27 +13,40 @@ from pathlib import Path
 from bert_ray.errors import LakeError
 from bert_ray.lake.units import partition_values
 
-_DELTA_LOG = "_delta_log"
+DELTA_LOG = "_delta_log"
 # An Iceberg table's metadata, by a catalog's numbers or a file system's.
 _ICEBERG = re.compile(r"(v?\d+|\d+-.+?)(\.gz)?\.metadata\.json")
+# Of others that keep files whose rows do not count, or count in another file.
+_LOGS = {".hoodie": "a Hudi table", "_spark_metadata": "what a stream of Spark's writes (it has _spark_metadata)"}
 # Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
 _BEYOND_FILES = ("deletionVectors", "columnMapping")
 
 
 def is_delta(path: Path) -> bool:
     """Whether a directory is a Delta table."""
-    return os.path.isdir(path / _DELTA_LOG)
+    return os.path.isdir(path / DELTA_LOG)
 
 
 def check_whole(path: Path) -> None:
-    """Raise a LakeError where replaced rows would be read with others: an Iceberg table, or a part of a table."""
+    """Raise a LakeError where replaced rows would be read with others: a table of a kind that is not read, or a part of
+    one.
+    """
     if _is_iceberg(path):
         raise LakeError(f"{path} is an Iceberg table, which is not read: write its rows as Parquet, and give that")
+    for name, kind in _LOGS.items():
+        if os.path.isdir(path / name):
+            raise LakeError(f"{path} is {kind}, which is not read: write its rows as Parquet, and give that")
     if is_delta(path):
         return
     if (around := table_around(path)) is not None:
         kind = "Delta" if is_delta(around) else "Iceberg"
         raise LakeError(f"{path} lies in the {kind} table {around}, whose log says which of its rows count: give that")
+
+
+def is_log(path: str) -> bool:
+    """Whether a file is of a log that tells which files of a table count, by its path from the table's root on."""
+    *folders, name = path.split("/")
+    return (folders[:1] == ["metadata"] and bool(_ICEBERG.fullmatch(name))) or any(map(_LOGS.__contains__, folders[:1]))
 
 
 def table_around(path: Path) -> Path | None:

@@ -7,13 +7,14 @@ data files of a snapshot as units and gives a reader that knows what of them cou
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from pyarrow import fs
 from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import holds, merge, plain
-from bert_ray.lake.snapshots import active_files, check_whole, is_delta
+from bert_ray.lake.snapshots import DELTA_LOG, active_files, check_whole, is_delta, is_log
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
+# Numbers as they are written, without zeros or signs that would be lost.
+_WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]*")
 # Footers are read side by side: on a network file system each costs a round trip or two.
 _FOOTER_THREADS = 16
 
@@ -177,15 +180,13 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
     import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
 
     if filesystem is not None and not isinstance(filesystem, fs.LocalFileSystem):
-        if filesystem.get_file_info(f"{path}/_delta_log").type == fs.FileType.Directory:
-            raise LakeError(f"{path} is a Delta table on a store, which is not read: copy it here")
-        return _of_one_schema(pads.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive"))
+        return _of_one_schema(_stored_dataset(os.fspath(path), filesystem))
     place = Path(os.path.realpath(path))
     check_whole(place)
     if not place.is_dir():
         return pads.dataset(place, format="parquet")
     # Listed here: Arrow takes what begins with _ for no data, a partition's directory too.
-    files = active_files(place) if is_delta(place) else sorted(_data_files(place), key=os.fspath)
+    files = active_files(place) if is_delta(place) else _data_files(place)
     named = [os.fspath(file) for file in files]
     for name in named:
         if printable(name) != name:
@@ -193,7 +194,50 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         if not os.path.isfile(name) and os.path.exists(name):  # Opening a pipe would wait for who writes to it.
             raise LakeError(f"{name} is no file: remove it")
     base = os.fspath(place)
-    return _of_one_schema(pads.dataset(named, format="parquet", partitioning="hive", partition_base_dir=base))
+    partitioning = _partitioning([os.path.relpath(name, base) for name in named])
+    return _of_one_schema(pads.dataset(named, format="parquet", partitioning=partitioning, partition_base_dir=base))
+
+
+def _stored_dataset(path: str, filesystem: fs.FileSystem) -> pads.Dataset:
+    """As `parquet_dataset` has a local one: no file that a table's log has replaced, none passed over for its name."""
+    import pyarrow.dataset as pads
+
+    root = PurePosixPath(path)
+    around = [str(place) for place in (root, *root.parents) if place.name]
+    logs = filesystem.get_file_info([f"{place}/{DELTA_LOG}" for place in around])
+    if tables := [place for place, log in zip(around, logs, strict=True) if log.type == fs.FileType.Directory]:
+        raise LakeError(f"{tables[0]} is a Delta table on a store, which is not read: copy it here")
+    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+        return pads.dataset(path, filesystem=filesystem, format="parquet")
+    found = [info.path for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if info.is_file]
+    inside = {name: os.path.relpath(name, path) for name in sorted(found)}
+    if log := next((name for name in inside.values() if is_log(name)), None):
+        raise LakeError(f"{path} is a table whose log is not read ({log}): write its rows as Parquet, and give that")
+    named = {name: place for name, place in inside.items() if all(map(is_data, place.split("/")))}
+    partitioning = _partitioning(list(named.values()))
+    return pads.dataset(
+        list(named), filesystem=filesystem, format="parquet", partitioning=partitioning, partition_base_dir=path
+    )
+
+
+def _partitioning(paths: list[str]) -> Any:
+    """Arrow's hive partitioning, which takes values for numbers where all of a name's can be: 0111 for 111, 0x1F for
+    31. Here they are numbers where they are written as numbers are, and else text, as the directories spell it.
+    """
+    import pyarrow.dataset as pads
+
+    values: dict[str, set[str]] = {}
+    for path in paths:
+        for name, value in partition_values(path).items():
+            values.setdefault(name, set()).update([] if value is None else [value])
+    whole = {name: all(map(_WHOLE_NUMBER.fullmatch, found)) for name, found in values.items()}
+    if all(whole.values()):
+        return "hive"
+    kinds = []
+    for name, found in values.items():
+        small = whole[name] and found and all(abs(int(value)) < 2**31 for value in found)
+        kinds.append(pa.field(name, pa.int32() if small else pa.string()))
+    return pads.partitioning(pa.schema(kinds), flavor="hive")
 
 
 def _of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
@@ -265,7 +309,7 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
             other = os.path.relpath(seen[real], directory)
             own = real == os.path.normpath(os.path.join(os.path.realpath(directory), other))
             up = Path(seen[real]) in Path(folder).parents
-            if not (own or up) and _partition_of(other) != _partition_of(os.path.relpath(folder, directory)):
+            if not (own or up) and _partitions_differ(Path(seen[real]), Path(folder), directory):
                 raise LakeError(
                     f"{printable(seen[real])} and {printable(folder)} are one directory by way of a link, whose rows "
                     "cannot be of both partitions: remove the link"
@@ -285,9 +329,34 @@ def walk(directory: Path, enter: Callable[[str], bool]) -> Iterator[Path]:
             yield path
 
 
-def _partition_of(path: str) -> list[str]:
-    """The directories of a path that name a partition."""
-    return [name for name in path.split(os.sep) if "=" in name]
+def once(files: Iterable[Path], directory: Path) -> list[Path]:
+    """These files of a directory without links to others of them (`latest.parquet`), whose rows would count twice.
+
+    Raises:
+        LakeError: two links to one file stand in two partitions, and neither is its own.
+    """
+    found = list(files)
+    linked = [path.is_symlink() for path in found]
+    if not any(linked):
+        return found
+    names = {os.path.realpath(path): path for path, link in zip(found, linked, strict=True) if not link}
+    kept = []
+    for path, link in zip(found, linked, strict=True):
+        first = names.setdefault(os.path.realpath(path), path) if link else path
+        if first is path:
+            kept.append(path)
+        elif first.is_symlink() and _partitions_differ(path, first, directory):
+            raise LakeError(
+                f"{printable(first)} and {printable(path)} are one file by way of a link, whose rows cannot be of both "
+                "partitions: remove the link"
+            )
+    return kept
+
+
+def _partitions_differ(one: Path, other: Path, directory: Path) -> bool:
+    """Whether the directories of two paths below `directory` name different partitions."""
+    named = ([name for name in path.relative_to(directory).parts if "=" in name] for path in (one, other))
+    return next(named) != next(named)
 
 
 def _names_directory(name: str) -> bool:
@@ -304,10 +373,14 @@ def is_data(name: str) -> bool:
     return not name.startswith(".") and (not name.startswith("_") or "=" in name)
 
 
-def _data_files(directory: Path) -> Iterator[Path]:
-    for path in walk(directory, is_data):
-        if is_data(path.name) and (path.name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)):
-            yield path
+def _data_files(directory: Path) -> list[Path]:
+    """In path order."""
+    found = (
+        path
+        for path in walk(directory, is_data)
+        if is_data(path.name) and (path.name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path))
+    )
+    return once(sorted(found, key=os.fspath), directory)
 
 
 def _begins_as_parquet(path: Path) -> bool:

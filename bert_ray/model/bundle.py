@@ -440,8 +440,11 @@ def _hash_files(directory: Path) -> dict[str, str]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.suffix in _FINGERPRINTED and path.is_file() and name != CARD_FILE and not name.startswith("."):
-            with path.open("rb") as handle:
-                hashes[name] = hashlib.file_digest(handle, "sha256").hexdigest()
+            try:
+                with path.open("rb") as handle:
+                    hashes[name] = hashlib.file_digest(handle, "sha256").hexdigest()
+            except OSError as error:
+                raise BundleError(f"{path} cannot be read: {why(error)}") from error
     return hashes
 
 

@@ -15,9 +15,10 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
-from bert_ray.errors import BundleError, JobError
+from bert_ray.errors import BundleError, JobError, why
 from bert_ray.stores import open_store
 
 # What a model directory may hold of use; pickles, ONNX exports and pictures of a hub repository are not fetched.
@@ -89,8 +90,14 @@ def _in_store(reference: str) -> Path:
     target = cache_directory() / hashlib.sha256(f"{reference}\n{state}".encode()).hexdigest()[:32]
     if target.is_dir():
         return target
-    fresh = target.with_suffix(f".{os.getpid()}.new")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Not by the process's number: containers that share a cache may have one number.
+        fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".new", dir=target.parent))
+    except OSError as error:
+        raise BundleError(f"{reference}: cannot be copied to {target}: {why(error)}") from error
+    try:
+        fresh.chmod(0o755)  # Of a temporary directory nobody else may read.
         for info in files:
             local = fresh / (inside := Path(info.path).relative_to(root))
             if ".." in inside.parts:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError
+from bert_ray.lake.files import sync, sync_tree
 from bert_ray.model.tokenization import is_blank
 from bert_ray.training.data import LabelledTable, leaks, one_array, read_columns, read_labelled
 from bert_ray.training.launch import TrainResult, new_task, versions
@@ -92,9 +93,15 @@ def _read(job: TrainJob, task: Task) -> Columns:
     for name, column in columns.items():
         if pa.types.is_dictionary(column.type):
             columns[name] = column.cast(column.type.value_type)
-        elif pa.types.is_nested(column.type):
+        elif pa.types.is_string_view(column.type):
+            columns[name] = column.cast(pa.large_string())
+        elif pa.types.is_nested(column.type) or _is_binary(column.type):
             raise ColumnError(f"{job.data.train}: column {names[name]!r} is {column.type}, not text: cast it to string")
     return columns
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _validation(job: TrainJob, task: Task) -> LabelledTable:
@@ -168,7 +175,9 @@ def _make(
             card.provenance["majority_baseline"] = task.baseline(taught.truth, validation.truth)
         card.provenance["data"] = data
         save_card(made, card)
+        sync_tree(made)
         os.replace(made, output)
+        sync(output.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

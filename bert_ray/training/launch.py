@@ -163,8 +163,8 @@ def _train(
     if begun_in(directory) is None and not has_ended:
         _check_kind(job)
     fresh = output.parent / f".{output.name}.{os.getpid()}.start"
-    for left in output.parent.iterdir():  # What a killed start left.
-        if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.start", left.name):
+    for left in output.parent.iterdir():  # What a killed start left, here or of a bundle that is built.
+        if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.(start|made)", left.name):
             shutil.rmtree(left, ignore_errors=True)
     try:
         base, asked = _base(job, fresh)

@@ -220,7 +220,12 @@ def label_texts(labels: pa.Array) -> pa.Array:
         other = "; lists are for task multi-label" if pa.types.is_nested(kind) else ""
         other = "; numbers are for task regression" if pa.types.is_floating(kind) else other
         raise ColumnError(f"the label column is {kind}; labels are strings, integers or booleans{other}")
-    return labels.cast(pa.string())
+    try:
+        texts = labels.cast(pa.string())
+        texts.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ColumnError(f"the label column has bytes that are no UTF-8: {error}") from None
+    return texts
 
 
 def labels_of(labels: pa.Array | pa.ChunkedArray) -> list[str]:

@@ -207,7 +207,8 @@ def _open(path: Path, columns: Sequence[str], options: ReadingOptions) -> Source
             raise LakeError(f"{path} holds no files named .txt or .txt.gz: name the directory that has them, or one")
         return _TextSource(path, files, options)
     check_whole(path)
-    table = DeltaTable(path) if form == "delta" else ParquetTable(path)
+    # A Delta table is one whatever its format is said to be: its directory holds what was replaced, too.
+    table = DeltaTable(path) if form == "delta" or is_delta(path) else ParquetTable(path)
     return _TableSource(table, columns, options.bad_bytes)
 
 

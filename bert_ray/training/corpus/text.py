@@ -16,7 +16,7 @@ from typing import IO
 
 from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
-from bert_ray.lake.tables import is_data, walk
+from bert_ray.lake.tables import is_data, once, walk
 from bert_ray.lake.units import Unit
 from bert_ray.training.corpus.job import ReadingOptions
 
@@ -37,7 +37,8 @@ def text_files(place: Path) -> list[Path]:
     """
     if place.is_file():
         return [place]
-    return sorted(path for path in walk(place, is_data) if is_data(path.name) and path.name.lower().endswith(_SUFFIXES))
+    found = (path for path in walk(place, is_data) if is_data(path.name) and path.name.lower().endswith(_SUFFIXES))
+    return once(sorted(found), place)
 
 
 def spans_of(path: Path, size: int, options: ReadingOptions, unit_bytes: int) -> list[tuple[int, int] | None]:

@@ -215,6 +215,51 @@ def test_two_partitions_that_are_links_to_one_directory_are_refused(tmp_path: Pa
         open_table(lake)
 
 
+def test_a_link_to_another_file_of_the_table_is_not_read_twice(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    for day in ("1", "2"):
+        (lake / f"day={day}").mkdir(parents=True)
+        pq.write_table(pa.table({"text": [f"day {day}"]}), lake / f"day={day}" / "part.parquet")
+    pq.write_table(pa.table({"text": ["elsewhere"]}), tmp_path / "elsewhere.parquet")
+    (lake / "day=1" / "latest.parquet").symlink_to("part.parquet")
+    for name in ("one", "other"):
+        (lake / "day=2" / f"{name}.parquet").symlink_to(tmp_path / "elsewhere.parquet")
+    texts = ["day 1", "day 2", "elsewhere"]
+    assert sorted(parquet_dataset(lake).to_table()["text"].to_pylist()) == texts
+    table = open_table(lake)
+    assert sum(unit.rows or 0 for unit in table.units(10)) == 3
+    # A link is one more name, also from another partition; of two to a file elsewhere neither is its own.
+    (lake / "day=2" / "first.parquet").symlink_to(lake / "day=1" / "part.parquet")
+    assert sorted(parquet_dataset(lake).to_table()["text"].to_pylist()) == texts
+    (lake / "day=1" / "more.parquet").symlink_to(tmp_path / "elsewhere.parquet")
+    for read in (open_table, parquet_dataset):
+        with pytest.raises(LakeError, match=r"more\.parquet and .*one\.parquet are one file by way of a link"):
+            read(lake)
+
+
+def test_partitions_that_are_no_numbers_as_numbers_are_written_are_text(tmp_path: Path) -> None:
+    """As Arrow has them 0111 is 111 and 0x1F is 31."""
+    for code, day, size in (("0111", "1", "5"), ("0112", "2", "0x1F")):
+        place = tmp_path / f"code={code}" / f"day={day}" / f"size={size}"
+        place.mkdir(parents=True)
+        pq.write_table(pa.table({"text": [code]}), place / "part.parquet")
+    read = parquet_dataset(tmp_path).to_table().sort_by("text")
+    assert read["code"].to_pylist() == read["text"].to_pylist() == ["0111", "0112"]
+    assert read["size"].to_pylist() == ["5", "0x1F"]
+    assert read["day"].to_pylist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("log", "kind"), [(".hoodie", "a Hudi table"), ("_spark_metadata", "what a stream of Spark's")]
+)
+def test_tables_of_other_logs_are_refused(tmp_path: Path, log: str, kind: str) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "part.parquet")
+    (tmp_path / log).mkdir()
+    for read in (open_table, parquet_dataset):
+        with pytest.raises(LakeError, match=rf"is {kind}.*which is not read"):
+            read(tmp_path)
+
+
 def test_a_partition_behind_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:
     """A disk that is not mounted."""
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "f.parquet")

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from bert_ray.errors import BertRayError, ColumnError, JobError
+from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
 from bert_ray.evaluation.rows import open_table
 from bert_ray.model.bundle import Card, load_bundle
 from bert_ray.model.tasks import get_task
+from bert_ray.model.tasks.classification import label_texts
 from bert_ray.training import data
 from bert_ray.training.data import read_columns, read_labelled
 from bert_ray.training.job import DataOptions, TrainJob
@@ -87,6 +88,21 @@ def test_a_table_on_a_store(object_store: str) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), "lake/source=a/part.parquet", filesystem=store)
     where = f"endpoint_override={object_store}&scheme=http"
     assert read_labelled(f"s3://lake?{where}", CLASSIFICATION).inputs[0].to_pylist() == ["a", "b"]
+    # Arrow alone passes over what begins with _, a partition too, and has 0111 for 111.
+    for code in ("0111", "0112"):
+        place = f"lake/coded/_code={code}/part.parquet"
+        pq.write_table(pa.table({"text": [code], "label": [0]}), place, filesystem=store)
+    coded = read_labelled(f"s3://lake/coded?{where}", CLASSIFICATION, {"text": "_code"})
+    assert coded.inputs[0].to_pylist() == ["0111", "0112"]
+    for log in ("delta/_delta_log/0.json", "ice/metadata/v1.metadata.json"):
+        with store.open_output_stream(f"lake/{log}") as stream:
+            stream.write(b"{}")
+    for table, told in (("delta", "is a Delta table on a store"), ("ice", "is a table whose log is not read")):
+        pq.write_table(pa.table({"text": ["a"], "label": [0]}), f"lake/{table}/day=1/p.parquet", filesystem=store)
+        with pytest.raises(LakeError, match=told):
+            read_labelled(f"s3://lake/{table}?{where}", CLASSIFICATION)
+    with pytest.raises(LakeError, match="lake/delta is a Delta table on a store"):
+        read_labelled(f"s3://lake/delta/day=1?{where}", CLASSIFICATION)
     with pytest.raises(JobError, match=r"s3://lake/none.*does not exist"):
         read_labelled(f"s3://lake/none?{where}", CLASSIFICATION)
     with pytest.raises(JobError, match=r"s3://lake\S* cannot be reached"):
@@ -274,3 +290,12 @@ def test_a_directory_has_the_columns_of_all_its_files(tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [[1]], "text": ["f"]}), place / "d.parquet")
     with pytest.raises(JobError, match=r"lake cannot be read as Parquet: .*label"):
         read_columns(str(tmp_path / "lake"), columns, key="data.columns")
+
+
+def test_bytes_that_are_no_text_are_no_labels(tmp_path: Path) -> None:
+    raw = pa.array([b"n\xe9gatif", b"positif"] * 5, pa.binary())
+    wrong = pa.StringArray.from_buffers(10, *pa.array(raw).buffers()[1:])
+    for labels in (raw, wrong):
+        pq.write_table(pa.table({"text": [f"t {row}" for row in range(10)], "label": labels}), tmp_path / "t.parquet")
+        with pytest.raises(ColumnError, match=r"the label column has bytes that are no UTF-8|label column is binary"):
+            label_texts(pq.read_table(tmp_path / "t.parquet")["label"].combine_chunks())

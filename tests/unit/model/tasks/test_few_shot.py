@@ -353,3 +353,19 @@ def test_windows_are_averaged(tiny_encoder: Path, uci_sample: pa.Table, tmp_path
     np.testing.assert_allclose(
         probabilities(annotator.annotate([examples["text"]]), annotator.bundle.card.labels), expected, atol=1e-5
     )
+
+
+def test_columns_of_views_and_of_bytes(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Views, as deltalake has them, are text; bytes are not. What a killed build left goes."""
+    rows = {"text": [f"a {word} film" for word in ("good", "bad") * 4], "label": ["yes", "no"] * 4}
+    views = pa.table({name: pa.array(values, pa.string_view()) for name, values in rows.items()})
+    job = job_for(str(tiny_encoder), views, tmp_path)
+    assert pa.types.is_string_view(pq.read_table(job.data.train)["label"].type)
+    left = tmp_path / ".model.99999999.made"
+    left.mkdir()
+    assert run(job)[0].train_rows == 8
+    assert not left.exists()
+    raw = pa.table({"text": rows["text"], "label": pa.array([label.encode() for label in rows["label"]], pa.binary())})
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(ColumnError, match=r"column 'label' is binary, not text"):
+        run(job_for(str(tiny_encoder), raw, tmp_path / "raw"))
