@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from bert_ray.errors import LakeError
 from bert_ray.lake.units import partition_values
 
-DELTA_LOG = "_delta_log"
+DELTA_LOG, METADATA = "_delta_log", "metadata"
 # An Iceberg table's metadata, by a catalog's numbers or a file system's.
 _ICEBERG = re.compile(r"(v?\d+|\d+-.+?)(\.gz)?\.metadata\.json")
-# Of others that keep files whose rows do not count, or count in another file.
-_LOGS = {".hoodie": "a Hudi table", "_spark_metadata": "what a stream of Spark's writes (it has _spark_metadata)"}
+# Folders of logs, by which files may not count, and whose they are.
+_LOGS = {DELTA_LOG: "Delta table", ".hoodie": "Hudi table", "_spark_metadata": "table of a Spark stream"}
+LOG_FOLDERS = tuple(_LOGS)
 # Features of a Delta table by which its files do not tell all: rows that are deleted, columns of other names.
 _BEYOND_FILES = ("deletionVectors", "columnMapping")
 
@@ -31,32 +33,33 @@ def check_whole(path: Path) -> None:
     """Raise a LakeError where replaced rows would be read with others: a table of a kind that is not read, or a part of
     one.
     """
-    if _is_iceberg(path):
-        raise LakeError(f"{path} is an Iceberg table, which is not read: write its rows as Parquet, and give that")
-    for name, kind in _LOGS.items():
-        if os.path.isdir(path / name):
-            raise LakeError(f"{path} is {kind}, which is not read: write its rows as Parquet, and give that")
     if is_delta(path):
         return
+    if (kind := _kind_of(path)) is not None:
+        article = "an" if kind[0] in "AEIOU" else "a"
+        raise LakeError(f"{path} is {article} {kind}, which is not read: write its rows as Parquet, and give that")
     if (around := table_around(path)) is not None:
-        kind = "Delta" if is_delta(around) else "Iceberg"
-        raise LakeError(f"{path} lies in the {kind} table {around}, whose log says which of its rows count: give that")
-
-
-def is_log(path: str) -> bool:
-    """Whether a file is of a log that tells which files of a table count, by its path from the table's root on."""
-    *folders, name = path.split("/")
-    return (folders[:1] == ["metadata"] and bool(_ICEBERG.fullmatch(name))) or any(map(_LOGS.__contains__, folders[:1]))
+        raise LakeError(
+            f"{path} lies in the {_kind_of(around)} {around}, whose log says which of its rows count: give that"
+        )
 
 
 def table_around(path: Path) -> Path | None:
-    """The Delta or Iceberg table that a path lies in."""
-    return next((place for place in path.parents if is_delta(place) or _is_iceberg(place)), None)
+    """The table with a log of its own that a path lies in."""
+    return next((place for place in path.parents if _kind_of(place) is not None), None)
 
 
-def _is_iceberg(path: Path) -> bool:
-    place = path / "metadata"
-    return os.path.isdir(place) and any(_ICEBERG.fullmatch(file.name) for file in place.glob("*.metadata.json"))
+def kind_of(names: Collection[str], metadata: Collection[str]) -> str | None:
+    """What kind of table with a log a directory is, by the names in it and those in its folder `metadata`."""
+    if any(map(_ICEBERG.fullmatch, metadata)):
+        return "Iceberg table"
+    return next((kind for log, kind in _LOGS.items() if log in names), None)
+
+
+def _kind_of(path: Path) -> str | None:
+    logs = [log for log in _LOGS if os.path.isdir(path / log)]
+    metadata = path / METADATA
+    return kind_of(logs, [file.name for file in metadata.glob("*.metadata.json")] if os.path.isdir(metadata) else [])
 
 
 def active_files(path: Path) -> list[Path]:

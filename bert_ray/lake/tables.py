@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bert_ray.errors import LakeError, why
 from bert_ray.lake.files import printable
 from bert_ray.lake.schemas import holds, merge, plain
-from bert_ray.lake.snapshots import DELTA_LOG, active_files, check_whole, is_delta, is_log
+from bert_ray.lake.snapshots import LOG_FOLDERS, METADATA, active_files, check_whole, is_delta, kind_of
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
 
 if TYPE_CHECKING:
@@ -173,8 +174,9 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         filesystem: a store's.
 
     Raises:
-        LakeError: a Delta table that cannot be read, an Iceberg table, a part of either, a directory that cannot be
-            listed, a pipe, or a file whose name is no UTF-8, which Arrow's datasets do not take.
+        LakeError: a Delta table that cannot be read, a table of another log (Iceberg, Hudi, Spark's streams), a part of
+            either, a directory that cannot be listed, a pipe, or a file whose name is no UTF-8, which Arrow's datasets
+            do not take.
         pa.ArrowException, OSError: what is there cannot be read as Parquet, or a column's types do not go together.
     """
     import pyarrow.dataset as pads  # It brings pandas with it where that is installed: half a second.
@@ -194,7 +196,7 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
         if not os.path.isfile(name) and os.path.exists(name):  # Opening a pipe would wait for who writes to it.
             raise LakeError(f"{name} is no file: remove it")
     base = os.fspath(place)
-    partitioning = _partitioning([os.path.relpath(name, base) for name in named])
+    partitioning = _partitioning([os.path.relpath(name, base) for name in named], lambda: pq.read_schema(named[0]))
     return _of_one_schema(pads.dataset(named, format="parquet", partitioning=partitioning, partition_base_dir=base))
 
 
@@ -203,26 +205,47 @@ def _stored_dataset(path: str, filesystem: fs.FileSystem) -> pads.Dataset:
     import pyarrow.dataset as pads
 
     root = PurePosixPath(path)
-    around = [str(place) for place in (root, *root.parents) if place.name]
-    logs = filesystem.get_file_info([f"{place}/{DELTA_LOG}" for place in around])
-    if tables := [place for place, log in zip(around, logs, strict=True) if log.type == fs.FileType.Directory]:
-        raise LakeError(f"{tables[0]} is a Delta table on a store, which is not read: copy it here")
+    for place in (root, *root.parents):
+        if place.name and (kind := _kind_on_store(str(place), filesystem, place == root)):
+            raise LakeError(
+                f"{place} is a {kind} on a store, which is not read: write its rows as Parquet, and give that"
+            )
     if filesystem.get_file_info(path).type != fs.FileType.Directory:
         return pads.dataset(path, filesystem=filesystem, format="parquet")
-    found = [info.path for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if info.is_file]
-    inside = {name: os.path.relpath(name, path) for name in sorted(found)}
-    if log := next((name for name in inside.values() if is_log(name)), None):
-        raise LakeError(f"{path} is a table whose log is not read ({log}): write its rows as Parquet, and give that")
-    named = {name: place for name, place in inside.items() if all(map(is_data, place.split("/")))}
-    partitioning = _partitioning(list(named.values()))
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    # An empty one marks a directory or the end of a job.
+    files = [
+        info
+        for info in sorted(found, key=lambda info: info.path)
+        if info.is_file and info.size != 0 and all(map(is_data, os.path.relpath(info.path, path).split("/")))
+    ]
+    inside = [os.path.relpath(info.path, path) for info in files]
+    partitioning = _partitioning(inside, lambda: pq.read_schema(files[0].path, filesystem=filesystem))
     return pads.dataset(
-        list(named), filesystem=filesystem, format="parquet", partitioning=partitioning, partition_base_dir=path
+        files, filesystem=filesystem, format="parquet", partitioning=partitioning, partition_base_dir=path
     )
 
 
-def _partitioning(paths: list[str]) -> Any:
+def _kind_on_store(place: str, filesystem: fs.FileSystem, asked: bool) -> str | None:
+    """What kind of table with a log lies there; what is around the place that was asked for may not be looked at."""
+    try:
+        infos = filesystem.get_file_info([f"{place}/{log}" for log in LOG_FOLDERS])
+        metadata = filesystem.get_file_info(fs.FileSelector(f"{place}/{METADATA}", allow_not_found=True))
+    except OSError:
+        if asked:
+            raise
+        return None
+    logs = [info.base_name for info in infos if info.type == fs.FileType.Directory]
+    return kind_of(logs, [info.base_name for info in metadata])
+
+
+def _partitioning(paths: list[str], first: Callable[[], pa.Schema]) -> Any:
     """Arrow's hive partitioning, which takes values for numbers where all of a name's can be: 0111 for 111, 0x1F for
     31. Here they are numbers where they are written as numbers are, and else text, as the directories spell it.
+
+    Args:
+        paths: of the files, from the table's root on.
+        first: gives the columns of one of them; what stands there too is theirs.
     """
     import pyarrow.dataset as pads
 
@@ -234,10 +257,10 @@ def _partitioning(paths: list[str]) -> Any:
     if all(whole.values()):
         return "hive"
     kinds = []
-    for name, found in values.items():
-        small = whole[name] and found and all(abs(int(value)) < 2**31 for value in found)
+    for name in values.keys() - set(first().names):
+        small = whole[name] and values[name] and all(abs(int(value)) < 2**31 for value in values[name])
         kinds.append(pa.field(name, pa.int32() if small else pa.string()))
-    return pads.partitioning(pa.schema(kinds), flavor="hive")
+    return pads.partitioning(pa.schema(sorted(kinds, key=lambda item: list(values).index(item.name))), flavor="hive")
 
 
 def _of_one_schema(dataset: pads.Dataset) -> pads.Dataset:
@@ -333,21 +356,21 @@ def once(files: Iterable[Path], directory: Path) -> list[Path]:
     """These files of a directory without links to others of them (`latest.parquet`), whose rows would count twice.
 
     Raises:
-        LakeError: two links to one file stand in two partitions, and neither is its own.
+        LakeError: such a link stands in another partition than its file.
     """
     found = list(files)
     linked = [path.is_symlink() for path in found]
     if not any(linked):
         return found
-    names = {os.path.realpath(path): path for path, link in zip(found, linked, strict=True) if not link}
+    own = {os.path.realpath(path): path for path, link in zip(found, linked, strict=True) if not link}
     kept = []
     for path, link in zip(found, linked, strict=True):
-        first = names.setdefault(os.path.realpath(path), path) if link else path
-        if first is path:
+        file = own.get(os.path.realpath(path)) if link else None
+        if file is None:  # A link to what is no file of this table, as those of a cache of files are, is its only name.
             kept.append(path)
-        elif first.is_symlink() and _partitions_differ(path, first, directory):
+        elif _partitions_differ(path.parent, file.parent, directory):
             raise LakeError(
-                f"{printable(first)} and {printable(path)} are one file by way of a link, whose rows cannot be of both "
+                f"{printable(file)} and {printable(path)} are one file by way of a link, whose rows cannot be of both "
                 "partitions: remove the link"
             )
     return kept

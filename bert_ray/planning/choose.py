@@ -209,7 +209,8 @@ def choose(job: ChooseJob, tell: Callable[[str], None] = lambda line: print(line
         _write(choice, output / "choose.json", job)
         _draw(choice)
     except OSError as error:
-        raise JobError(f"{choice.text()}\n{error.filename or output} cannot be written: {why(error)}") from error
+        figures = choice.text().rpartition("\ndrawing ")[0]
+        raise JobError(f"{error.filename or output} cannot be written: {why(error)}; it is:\n{figures}") from error
     return choice
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert_ray.errors import ColumnError, JobError
+from bert_ray.errors import ColumnError, JobError, LakeError, why
 from bert_ray.lake.files import sync, sync_tree
 from bert_ray.model.tokenization import is_blank
 from bert_ray.training.data import LabelledTable, leaks, one_array, read_columns, read_labelled
@@ -40,6 +40,7 @@ def build(job: TrainJob, base: Bundle, tell: Callable[[dict[str, Any]], None]) -
         JobError: settings or data are at fault, or the output is taken.
         ColumnError: a column is missing or of the wrong type.
         BundleError: the base cannot be used.
+        LakeError: the output cannot be written.
     """
     import torch
 
@@ -92,8 +93,8 @@ def _read(job: TrainJob, task: Task) -> Columns:
     columns = {name: table.column(column) for name, column in names.items() if column in table.column_names}
     for name, column in columns.items():
         if pa.types.is_dictionary(column.type):
-            columns[name] = column.cast(column.type.value_type)
-        elif pa.types.is_string_view(column.type):
+            column = columns[name] = column.cast(column.type.value_type)
+        if pa.types.is_string_view(column.type):
             columns[name] = column.cast(pa.large_string())
         elif pa.types.is_nested(column.type) or _is_binary(column.type):
             raise ColumnError(f"{job.data.train}: column {names[name]!r} is {column.type}, not text: cast it to string")
@@ -101,7 +102,8 @@ def _read(job: TrainJob, task: Task) -> Columns:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(known(kind) for known in kinds)
 
 
 def _validation(job: TrainJob, task: Task) -> LabelledTable:
@@ -175,9 +177,14 @@ def _make(
             card.provenance["majority_baseline"] = task.baseline(taught.truth, validation.truth)
         card.provenance["data"] = data
         save_card(made, card)
-        sync_tree(made)
-        os.replace(made, output)
-        sync(output.parent)
+        try:
+            sync_tree(made)
+            os.replace(made, output)
+            sync(output.parent)
+        except OSError as error:
+            raise LakeError(
+                f"{output} cannot be written: {why(error)}. When that is mended, give the command again"
+            ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -377,7 +377,7 @@ def read_columns(
 
     Raises:
         JobError: nothing there, not Parquet.
-        LakeError: a Delta table that cannot be read, or an Iceberg table.
+        LakeError: a Delta table that cannot be read, or a table of another log.
         ColumnError: a column is missing.
     """
     try:

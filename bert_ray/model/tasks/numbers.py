@@ -117,9 +117,9 @@ def numbers_report(
 
 
 def _told_apart(values: np.ndarray) -> list[str]:
-    """Different numbers, with as many digits as it takes to tell them apart, three at least."""
+    """Different numbers, with as many digits as it takes to tell them apart, three at least; 2000, not 2e+03."""
     for digits in range(3, 18):
-        names = [f"{value:.{digits}g}" for value in values]
+        names = [f"{float(f'{value:.{digits}g}'):.15g}" for value in values]
         if len(set(names)) == len(names):
             break
     return names

@@ -193,7 +193,7 @@ def shown(text: str, most: int = SHOWN_CHARACTERS) -> str:
 
 def shown_number(value: float) -> str:
     """A number of four digits, or of as many as stand before its point and one more."""
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:,.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def texts_at(

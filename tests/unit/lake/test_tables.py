@@ -222,18 +222,15 @@ def test_a_link_to_another_file_of_the_table_is_not_read_twice(tmp_path: Path) -
         pq.write_table(pa.table({"text": [f"day {day}"]}), lake / f"day={day}" / "part.parquet")
     pq.write_table(pa.table({"text": ["elsewhere"]}), tmp_path / "elsewhere.parquet")
     (lake / "day=1" / "latest.parquet").symlink_to("part.parquet")
-    for name in ("one", "other"):
-        (lake / "day=2" / f"{name}.parquet").symlink_to(tmp_path / "elsewhere.parquet")
-    texts = ["day 1", "day 2", "elsewhere"]
+    for place in ("day=1/a=1", "day=2/one"):  # As a cache of files has equal ones.
+        (lake / f"{place}.parquet").symlink_to(tmp_path / "elsewhere.parquet")
+    texts = ["day 1", "day 2", "elsewhere", "elsewhere"]
     assert sorted(parquet_dataset(lake).to_table()["text"].to_pylist()) == texts
     table = open_table(lake)
-    assert sum(unit.rows or 0 for unit in table.units(10)) == 3
-    # A link is one more name, also from another partition; of two to a file elsewhere neither is its own.
+    assert sum(unit.rows or 0 for unit in table.units(10)) == 4
     (lake / "day=2" / "first.parquet").symlink_to(lake / "day=1" / "part.parquet")
-    assert sorted(parquet_dataset(lake).to_table()["text"].to_pylist()) == texts
-    (lake / "day=1" / "more.parquet").symlink_to(tmp_path / "elsewhere.parquet")
     for read in (open_table, parquet_dataset):
-        with pytest.raises(LakeError, match=r"more\.parquet and .*one\.parquet are one file by way of a link"):
+        with pytest.raises(LakeError, match=r"part\.parquet and .*first\.parquet are one file by way of a link"):
             read(lake)
 
 
@@ -247,17 +244,23 @@ def test_partitions_that_are_no_numbers_as_numbers_are_written_are_text(tmp_path
     assert read["code"].to_pylist() == read["text"].to_pylist() == ["0111", "0112"]
     assert read["size"].to_pylist() == ["5", "0x1F"]
     assert read["day"].to_pylist() == [1, 2]
+    # What the files have too is theirs, whatever the directories make of it.
+    for code in ("01", "02"):
+        (tmp_path / "own" / f"month={code}").mkdir(parents=True)
+        table = pa.table({"text": [code], "month": pa.array([int(code)], pa.int32())})
+        pq.write_table(table, tmp_path / "own" / f"month={code}" / "part.parquet")
+    assert sorted(parquet_dataset(tmp_path / "own").to_table()["month"].to_pylist()) == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("log", "kind"), [(".hoodie", "a Hudi table"), ("_spark_metadata", "what a stream of Spark's")]
-)
+@pytest.mark.parametrize(("log", "kind"), [(".hoodie", "Hudi table"), ("_spark_metadata", "table of a Spark stream")])
 def test_tables_of_other_logs_are_refused(tmp_path: Path, log: str, kind: str) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "part.parquet")
     (tmp_path / log).mkdir()
     for read in (open_table, parquet_dataset):
-        with pytest.raises(LakeError, match=rf"is {kind}.*which is not read"):
+        with pytest.raises(LakeError, match=rf"is a {kind}, which is not read"):
             read(tmp_path)
+        with pytest.raises(LakeError, match=rf"lies in the {kind} "):
+            read(tmp_path / "part.parquet")
 
 
 def test_a_partition_behind_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:

@@ -460,3 +460,14 @@ def test_the_baseline_reads_scripts_without_blanks() -> None:
     assert unspaced(["อาหารอร่อยมาก ราคาไม่แพง"])
     pipeline = fit_tfidf(texts, [1, 0, 1, 0] * 5)
     assert list(pipeline.predict(["好吃", "太难吃"])) == [1, 0]
+
+
+def test_figures_that_cannot_be_kept_are_told_all_the_same(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "measure", lambda *_: (100.0, 100.0))
+    (tmp_path / "choose" / "choose.json").mkdir(parents=True)
+    with pytest.raises(
+        JobError, match=r"(?s)choose\.json cannot be written: Is a directory; it is:\ncandidate .*TF-IDF"
+    ):
+        run(word_decides(400), tmp_path, models=[str(tiny_encoder)], epochs=1, first_rows=100, budget_minutes=1e-6)

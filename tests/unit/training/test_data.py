@@ -94,15 +94,14 @@ def test_a_table_on_a_store(object_store: str) -> None:
         pq.write_table(pa.table({"text": [code], "label": [0]}), place, filesystem=store)
     coded = read_labelled(f"s3://lake/coded?{where}", CLASSIFICATION, {"text": "_code"})
     assert coded.inputs[0].to_pylist() == ["0111", "0112"]
-    for log in ("delta/_delta_log/0.json", "ice/metadata/v1.metadata.json"):
+    for log in ("delta/_delta_log/0.json", "ice/metadata/v1.metadata.json", "hudi/.hoodie/hoodie.properties"):
         with store.open_output_stream(f"lake/{log}") as stream:
             stream.write(b"{}")
-    for table, told in (("delta", "is a Delta table on a store"), ("ice", "is a table whose log is not read")):
+    for table, kind in (("delta", "Delta"), ("ice", "Iceberg"), ("hudi", "Hudi")):
         pq.write_table(pa.table({"text": ["a"], "label": [0]}), f"lake/{table}/day=1/p.parquet", filesystem=store)
-        with pytest.raises(LakeError, match=told):
-            read_labelled(f"s3://lake/{table}?{where}", CLASSIFICATION)
-    with pytest.raises(LakeError, match="lake/delta is a Delta table on a store"):
-        read_labelled(f"s3://lake/delta/day=1?{where}", CLASSIFICATION)
+        for part in ("", "/day=1"):
+            with pytest.raises(LakeError, match=rf"lake/{table} is a {kind} table on a store, which is not read"):
+                read_labelled(f"s3://lake/{table}{part}?{where}", CLASSIFICATION)
     with pytest.raises(JobError, match=r"s3://lake/none.*does not exist"):
         read_labelled(f"s3://lake/none?{where}", CLASSIFICATION)
     with pytest.raises(JobError, match=r"s3://lake\S* cannot be reached"):

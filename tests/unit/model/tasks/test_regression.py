@@ -241,4 +241,5 @@ def test_the_scale_has_names_that_tell_its_parts_apart() -> None:
     assert names(list(range(1990, 2021))) == [f"{year} to {year + 6}" for year in range(1990, 2020, 6)]
     assert names([1_234_567.0, 1_234_568.0]) == ["1234567", "1234568"]
     assert names([0.5, 1.0]) == ["0.5", "1"]
+    assert names([1990.0, 2000.0, 2010.0]) == ["1990", "2000", "2010"]
     assert [shown_number(value) for value in (0.12345, 12_346.0, -12_349.25)] == ["0.1235", "12,346.0", "-12,349.2"]
