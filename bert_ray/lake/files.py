@@ -32,6 +32,13 @@ def sync_tree(directory: Path) -> None:
         sync(Path(folder))
 
 
+def put_in_place(fresh: Path, place: Path) -> None:
+    """Rename a directory when all of it is on the disk: what is found in its place is whole, also after a power cut."""
+    sync_tree(fresh)
+    os.replace(fresh, place)
+    sync(place.parent)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all, also through a kill or a power cut."""
     fresh = path.with_name(f".{path.name}.new")

@@ -214,13 +214,11 @@ def _stored_dataset(path: str, filesystem: fs.FileSystem) -> pads.Dataset:
         return pads.dataset(path, filesystem=filesystem, format="parquet")
     found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     # An empty one marks a directory or the end of a job.
-    files = [
-        info
-        for info in sorted(found, key=lambda info: info.path)
-        if info.is_file and info.size != 0 and all(map(is_data, os.path.relpath(info.path, path).split("/")))
-    ]
-    inside = [os.path.relpath(info.path, path) for info in files]
-    partitioning = _partitioning(inside, lambda: pq.read_schema(files[0].path, filesystem=filesystem))
+    whole = sorted((info for info in found if info.is_file and info.size != 0), key=lambda info: info.path)
+    inside = {os.path.relpath(info.path, path): info for info in whole}
+    data = [name for name in inside if all(map(is_data, name.split("/")))]
+    files = [inside[name] for name in data]
+    partitioning = _partitioning(data, lambda: pq.read_schema(files[0].path, filesystem=filesystem))
     return pads.dataset(
         files, filesystem=filesystem, format="parquet", partitioning=partitioning, partition_base_dir=path
     )
@@ -256,11 +254,12 @@ def _partitioning(paths: list[str], first: Callable[[], pa.Schema]) -> Any:
     whole = {name: all(map(_WHOLE_NUMBER.fullmatch, found)) for name, found in values.items()}
     if all(whole.values()):
         return "hive"
-    kinds = []
-    for name in values.keys() - set(first().names):
-        small = whole[name] and values[name] and all(abs(int(value)) < 2**31 for value in values[name])
-        kinds.append(pa.field(name, pa.int32() if small else pa.string()))
-    return pads.partitioning(pa.schema(sorted(kinds, key=lambda item: list(values).index(item.name))), flavor="hive")
+    own, kinds = set(first().names), []
+    for name, found in values.items():
+        if name not in own:
+            small = whole[name] and found and all(abs(int(value)) < 2**31 for value in found)
+            kinds.append(pa.field(name, pa.int32() if small else pa.string()))
+    return pads.partitioning(pa.schema(kinds), flavor="hive")
 
 
 def _of_one_schema(dataset: pads.Dataset) -> pads.Dataset:

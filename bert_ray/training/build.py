@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError, LakeError, why
-from bert_ray.lake.files import sync, sync_tree
+from bert_ray.lake.files import put_in_place
 from bert_ray.model.tokenization import is_blank
 from bert_ray.training.data import LabelledTable, leaks, one_array, read_columns, read_labelled
 from bert_ray.training.launch import TrainResult, new_task, versions
@@ -178,9 +178,7 @@ def _make(
         card.provenance["data"] = data
         save_card(made, card)
         try:
-            sync_tree(made)
-            os.replace(made, output)
-            sync(output.parent)
+            put_in_place(made, output)
         except OSError as error:
             raise LakeError(
                 f"{output} cannot be written: {why(error)}. When that is mended, give the command again"

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError, JobError, LakeError, why
-from bert_ray.lake.files import sync, sync_tree, write_json
+from bert_ray.lake.files import put_in_place, write_json
 
 if TYPE_CHECKING:
     from bert_ray.model.bundle import Card
@@ -204,9 +203,7 @@ def publish(
     save_card(best, card)
     try:
         # The checkpoints go next: what takes their place outlives a power cut.
-        sync_tree(best)
-        os.replace(best, output)
-        sync(output.parent)
+        put_in_place(best, output)
     except OSError as error:
         raise LakeError(
             f"{best} cannot be brought to {output}: {why(error)}. When that is mended, the same command does it"
