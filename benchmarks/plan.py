@@ -82,7 +82,7 @@ class Trainer:
         import torch
         from transformers import BertConfig, BertForPreTraining
 
-        from bert_ray.model.bundle import Card
+        from bert_ray.model.card import Card
         from bert_ray.model.memory import keep_freed_memory
         from bert_ray.model.tasks import get_task
         from bert_ray.training.job import DataOptions, TrainJob

@@ -71,7 +71,7 @@ class Ours:
     def __init__(self, batches: Drawn, device: torch.device, precision: str, recompute: bool) -> None:
         from transformers import BertForMaskedLM
 
-        from bert_ray.model.bundle import Card
+        from bert_ray.model.card import Card
         from bert_ray.model.packing import PackedBatch
         from bert_ray.model.tasks.pretraining import Pretraining
         from bert_ray.training.job import DataOptions, TrainJob

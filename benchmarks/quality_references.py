@@ -176,7 +176,7 @@ def questions(case: Case, train: pa.Table, test: pa.Table, seed: int, precision:
     with torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         said = answers(trainer.model.eval(), tokenizer, test.to_pylist(), max_length=case.settings["max_length"])
     # One way to compare answers: the task's own metric, which is SQuAD's.
-    from bert_ray.model.bundle import Card
+    from bert_ray.model.card import Card
 
     task = get_task(Card(task="answer", inputs=["question", "context"]))
     inputs = [test[name].combine_chunks() for name in task.inputs]

@@ -312,7 +312,8 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, uci_sample: pa.Table) 
     import torch
     from transformers import BertForSequenceClassification
 
-    from bert_ray.model.bundle import Card, save_bundle
+    from bert_ray.model.bundle import save_bundle
+    from bert_ray.model.card import Card
 
     directory = tmp_path_factory.mktemp("bundles") / "sentiment"
     tokenizer = tiny_tokenizer()

@@ -83,7 +83,8 @@ def save(root: Path, auto: str, card: dict[str, Any], **settings: Any) -> str:
     import torch
     import transformers
 
-    from bert_ray.model.bundle import Card, save_bundle
+    from bert_ray.model.bundle import save_bundle
+    from bert_ray.model.card import Card
 
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):

@@ -26,7 +26,7 @@ from bert_ray.errors import BundleError, ColumnError, JobError, why
 from bert_ray.evaluation.leakage import rows_also_trained_on
 from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
-from bert_ray.model.bundle import dropout_rates, encoder_config
+from bert_ray.model.architectures import dropout_rates, encoder_config
 from bert_ray.model.tasks import TRAINED_ONLY
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.sections import MATRIX_LABELS, Cases, Confusion, Constant, Section, as_data

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_ray.evaluation.charts import curves, scatter, shares
 from bert_ray.evaluation.overfitting import CAVEAT, metrics_of
-from bert_ray.model.bundle import encoder_config
+from bert_ray.model.architectures import encoder_config
 from bert_ray.model.tasks.sections import MATRIX_LABELS, Case, Confusion, Curve, Mark, Scatter, Section, shown_number
 
 if TYPE_CHECKING:

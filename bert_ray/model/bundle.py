@@ -11,14 +11,13 @@ card inferred. Weights are safetensors only: a pickle can run code when it is re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from bert_ray.errors import BundleError, JobError, why
+from bert_ray.model.architectures import ARCHITECTURES, ENCODER_DECODER, encoder_config, max_positions
+from bert_ray.model.card import CARD_FILE, Card, fingerprint, hash_files, read_card, read_json, save_card, verify
+from bert_ray.model.inferred_card import LIMITS_FILE, infer_card, lowers_first, read_limits
 from bert_ray.model.references import resolve
 
 if TYPE_CHECKING:
@@ -33,71 +35,11 @@ if TYPE_CHECKING:
 
     from bert_ray.model.tasks import Task
 
-CARD_FILE = "bert_ray.json"
-CARD_FORMAT = 1
-
-# The architectures whose layers `encoder.py` walks: post-norm encoders with learned absolute positions.
-ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
-# One of these as the encoder, and a decoder of BERT's layers that `decoder.py` walks.
-ENCODER_DECODER = "encoder-decoder"
-
 # What a full disk raises, under Python's files and under safetensors'.
 WRITE_ERRORS = (OSError, SafetensorError)
 
-# Modules of sentence-transformers that task embedding has.
-_MODULES = ("Transformer", "Pooling", "Normalize")
-
-# Where sentence-transformers says what is done to a text before it is tokenised.
-_LIMITS = "sentence_bert_config.json"
 # In which files the weights lie, where they are several.
 _INDEX = "model.safetensors.index.json"
-
-# What decides a model's answers, and so its fingerprint. README, logs and the like may change freely.
-_FINGERPRINTED = (".safetensors", ".json", ".txt", ".model", ".parquet")
-
-
-@dataclass(kw_only=True, slots=True)
-class Card:
-    """What a bundle says of itself (`bert_ray.json`).
-
-    Attributes:
-        task: the kind of task, a key of `bert_ray.model.tasks.TASKS` ("classification", "embedding").
-        name: what the annotation is called where the job does not say; None: the task's own name.
-        labels: class names in the order of the logits; empty where the task has none.
-        inputs: the task's input columns.
-        max_length: longest row in tokens, special tokens included; longer rows are cut.
-        pooling: "mean" or "cls" where the task pools tokens to one vector.
-        normalize: whether a pooled vector is scaled to unit length.
-        options: the task's options (a threshold, what becomes of long texts) unless a call gives others.
-        metrics: name -> value on the validation data.
-        provenance: where it came from: base model, data, job, seed, versions, date, history.
-        files: file name -> sha256 of every fingerprinted file; empty on an inferred card.
-        fingerprint: sha256 over `files` and the rest of the card.
-    """
-
-    task: str
-    name: str | None = None
-    labels: list[str] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=lambda: ["text"])
-    max_length: int = 512
-    pooling: str | None = None
-    normalize: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    fingerprint: str = ""
-    format: int = CARD_FORMAT
-
-    def __post_init__(self) -> None:
-        if self.format > CARD_FORMAT:
-            raise BundleError(
-                f"{CARD_FILE} has format {self.format}; this version reads up to {CARD_FORMAT}: upgrade bert_ray"
-            )
-        if self.max_length < 3:
-            raise BundleError(f"{CARD_FILE}: max_length is {self.max_length}; a row needs at least 3 tokens")
-        if len(set(self.labels)) != len(self.labels):
-            raise BundleError(f"{CARD_FILE}: labels repeat: {self.labels}")
 
 
 @dataclass(kw_only=True)
@@ -192,7 +134,7 @@ def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
     reference = os.fspath(reference)
     directory = resolve(reference)
     _refuse_tensorflow(reference, directory)
-    raw = _read_json(directory / "config.json", what=f"{reference}: config.json")
+    raw = read_json(directory / "config.json", what=f"{reference}: config.json")
     _refuse_unsafe(reference, directory, raw)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -200,17 +142,17 @@ def load_bundle(reference: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{reference}: config.json is not a configuration transformers reads: {error}") from error
     card_path = directory / CARD_FILE
     if card_path.exists():
-        card = _read_card(reference, card_path)
-        _verify(reference, directory, card)
+        card = read_card(reference, card_path)
+        verify(reference, directory, card)
     else:
         try:
-            card = _infer_card(directory, raw, config)
+            card = infer_card(directory, raw, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{reference}: config.json, modules.json or another file beside them is malformed: "
                 f"{type(error).__name__} {error}"
             ) from error
-        card.fingerprint = _fingerprint(_hash_files(directory), None)
+        card.fingerprint = fingerprint(hash_files(directory), None)
     limit = max_positions(config)
     if card.max_length > limit:
         raise BundleError(f"{reference}: max_length {card.max_length} exceeds the model's {limit} positions")
@@ -254,8 +196,10 @@ def save_bundle(
         if add is not None:
             add(fresh)
         (task or get_task(card, model.config)).write_files(fresh)
-        if _lowers_first(tokenizer.backend_tokenizer.normalizer):  # transformers would build one anew that does not.
-            (fresh / _LIMITS).write_text(json.dumps(_read_limits(fresh) | {"do_lower_case": True}, indent=2), "utf-8")
+        if lowers_first(tokenizer.backend_tokenizer.normalizer):  # transformers would build one anew that does not.
+            (fresh / LIMITS_FILE).write_text(
+                json.dumps(read_limits(fresh) | {"do_lower_case": True}, indent=2), "utf-8"
+            )
         save_card(fresh, card)
         put_in_place(fresh, target)
     except WRITE_ERRORS as error:
@@ -309,45 +253,6 @@ def put_in_place(fresh: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_card(directory: Path, card: Card) -> None:
-    """Write the card of a bundle that is not in its place yet; its `files` and `fingerprint` are filled in here."""
-    card.files = _hash_files(directory)
-    card.fingerprint = _fingerprint(card.files, card)
-    fresh = directory / f".{CARD_FILE}.new"
-    fresh.write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(fresh, directory / CARD_FILE)
-
-
-def encoder_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the encoder, also of one that has a decoder beside it."""
-    return config.encoder if config.model_type == ENCODER_DECODER else config
-
-
-def dropout_names(config: PretrainedConfig) -> tuple[str, str]:
-    """What an encoder's configuration calls its rates of dropout: for hidden states, and for attention weights."""
-    if config.model_type == "distilbert":
-        return "dropout", "attention_dropout"
-    return "hidden_dropout_prob", "attention_probs_dropout_prob"
-
-
-def dropout_rates(config: PretrainedConfig) -> tuple[float, float]:
-    """An encoder's rates of dropout: for hidden states, and for attention weights."""
-    hidden, attention = (float(getattr(config, name)) for name in dropout_names(config))
-    return hidden, attention
-
-
-def max_positions(config: PretrainedConfig) -> int:
-    """Longest row in tokens. RoBERTa's positions start behind the padding id, so its table holds two rows more."""
-    config = encoder_config(config)
-    limit = int(config.max_position_embeddings)
-    return limit - config.pad_token_id - 1 if positions_follow_padding(config) else limit
-
-
-def positions_follow_padding(config: PretrainedConfig) -> bool:
-    """Whether position 0 is `pad_token_id + 1`, as in RoBERTa (transformers, `create_position_ids_from_input_ids`)."""
-    return config.model_type in ("roberta", "xlm-roberta", "camembert")
-
-
 def _refuse_tensorflow(reference: str, directory: Path) -> None:
     if (directory / "config.json").exists():
         return
@@ -389,130 +294,11 @@ def _refuse_unsafe(reference: str, directory: Path, raw: dict[str, Any]) -> None
             )
         raise BundleError(f"{reference}: no model.safetensors in {directory}")
     if (index := directory / _INDEX).exists():
-        shards = _read_json(index, what=f"{reference}: {_INDEX}").get("weight_map")
+        shards = read_json(index, what=f"{reference}: {_INDEX}").get("weight_map")
         names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
         for name in names:
             if not name.endswith(".safetensors") or Path(name).name != name:
                 raise BundleError(f"{reference}: {_INDEX} names weights in {name!r}, which is no safetensors file here")
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{what} is missing in {path.parent}: not a model directory") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{what} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{what} is not a JSON object")
-    return value
-
-
-def _read_card(reference: str, path: Path) -> Card:
-    raw = _read_json(path, what=f"{reference}: {CARD_FILE}")
-    unknown = sorted(set(raw) - {item.name for item in fields(Card)})
-    if unknown or "task" not in raw:
-        what = f"unknown keys {unknown}" if unknown else "no task"
-        raise BundleError(f"{reference}: {CARD_FILE} has {what}; was it written by a newer version?")
-    try:
-        return Card(**raw)
-    except TypeError as error:
-        raise BundleError(f"{reference}: {CARD_FILE} has a value of a wrong type: {error}") from error
-
-
-def _verify(reference: str, directory: Path, card: Card) -> None:
-    found = _hash_files(directory)
-    if found == card.files and _fingerprint(card.files, card) == card.fingerprint:
-        return
-    missing = sorted(set(card.files) - set(found))
-    altered = sorted(name for name in found if card.files.get(name) != found[name])
-    what = [f"missing: {', '.join(missing)}"] if missing else []
-    what += [f"altered or added: {', '.join(altered)}"] if altered else []
-    raise BundleError(
-        f"{reference}: the bundle does not match its fingerprint ({'; '.join(what) or f'altered: {CARD_FILE}'}); "
-        f"restore it or train it again (to use the files as they are, delete {directory / CARD_FILE})"
-    )
-
-
-def _hash_files(directory: Path) -> dict[str, str]:
-    """File name -> sha256 of all that decides the answers, sub-folders of sentence-transformers' layout included."""
-    hashes = {}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.suffix in _FINGERPRINTED and path.is_file() and name != CARD_FILE and not name.startswith("."):
-            try:
-                with path.open("rb") as handle:
-                    hashes[name] = hashlib.file_digest(handle, "sha256").hexdigest()
-            except OSError as error:
-                raise BundleError(f"{path} cannot be read: {why(error)}") from error
-    return hashes
-
-
-def _fingerprint(files: dict[str, str], card: Card | None) -> str:
-    said = {key: value for key, value in asdict(card).items() if key != "fingerprint"} if card else {}
-    if not said.get("options"):  # Cards of before there were options keep their fingerprint.
-        said.pop("options", None)
-    return hashlib.sha256(json.dumps([files, said], sort_keys=True).encode()).hexdigest()
-
-
-def _infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) -> Card:
-    """A card for a directory that was made elsewhere: transformers' or sentence-transformers' layout."""
-    max_length = max_positions(config)
-    from bert_ray.model.tasks import TASKS
-
-    # Whatever the weights were before: many of sentence-transformers' directories keep ...ForMaskedLM in their config.
-    made = (directory / "modules.json").exists()
-    architecture = "" if made else (raw.get("architectures") or [""])[0]
-    for task in TASKS.values():
-        if task.architecture is not None and architecture.endswith(task.architecture) and task.fits(config):
-            return Card(task=task.kind, inputs=list(task.inputs), max_length=max_length, labels=task.labels_of(config))
-    pooling, normalize = "mean", False
-    if made:
-        for module in json.loads((directory / "modules.json").read_text("utf-8")):
-            name = module["type"].rpartition(".")[2]
-            if name not in _MODULES:
-                raise BundleError(
-                    f"{directory}: modules.json has a module {name}, without which its vectors would be others; known "
-                    f"are {', '.join(_MODULES)}"
-                )
-            normalize |= name == "Normalize"
-            settings = directory / module["path"] / "config.json"
-            if name == "Pooling" and settings.exists():
-                pooling = _pooling(json.loads(settings.read_text("utf-8")), directory)
-        max_length = min(max_length, _read_limits(directory).get("max_seq_length") or max_length)
-    card = Card(task="embedding", max_length=max_length, pooling=pooling, normalize=normalize)
-    prompts = directory / "config_sentence_transformers.json"
-    if prompts.exists():
-        said = json.loads(prompts.read_text("utf-8"))
-        if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name") or ""):
-            card.options = {"prompt": prompt}
-    return card
-
-
-def _read_limits(directory: Path) -> dict[str, Any]:
-    """What sentence-transformers says of a text before it is tokenised: `max_seq_length`, `do_lower_case`."""
-    path = directory / _LIMITS
-    return _read_json(path, what=f"{path.parent}: {_LIMITS}") if path.exists() else {}
-
-
-def _lowers_first(normalizer: Any) -> bool:
-    """Whether texts are made lower-case before anything else is done to them."""
-    from tokenizers import normalizers
-
-    try:
-        return isinstance(normalizer, normalizers.Sequence) and isinstance(normalizer[0], normalizers.Lowercase)
-    except IndexError:  # A sequence of none.
-        return False
-
-
-def _pooling(settings: dict[str, Any], directory: Path) -> str:
-    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    chosen = [modes.get(key, key) for key, value in settings.items() if key.startswith("pooling_mode_") and value]
-    if isinstance(settings.get("pooling_mode"), str):
-        chosen = [settings["pooling_mode"]]
-    if len(chosen) != 1 or chosen[0] not in ("mean", "cls"):
-        raise BundleError(f"{directory}: pooling {chosen} is not supported; known are mean and cls")
-    return chosen[0]
 
 
 def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokenizerFast:
@@ -535,7 +321,7 @@ def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokeni
     if not getattr(tokenizer, "is_fast", False):
         raise BundleError(f"{name or directory}: no fast tokenizer (tokenizer.json); save one with transformers first")
     backend = tokenizer.backend_tokenizer
-    if _read_limits(directory).get("do_lower_case") and not _lowers_first(backend.normalizer):
+    if read_limits(directory).get("do_lower_case") and not lowers_first(backend.normalizer):
         from tokenizers import normalizers
 
         then = [backend.normalizer] if backend.normalizer is not None else []

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bert_ray.model.architectures import ENCODER_DECODER, dropout_rates, positions_follow_padding
 from bert_ray.model.attention import packed_attention
-from bert_ray.model.bundle import ENCODER_DECODER, dropout_rates, positions_follow_padding
 from bert_ray.model.dropout import dropout
 from bert_ray.model.lookup import lookup
 from bert_ray.model.projection import filled, multiply, project

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bert_ray.model.bundle import encoder_config
+from bert_ray.model.architectures import encoder_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -173,7 +173,7 @@ def export(job: ExportJob) -> Exported:
 
 
 def _refuse(bundle: Bundle, task: Task) -> None:
-    from bert_ray.model.bundle import ENCODER_DECODER
+    from bert_ray.model.architectures import ENCODER_DECODER
     from bert_ray.model.tasks.pooled import PooledTask
 
     if task.generates or bundle.config.model_type == ENCODER_DECODER:
@@ -234,7 +234,7 @@ def exportable(bundle: Bundle, task: Task) -> torch.nn.Module:
 
 def _batches(bundle: Bundle, task: Task) -> list[dict[str, torch.Tensor]]:
     """What the export is compared on: texts alone, all of them padded, and pairs, which it is traced with."""
-    from bert_ray.model.bundle import encoder_config
+    from bert_ray.model.architectures import encoder_config
 
     tokenizer = bundle.tokenizer()
     names = ["input_ids", "attention_mask"]

@@ -134,7 +134,8 @@ def convert(job: ConvertJob) -> Converted:
         BundleError: a file is missing, cut short or damaged; a weight is missing, unknown or of another shape; the
             vocabulary is not the model's.
     """
-    from bert_ray.model.bundle import Card, save_bundle
+    from bert_ray.model.bundle import save_bundle
+    from bert_ray.model.card import Card
 
     prefix = find_checkpoint(job.checkpoint)
     config_path, vocabulary_path = (_beside(prefix, job.checkpoint, name) for name in (_CONFIG, _VOCABULARY))

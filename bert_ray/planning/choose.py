@@ -295,7 +295,7 @@ def _times(one: Candidate, other: Candidate) -> str:
 
 def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
     """Texts and labels as arrays of strings (N,)."""
-    from bert_ray.model.bundle import Card
+    from bert_ray.model.card import Card
     from bert_ray.model.tasks import get_task
     from bert_ray.model.tasks.classification import label_texts
     from bert_ray.model.tokenization import to_python_strings
@@ -322,7 +322,8 @@ def _read(job: ChooseJob, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
 
 
 def _candidates(job: ChooseJob, texts: np.ndarray, tell: Callable[[str], None]) -> list[Candidate]:
-    from bert_ray.model.bundle import load_bundle, max_positions
+    from bert_ray.model.architectures import max_positions
+    from bert_ray.model.bundle import load_bundle
     from bert_ray.model.tokenization import Tokenizer
 
     found, errors = [Candidate(name=BASELINE)], []

@@ -133,7 +133,8 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
 
 def _model(job: TrainJob, asked: PlanJob, notes: list[str]) -> _Model:
     if job.model != "new":
-        from bert_ray.model.bundle import dropout_rates, encoder_config, load_bundle
+        from bert_ray.model.architectures import dropout_rates, encoder_config
+        from bert_ray.model.bundle import load_bundle
 
         base = load_bundle(job.model)
         config = encoder_config(base.config)

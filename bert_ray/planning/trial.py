@@ -80,7 +80,8 @@ def train_bundle(
         TimeUp: it was stopped.
         JobError, BundleError: the training failed.
     """
-    from bert_ray.model.bundle import load_bundle, max_positions, put_in_place
+    from bert_ray.model.architectures import max_positions
+    from bert_ray.model.bundle import load_bundle, put_in_place
     from bert_ray.training.job import DataOptions, TrainJob
     from bert_ray.training.launch import train
 

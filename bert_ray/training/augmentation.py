@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from bert_ray.errors import JobError
-from bert_ray.model.bundle import load_bundle, max_positions
+from bert_ray.model.architectures import max_positions
+from bert_ray.model.bundle import load_bundle
 from bert_ray.model.encoder import encode
 from bert_ray.model.packing import pack_rows
 from bert_ray.model.tasks.fill_mask import FillMask

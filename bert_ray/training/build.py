@@ -134,7 +134,8 @@ def _make(
     tell: Callable[[dict[str, Any]], None],
 ) -> None:
     """Have the task write the bundle beside its place, measure it, and move it there whole."""
-    from bert_ray.model.bundle import load_bundle, save_card
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.card import save_card
 
     output = Path(job.output)
     data = {"train": job.data.train, "validation": job.data.validation, "validation_rows": 0}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.examples import Examples
     from bert_ray.model.tasks import Task
     from bert_ray.model.tokenization import Tokenizer

@@ -39,7 +39,8 @@ from bert_ray.training.run_directory import (
 from bert_ray.training.trackers import tracked
 
 if TYPE_CHECKING:
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.tasks import Task
     from bert_ray.training.data import Data, LabelledTable
     from bert_ray.training.loop import Callback
@@ -297,7 +298,8 @@ def _count_neighbours(job: TrainJob, data: Data, fresh: Path, tell: Callable[[di
 
 def new_task(job: TrainJob, base: Bundle) -> Task:
     """The task of a job, bound to the card of the bundle to come."""
-    from bert_ray.model.bundle import Card, encoder_config, max_positions
+    from bert_ray.model.architectures import encoder_config, max_positions
+    from bert_ray.model.card import Card
     from bert_ray.model.tasks import TRAINED_ONLY
 
     kind = TRAINED_ONLY.get(job.task)

@@ -21,7 +21,8 @@ import torch
 
 from bert_ray.errors import JobError, LakeError
 from bert_ray.lake.files import sync, sync_tree
-from bert_ray.model.bundle import CARD_FILE, save_bundle
+from bert_ray.model.bundle import save_bundle
+from bert_ray.model.card import CARD_FILE
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
 from bert_ray.model.memory import keep_freed_memory
@@ -38,7 +39,8 @@ from bert_ray.training.run_directory import BEST
 from bert_ray.training.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.packing import PackedBatch
     from bert_ray.model.tasks.base import Learning
     from bert_ray.training.data import Data

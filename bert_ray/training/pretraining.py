@@ -19,7 +19,8 @@ from bert_ray.training.corpus_source import CorpusSource, Rows, marks_of
 from bert_ray.training.shards import SPLITS, Documents, is_corpus, read_manifest
 
 if TYPE_CHECKING:
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.training.job import TrainJob
     from bert_ray.training.sources import Source
 
@@ -176,7 +177,8 @@ def new_bundle(job: TrainJob, output: Path, documents: Documents | None = None) 
     """
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
-    from bert_ray.model.bundle import Card, save_bundle
+    from bert_ray.model.bundle import save_bundle
+    from bert_ray.model.card import Card
     from bert_ray.training.shards import read_tokenizer
 
     shape, tokenizer = job.architecture, read_tokenizer(Path(job.data.train))

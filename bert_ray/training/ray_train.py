@@ -30,7 +30,8 @@ from bert_ray.training.position import Position
 from bert_ray.training.progress import following, writer
 
 if TYPE_CHECKING:
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.training.data import Data
     from bert_ray.training.peers import Peers
 

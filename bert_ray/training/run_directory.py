@@ -18,7 +18,7 @@ from bert_ray.errors import BundleError, JobError, LakeError, why
 from bert_ray.lake.files import put_in_place, write_json
 
 if TYPE_CHECKING:
-    from bert_ray.model.bundle import Card
+    from bert_ray.model.card import Card
     from bert_ray.training.job import TrainJob
     from bert_ray.training.position import Position
 
@@ -189,7 +189,8 @@ def publish(
     job: TrainJob, directory: Path, output: Path, identity: dict[str, Any], position: Position, seconds: float
 ) -> None:
     """The best bundle, with the whole history on its card, becomes the output; the run's directory goes."""
-    from bert_ray.model.bundle import load_bundle, save_card
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.card import save_card
 
     best = directory / BEST
     card = load_bundle(best).card

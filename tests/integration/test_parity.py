@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from tests.conftest import TINY_SEED, tiny_config, tiny_tokenizer
 from tests.tiny_tasks import names
 from tests.unit.model.tasks.pipelines import answers_of

@@ -119,7 +119,7 @@ def test_relative_links_of_the_documents_lead_somewhere() -> None:
 # Who names a task, and why; what carries tasks (engines, bulk writer, training loop, evaluation) names none.
 NAMES_A_TASK = {
     "inference/functions.py": "the SQL function of sentiment wants a classifier",
-    "model/bundle.py": "a directory of sentence-transformers is an embedding",
+    "model/inferred_card.py": "a directory of sentence-transformers is an embedding",
     "model/onnx.py": "of the tasks on pooled vectors two are a single pass",
     "model/tensorflow.py": "a checkpoint with a vocabulary head is a fill-mask, another an embedding",
     "planning/choose.py": "chooses among classifiers",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError
-from bert_ray.model.bundle import ENCODER_DECODER
+from bert_ray.model.architectures import ENCODER_DECODER
 from bert_ray.model.tasks.answer import Answer
 from bert_ray.model.tasks.base import Task
 from bert_ray.model.tasks.classification import Classification
@@ -26,7 +26,7 @@ from bert_ray.model.tasks.zero_shot import ZeroShot
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from bert_ray.model.bundle import Card
+    from bert_ray.model.card import Card
 
 TASKS: dict[str, type[Task]] = {
     task.kind: task

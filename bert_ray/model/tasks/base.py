@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from bert_ray.errors import BundleError, JobError, meant
-from bert_ray.model.bundle import dropout_names
+from bert_ray.model.architectures import dropout_names
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.sections import Case, Cases, Constant, Section, shown, texts_at
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from bert_ray.model.annotator import Annotator
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.packing import PackedBatch
 
 

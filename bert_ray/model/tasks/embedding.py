@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from bert_ray.model.annotator import Annotator
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.packing import PackedBatch
     from bert_ray.model.tasks.sections import Section
     from bert_ray.model.tokenization import Tokenizer

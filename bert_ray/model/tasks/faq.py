@@ -170,7 +170,9 @@ class Faq(PooledTask):
             JobError: no row has both a question and an answer.
         """
         from bert_ray.model.annotator import Annotator, AnnotatorSpec
-        from bert_ray.model.bundle import Card, max_positions, save_bundle
+        from bert_ray.model.architectures import max_positions
+        from bert_ray.model.bundle import save_bundle
+        from bert_ray.model.card import Card
 
         if self.card.max_length > (limit := max_positions(base.config)):
             raise JobError(f"max_length is {self.card.max_length}, but {base.reference} has {limit} positions")
@@ -287,7 +289,8 @@ def build_index(
         ColumnError: a column is missing or not text, or ids repeat.
         JobError: no row has both a question and an answer.
     """
-    from bert_ray.model.bundle import Card, load_bundle
+    from bert_ray.model.bundle import load_bundle
+    from bert_ray.model.card import Card
 
     base, named = load_bundle(model), dict(columns or {})
     if strange := sorted(set(named) - set(Faq.builds)):

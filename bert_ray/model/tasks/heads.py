@@ -22,7 +22,8 @@ from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.packing import PackedBatch
     from bert_ray.model.tokenization import Pieces
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from bert_ray.model.annotator import Annotator
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.packing import PackedBatch
 
 _LABEL = "{label}"

@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.errors import BundleError, JobError
-from bert_ray.model.bundle import ENCODER_DECODER
+from bert_ray.model.architectures import ENCODER_DECODER
 from bert_ray.model.decoder import decode_targets, decoder_of
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.generation import Generator
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from bert_ray.model.annotator import Annotator
-    from bert_ray.model.bundle import Bundle, Card
+    from bert_ray.model.bundle import Bundle
+    from bert_ray.model.card import Card
     from bert_ray.model.packing import PackedBatch
 
 # Behind what a sentence ends: a mark with what closes quotes and brackets, and white space; in Chinese and Japanese the

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from bert_ray.model.bundle import Card, dropout_rates, max_positions, read_model, save_bundle
+from bert_ray.model.architectures import dropout_rates, max_positions
+from bert_ray.model.bundle import read_model, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.decoder import Decoder, decoder_of
 from bert_ray.model.encoder import Encoder, encoder_of
 from bert_ray.model.tokenization import to_python_strings

@@ -13,7 +13,8 @@ import pytest
 from bert_ray.evaluation.evaluate import Evaluation, evaluate
 from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.evaluation.leakage import rows_also_trained_on
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import Answer, Classification
 
 TEXTS = ["a great film", "the worst food ever", "so happy with it", "what a waste of money"]

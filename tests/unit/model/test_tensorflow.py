@@ -129,7 +129,7 @@ def test_the_annotator_fills_a_mask_as_tensorflow_does(tmp_path: Path) -> None:
 
 
 def test_classification_can_start_from_it(tmp_path: Path) -> None:
-    from bert_ray.model.bundle import Card
+    from bert_ray.model.card import Card
 
     run(GARDEN, tmp_path / "bundle")
     base = load_bundle(tmp_path / "bundle")

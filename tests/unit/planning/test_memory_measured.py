@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForPreTraining
 
-from bert_ray.model.bundle import Card
+from bert_ray.model.card import Card
 from bert_ray.model.flops import dims_of, parameters
 from bert_ray.model.packing import PackedBatch
 from bert_ray.model.tasks import get_task

@@ -13,7 +13,8 @@ from pyarrow import fs
 
 from bert_ray.errors import BertRayError, ColumnError, JobError, LakeError
 from bert_ray.evaluation.rows import open_table
-from bert_ray.model.bundle import Card, load_bundle
+from bert_ray.model.bundle import load_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.classification import label_texts
 from bert_ray.training import data

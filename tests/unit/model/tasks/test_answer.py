@@ -14,7 +14,8 @@ from torchmetrics.functional import text as peer
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import Annotator, AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.answer_metrics import best_threshold, exact_match, f1, mean_scores
 from tests.conftest import TINY_SEED, tiny_config, tiny_tokenizer

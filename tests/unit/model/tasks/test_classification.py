@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import Annotator, AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle
+from bert_ray.model.bundle import load_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tasks.classification import Classification

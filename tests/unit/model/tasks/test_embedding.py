@@ -19,7 +19,8 @@ from bert_ray.errors import BertRayError, BundleError, JobError
 from bert_ray.evaluation.evaluate import evaluate
 from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.inference import local
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks.embedding import cosent_loss, in_batch_loss
 from bert_ray.model.tasks.numbers import correlations
 from bert_ray.model.tasks.retrieval import ranking

@@ -14,7 +14,8 @@ import pytest
 
 from bert_ray.errors import ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tasks.entities import Entities

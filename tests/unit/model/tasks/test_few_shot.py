@@ -17,7 +17,8 @@ import pytest
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.inference import local
 from bert_ray.model.annotator import Annotator, AnnotatorSpec
-from bert_ray.model.bundle import CARD_FILE, load_bundle
+from bert_ray.model.bundle import load_bundle
+from bert_ray.model.card import CARD_FILE
 from bert_ray.model.tasks.few_shot import HEAD_FILE, fit_head
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.launch import TrainResult, train

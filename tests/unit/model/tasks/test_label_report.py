@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bert_ray.model.bundle import Card
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import Classification
 from bert_ray.model.tasks.label_report import label_sets_report, majority, one_label_report
 from bert_ray.model.tasks.sections import Confusion, as_data, text_cases

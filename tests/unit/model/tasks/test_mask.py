@@ -12,7 +12,8 @@ import pytest
 
 from bert_ray.errors import BertRayError, BundleError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle, save_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.patterns import PATTERNS, Match, Patterns
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.mask import merged

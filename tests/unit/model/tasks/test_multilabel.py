@@ -13,7 +13,8 @@ import torch
 
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle
+from bert_ray.model.bundle import load_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import get_task
 from bert_ray.model.tasks.base import Learning
 from bert_ray.model.tasks.multilabel import MultiLabel, best_threshold

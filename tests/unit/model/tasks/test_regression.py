@@ -15,7 +15,8 @@ import torch
 
 from bert_ray.errors import BertRayError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Card, load_bundle
+from bert_ray.model.bundle import load_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.tasks import get_task, numbers
 from bert_ray.model.tasks.regression import Regression
 from bert_ray.model.tasks.sections import shown_number

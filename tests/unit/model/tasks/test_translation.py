@@ -18,7 +18,8 @@ import torch
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.annotator import AnnotatorSpec
-from bert_ray.model.bundle import Bundle, Card, load_bundle
+from bert_ray.model.bundle import Bundle, load_bundle
+from bert_ray.model.card import Card
 from bert_ray.model.decoder import decode_targets, decoder_of
 from bert_ray.model.encoder import encode, encoder_of
 from bert_ray.model.generation import Generator, _Search

@@ -18,7 +18,8 @@ from bert_ray.inference import bulk
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.lake.journal import Journal
 from bert_ray.lake.lock import exclusive
-from bert_ray.model.bundle import Card, load_bundle, save_bundle, save_tokenizer
+from bert_ray.model.bundle import load_bundle, save_bundle, save_tokenizer
+from bert_ray.model.card import Card
 from bert_ray.model.vocabulary_head import head_of
 from bert_ray.training.corpus import counting, vocabulary
 from bert_ray.training.corpus.counting import SCHEMA, WordCounter, add_up, characters
