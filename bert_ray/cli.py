@@ -24,12 +24,12 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 from bert_ray import __version__
 from bert_ray.config import load_job
-from bert_ray.errors import BertRayError, JobError, Stopped, why
+from bert_ray.errors import BertRayError, JobError, Stopped, harmless, why
 
 DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, CUT_OFF, ASKED_TO_STOP = 0, 1, 2, 70, 130, 141, 143
 
@@ -37,6 +37,8 @@ DONE, FAILED, AT_FAULT, BUG, INTERRUPTED, CUT_OFF, ASKED_TO_STOP = 0, 1, 2, 70, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; see the module's first lines."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):  # A terminal that lacks a character is no reason to lose the others.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger("DeepSpeed").addFilter(_not_of_the_accelerator)
     status = CUT_OFF  # Unless the command had come to its end.
     try:
@@ -84,7 +86,7 @@ def _not_of_the_accelerator(record: logging.LogRecord) -> bool:
 def _complain(text: str) -> None:
     """Tell on standard error; where that cannot be written either, the exit status alone tells."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text), file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -269,71 +271,26 @@ def submit(argv: Sequence[str]) -> int:
     return run(argv)
 
 
-@dataclass(kw_only=True, slots=True)
-class RunsStatus:
-    """How far a bulk run is: units done, failed and to do. Exit status 1 where some failed or are left.
-
-    Attributes:
-        output: the output directory of a `bert-ray annotate`.
-    """
-
-    output: str
-
-
-@dataclass(kw_only=True, slots=True)
-class RunsFailures:
-    """Which units of a bulk run failed, and why. Exit status 1 where some did.
-
-    Attributes:
-        output: the output directory of a `bert-ray annotate`.
-    """
-
-    output: str
-
-
-@dataclass(kw_only=True, slots=True)
-class RunsResume:
-    """Go on with a bulk run as it was begun; the flags change where and how fast, never what is written.
-
-    Attributes:
-        output: the output directory of a `bert-ray annotate`.
-        engine: another engine than before; a run begun on Ray may end on Spark.
-        workers: workers.
-        threads: torch threads per worker.
-        batch_tokens: tokens in a packed batch.
-        on_error: "continue": a unit that fails is listed and the others go on; "fail": the first one stops the run.
-        device: "auto", "cpu", "cuda", "cuda:1".
-    """
-
-    output: str
-    engine: Literal["local", "ray", "spark"] | None = None
-    workers: int | None = None
-    threads: int | None = None
-    batch_tokens: int | None = None
-    on_error: Literal["continue", "fail"] | None = None
-    device: str | None = None
-
-
-_RUNS: dict[str, type] = {"status": RunsStatus, "failures": RunsFailures, "resume": RunsResume}
-
-
 def runs(argv: Sequence[str]) -> int:
     """What a bulk run has done, and what it could not do."""
+    from bert_ray.inference.job import RunsFailures, RunsResume, RunsStatus
+
+    kinds: dict[str, type] = {"status": RunsStatus, "failures": RunsFailures, "resume": RunsResume}
     words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: bert-ray runs [status|failures|resume] OUT\n")
-        for name, kind in _RUNS.items():
+        for name, kind in kinds.items():
             print(f"  {name:<9} {(kind.__doc__ or '').splitlines()[0]}")
         return DONE if words else AT_FAULT
-    what = words.pop(0) if words[0] in _RUNS else "status"
+    what = words.pop(0) if words[0] in kinds else "status"
     options: Any = load_job(
-        _RUNS[what], words, command=f"bert-ray runs {what}", positionals=("output",), job_file=False
+        kinds[what], words, command=f"bert-ray runs {what}", positionals=("output",), job_file=False
     )
     from bert_ray.inference import runs as room
 
-    report = getattr(room, what)(**asdict(options))
+    report = getattr(room, what)(**{item.name: getattr(options, item.name) for item in fields(options)})
     if report.text:
-        print(report.text)
+        print(harmless(report.text))
     return int(report.exit_status)
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 
 # Names that an error lists before it counts the rest.
 _MOST_NAMES = 20
+# What a terminal obeys: it clears the screen, names the window, goes back over what was said.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class BertRayError(Exception):
@@ -45,6 +49,16 @@ class Stopped(Exception):
 def why(error: BaseException) -> str:
     """What the operating system says of an error, without a path: the message around it names one that is known."""
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+
+
+def harmless(text: str, lines: bool = True) -> str:
+    """Text for a terminal, which may have come from a file's name: control characters stand in hex.
+
+    Args:
+        text: to be shown.
+        lines: whether it may have several, and tabs.
+    """
+    return (_CONTROLS if lines else _BREAKS).sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def meant(name: str, known: Sequence[str]) -> str:

@@ -21,11 +21,15 @@ class RayOptions:
 
     def init(self, cpus: int | None = None) -> dict[str, Any]:
         """Arguments of `ray.init` for it, quiet but for errors; `cpus`: of a Ray of our own, None: the machine's."""
-        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
-        if address != "local":
+        if (address := self.cluster()) is not None:
             return {"address": address, "log_to_driver": False}
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         return {"address": "local", "num_cpus": cpus, **quiet}
+
+    def cluster(self) -> str | None:
+        """Which cluster it is: its address; None: a Ray of its own on this machine."""
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        return None if address == "local" else address
 
     @staticmethod
     def unreachable(address: str, error: Exception) -> str:

@@ -5,12 +5,15 @@
 #   scripts/setup.sh [extra of pyproject.toml, default dev]
 #
 # PYTHON=… names the interpreter; TORCH_INDEX=… a package index to take torch from (PyTorch's index of CPU builds, say).
+# Both count when .venv is made: `make clean` first where there is one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=${1:-dev}
 venv=.venv
 stamp=$venv/.setup-$extra
 log=$venv/setup.log
+# It was tried to install Java; removed, it is tried once more.
+java_tried=$venv/.java-tried
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -22,7 +25,14 @@ java_version() {
   "$java" -version 2>&1 | sed -nE 's/.*version "([0-9]+).*/\1/p' | head -n 1 || true
 }
 
-as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
+# sudo forgets the proxy, and how apt-get is to ask.
+as_root() {
+  if [ "$(id -u)" = 0 ]; then
+    env DEBIAN_FRONTEND=noninteractive "$@"
+  else
+    sudo -n env DEBIAN_FRONTEND=noninteractive ${http_proxy:+http_proxy="$http_proxy"} ${https_proxy:+https_proxy="$https_proxy"} "$@"
+  fi
+}
 
 can_apt() { command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; }
 
@@ -31,12 +41,13 @@ install_java() {
   local found package state="is missing"
   found=$(java_version)
   [ "${found:-0}" -ge 17 ] && return
-  if can_apt; then
+  if [ ! -e "$java_tried" ] && can_apt; then
+    touch "$java_tried"
     [ -n "$found" ] && state="$found is too old for Spark"
     say "Java $state; installing a runtime with apt-get (once, about a minute)"
     as_root apt-get update >>"$log" 2>&1 || true
     for package in openjdk-17-jre-headless openjdk-21-jre-headless default-jre-headless; do
-      if DEBIAN_FRONTEND=noninteractive as_root apt-get install -y --no-install-recommends "$package" >>"$log" 2>&1; then
+      if as_root apt-get install -y --no-install-recommends "$package" >>"$log" 2>&1; then
         break
       fi
     done
@@ -49,8 +60,13 @@ install_java() {
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-} python3.11 python3 python; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+  local fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+  if [ -n "${PYTHON:-}" ]; then
+    if "$PYTHON" -c "$fits" 2>/dev/null; then echo "$PYTHON"; fi
+    return
+  fi
+  for candidate in python3.11 python3 python; do
+    if "$candidate" -c "$fits" 2>/dev/null; then
       echo "$candidate"
       return
     fi
@@ -65,14 +81,19 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
 fi
 
 python=$(find_python)
+[ -n "$python" ] || [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is no Python 3.11 to 3.13 that runs"
 [ -n "$python" ] || fail "Python 3.11 is needed (3.12 and 3.13 may do) and none was found: install it (Debian, Ubuntu: python3.11 python3.11-venv), or name one with PYTHON=/path/to/python3.11"
 started=$SECONDS
 # pip does not write the scripts of what is installed already: after a move they would go on naming the old place.
-if ! "$venv/bin/python" -c 'import pip' 2>/dev/null || { [ -s "$stamp" ] && [ "$(cut -d ' ' -f 2- "$stamp")" != "$PWD" ]; }; then
+if "$venv/bin/python" -c '' 2>/dev/null && ! compgen -G "$venv/.setup-*" >/dev/null && [ ! -e "$log" ]; then
+  # Another tool's (uv's has no pip): what is in it stays.
+  "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 || fail "$venv is another tool's and has no pip: remove it, or install pip into it"
+elif ! "$venv/bin/python" -c 'import pip' 2>/dev/null || { [ -s "$stamp" ] && [ "$(cut -d ' ' -f 2- "$stamp")" != "$PWD" ]; }; then
   say "making $venv with $("$python" --version)"
   "$python" -m venv --clear "$venv" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
 fi
 : >"$log"
+rm -f "$java_tried"
 install_java
 
 # pip's output goes to the log; on a terminal its current step is shown in one line that is written over.

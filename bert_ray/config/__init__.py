@@ -86,7 +86,7 @@ def load_job(
     job = _parse(cls, arguments, namespace)
     job |= _free_values(cls, file)
     for name, inner, value in arguments.free:
-        job[name] = value if inner is None else {**job[name], inner: value}
+        job[name] = value if inner is None else {**(job[name] or {}), inner: value}
     if missing := [key.name for key in keys if key.default is MISSING and job.get(key.name) is None]:
         where = f"{file.path}: " if file else ""
         flags = ", ".join(name.upper() if name in positionals else f"--{flag(name)}" for name in missing)

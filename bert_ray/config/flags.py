@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bert_ray.config.files import read_value
-from bert_ray.config.keys import Key, contains, describe, did_you_mean, flag, is_free, nearest
+from bert_ray.config.keys import Key, contains, describe, did_you_mean, flag, is_free, nearest, of_texts
 from bert_ray.errors import JobError
 
 # Stands for a dot inside a free key (`--spark.config.spark.executor.memory=4g`), which jsonargparse would split.
@@ -21,8 +21,9 @@ class Arguments:
     """The command line taken apart: the job file, and `--key=value` tokens that jsonargparse reads.
 
     Attributes:
-        free: of mappings whose values may be anything, what is to be changed, in order: the mapping's key, a name in it
-            and its value; without a name the whole mapping. jsonargparse would read their texts as YAML once more.
+        free: of mappings whose values are anything, or texts, what is to be changed, in order: the mapping's key,
+            a name in it and its value; without a name the whole mapping. jsonargparse would read their texts as YAML
+            once more.
     """
 
     def __init__(
@@ -99,9 +100,15 @@ class Arguments:
         elif contains(key.type, dict) and not rest and not is_free(key.type) and value.lstrip().startswith("{"):
             value = _as_json(value)
         self.typed[key.name] = typed
+        inner = rest[1:].replace(DOT, ".") if rest[:1] == "." else ""
+        if of_texts(key.type):
+            if inner:
+                self.free.append((key.name, inner, value))
+                return
+            self.free = [item for item in self.free if item[0] != key.name]  # The whole mapping comes in their place.
         if is_free(key.type):
-            found, inner = read_value(value), rest[1:].replace(DOT, ".")
-            if (rest[:1] == "." and inner) or (not rest and is_mapping(found)):
+            found = read_value(value)
+            if inner or (not rest and is_mapping(found)):
                 self.free.append((key.name, inner or None, found))
                 return
             if rest:

@@ -97,6 +97,11 @@ def is_free(kind: Any) -> bool:
     return get_origin(kind) is dict and get_args(kind)[1] is Any
 
 
+def of_texts(kind: Any) -> bool:
+    """Whether a type is, or may be, a mapping of names to texts."""
+    return any(get_origin(option) is dict and get_args(option)[1] is str for option in alternatives(kind))
+
+
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """The members of a union; else the type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)

@@ -29,6 +29,7 @@ import pyarrow as pa
 from bert_ray import __version__
 from bert_ray.errors import ColumnError, EngineError, JobError, LakeError, meant
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.secrets import without_secrets
 from bert_ray.inference.work import Outcome, Work
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job
@@ -214,7 +215,8 @@ def _run(job: AnnotateJob, engine: ModuleType, began: float, began_wall: float) 
 def _count(outcome: Outcome, plan: Plan, summary: Summary, progress: Progress) -> None:
     """Take a unit that ended into summary and progress."""
     failed = outcome.state == "failed"
-    progress.ended(outcome.rows, outcome.seconds, failed)
+    lost = next(unit.rows for unit in plan.todo if unit.id == outcome.unit) or 0 if failed else 0
+    progress.ended(outcome.rows, outcome.seconds, failed, lost)
     summary.rows += outcome.rows
     summary.done += not failed
     summary.failed += failed
@@ -325,11 +327,16 @@ def prepare(job: AnnotateJob) -> Plan:
     if earlier:
         _reconcile(journal, units)
     done = journal.receipts()
-    note = {"session": session, "engine": job.engine, "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    note = {
+        "session": session,
+        "engine": job.engine,
+        "cluster": job.cluster(),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     journal.write_run(
         {
             "version": __version__,
-            "job": dataclasses.asdict(job) | {"input": table.name, "model": spec.model, "output": str(output)},
+            "job": _noted(job) | {"input": table.name, "model": spec.model, "output": str(output)},
             "task": annotator.task.kind,
             "settings": settings,
             "units": len(units),
@@ -341,6 +348,13 @@ def prepare(job: AnnotateJob) -> Plan:
     begun = journal.started()
     todo = sorted((unit for unit in units if unit.id not in done), key=lambda unit: unit.id in begun)
     return Plan(job=job, work=work, units=units, todo=todo, warnings=_warnings(annotator, work.reader, todo))
+
+
+def _noted(job: AnnotateJob) -> dict[str, Any]:
+    """A job as its journal has it, which stands with the table and is read by whoever reads that."""
+    noted = dataclasses.asdict(job)
+    noted["spark"]["config"] = without_secrets(job.spark.config)
+    return noted
 
 
 def _precision(job: AnnotateJob, journal: Journal) -> str:
@@ -420,7 +434,7 @@ def _reconcile(journal: Journal, units: list[Unit]) -> None:
         how = "changed" if lost[0] in present else "gone"
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise JobError(
-            f"the input's file {lost[0]}{more} is {how} since {journal.output} has its rows: "
+            f"the input's file {printable(lost[0])}{more} is {how} since {journal.output} has its rows: "
             "restore it as it was, with its time (cp -p, rsync -t), or choose another output"
         )
     for unit_id in receipts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import subprocess
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from bert_ray.options import RayOptions
 
 Engine = Literal["local", "ray", "spark"]
 OnError = Literal["continue", "fail"]
+
+_OLDEST_JAVA = 17
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,9 +39,31 @@ class SparkOptions:
 
     @staticmethod
     def check_java() -> None:
-        """Raise a JobError where there is no Java to run Spark."""
-        if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
-            raise JobError("Spark needs Java 17 or later: install it (Debian: apt install openjdk-17-jre-headless)")
+        """Raise a JobError where there is no Java that runs Spark."""
+        home = os.environ.get("JAVA_HOME")
+        java = os.path.join(home, "bin", "java") if home else "java"
+        try:
+            told = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60).stderr
+        except (OSError, subprocess.TimeoutExpired):
+            told = ""
+        version = re.search(r'version "(\d+)', told)
+        if version is None or int(version[1]) < _OLDEST_JAVA:
+            found = f"{java} is {version[0]}" if version else f"{java} does not run" if home else "there is none"
+            raise JobError(
+                f"Spark needs Java {_OLDEST_JAVA} or later, and {found}: install it (Debian: apt install "
+                f"openjdk-17-jre-headless), and name it with JAVA_HOME where it is not the first on the PATH"
+            )
+
+    @staticmethod
+    def submitted() -> bool:
+        """Whether spark-submit has started Java, and said the master."""
+        return "PYSPARK_GATEWAY_PORT" in os.environ
+
+    def cluster(self) -> str | None:
+        """Which cluster it is: the master's URL, "that of spark-submit"; None: a Spark of our own on this machine."""
+        if self.master is not None:
+            return None if self.master.startswith("local") else self.master
+        return "that of spark-submit" if self.submitted() else None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,3 +141,57 @@ class AnnotateJob:
                 raise JobError("keep is empty: name a column to keep, or leave keep out to keep all")
             if len(set(self.keep)) < len(self.keep):
                 raise JobError(f"keep names a column twice: {', '.join(self.keep)}")
+
+    def cluster(self) -> str | None:
+        """Which cluster it runs on; None: this machine."""
+        if self.engine == "local":
+            return None
+        return self.ray.cluster() if self.engine == "ray" else self.spark.cluster()
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsStatus:
+    """How far a bulk run is: units done, failed and to do. Exit status 1 where some failed or are left.
+
+    Attributes:
+        output: the output directory of a `bert-ray annotate`.
+    """
+
+    output: str
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsFailures:
+    """Which units of a bulk run failed, and why. Exit status 1 where some did.
+
+    Attributes:
+        output: the output directory of a `bert-ray annotate`.
+    """
+
+    output: str
+
+
+@dataclass(kw_only=True, slots=True)
+class RunsResume:
+    """Go on with a bulk run as it was begun; the flags change where and how fast, never what is written.
+
+    Attributes:
+        output: the output directory of a `bert-ray annotate`.
+        engine: another engine than before; a run begun on Ray may end on Spark.
+        workers: workers.
+        threads: torch threads per worker.
+        batch_tokens: tokens in a packed batch.
+        on_error: "continue": a unit that fails is listed and the others go on; "fail": the first one stops the run.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        ray, spark: where these engines run, if not where they did.
+    """
+
+    output: str
+    engine: Engine | None = None
+    workers: int | None = None
+    threads: int | None = None
+    batch_tokens: int | None = None
+    on_error: OnError | None = None
+    device: str | None = None
+    ray: RayOptions = field(default_factory=RayOptions)
+    spark: SparkOptions = field(default_factory=SparkOptions)

@@ -78,19 +78,55 @@ def resume(output: str | os.PathLike[str], **changes: Any) -> Report:
     Args:
         output: the run's output directory.
         **changes: fields of `AnnotateJob` to change: `engine`, `workers`, `threads`, `batch_tokens`, `on_error`, …
-            Settings that the table's content hangs on cannot change; None leaves a field as it is.
+            Settings that the table's content hangs on cannot change; None leaves a field as it is. What `spark` does
+            not say stays, each setting of its `config` by itself.
 
     Raises:
-        JobError: there is no run, or a change would make it another job.
+        JobError: there is no run; a change would make it another job; it ran on a cluster that is not named now; or
+            settings of Spark's are not taken from the run's journal, for they were secrets or another user wrote it.
     """
-    _, plan = _open(output)
+    journal, plan = _open(output)
     told = dict(plan["job"])
-    told["ray"], told["spark"] = RayOptions(**told["ray"]), SparkOptions(**told["spark"])
     # The directory may have been moved since: where it is now counts.
     told["output"] = str(local_target(output))
     told.update({key: value for key, value in changes.items() if value is not None})
-    summary = run(AnnotateJob(**told))
+    ray = changes.get("ray")
+    told["ray"] = ray if ray and ray.address else RayOptions(**plan["job"]["ray"])
+    told["spark"] = _spark(journal, plan["job"]["spark"], changes.get("spark") or SparkOptions(), told["engine"])
+    job = AnnotateJob(**told)
+    _same_cluster(journal, plan["sessions"][-1], job)
+    summary = run(job)
     return Report("", summary.exit_status)  # `run` has printed its summary.
+
+
+def _spark(journal: Journal, noted: dict[str, Any], given: SparkOptions, engine: str) -> SparkOptions:
+    """How Spark was told to run, with what is told now over it."""
+    config = noted["config"] | given.config
+    if engine == "spark":
+        # Some of Spark's settings start programs: from another user's file none is taken unseen.
+        foreign = (journal.root / "run.json").stat().st_uid not in (0, os.getuid())
+        asked = sorted(name for name in noted["config"].keys() - given.config if foreign or config[name] is None)
+        if asked:
+            reason = "stand in a journal that another user wrote" if foreign else "are secrets, which are not noted"
+            raise JobError(
+                f"settings of Spark's {reason}: {', '.join(asked)}; give each again with --spark.config.NAME=VALUE, or "
+                "run the job's own file"
+            )
+    known = {name: value for name, value in config.items() if value is not None}
+    return SparkOptions(master=given.master or noted["master"], config=known)
+
+
+def _same_cluster(journal: Journal, last: dict[str, Any], job: AnnotateJob) -> None:
+    """Refuse to do on this machine, unasked, what was a cluster's to do."""
+    cluster = last.get("cluster")
+    if not cluster or last["engine"] != job.engine or job.cluster() or job.ray.address or job.spark.master:
+        return
+    name, here = {"ray": ("ray.address", "local"), "spark": ("spark.master", "local[*]")}[job.engine]
+    raise JobError(
+        f"{printable(journal.output)}: the run was on a cluster ({cluster}), this command would go on with it on this "
+        f"machine alone: submit its job again (bert-ray submit), name the cluster with --{name}, or this machine with "
+        f"--{name} '{here}'"
+    )
 
 
 def _open(output: str | os.PathLike[str]) -> tuple[Journal, dict[str, Any]]:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import os
 import re
+import stat
 import sys
 import tempfile
 import threading
@@ -27,12 +28,13 @@ import pyarrow as pa
 # PySpark warns of pandas 3 at every turn; nothing here goes through pandas.
 warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas", category=FutureWarning)
 
-from pyspark import SparkContext, TaskContext  # noqa: E402
+from pyspark import SparkConf, SparkContext, TaskContext  # noqa: E402
 from pyspark.sql import DataFrame, SparkSession  # noqa: E402
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
 from pyspark.sql.types import StructField, StructType  # noqa: E402
 
 from bert_ray.errors import EngineError, JobError  # noqa: E402
+from bert_ray.inference.secrets import is_secret  # noqa: E402
 from bert_ray.inference.specs import annotator_of  # noqa: E402
 from bert_ray.inference.work import Outcome, Work, annotate_unit  # noqa: E402
 from bert_ray.lake.journal import Journal  # noqa: E402
@@ -135,9 +137,12 @@ def _free_gpu(gpus: int) -> int:
     place = Path(tempfile.gettempdir(), f"bert_ray-gpus-{os.getuid()}")
     with contextlib.suppress(OSError):
         place.mkdir(mode=0o700, exist_ok=True)
+        made = place.lstat()
+        if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid():
+            raise PermissionError(f"{place} is another user's")
         for turn in range(_MOST_WORKERS):
             for gpu in range(gpus):
-                handle = os.open(place / f"{gpu}.{turn}", os.O_RDWR | os.O_CREAT, 0o600)
+                handle = os.open(place / f"{gpu}.{turn}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return gpu  # Never closed: held as long as the process lives.
@@ -253,7 +258,7 @@ def _session(options: SparkOptions, workers: int | None) -> Iterator[tuple[Spark
         return
     session = new_session(options, workers)
     try:
-        yield session, not options.master and not _submitted()
+        yield session, not options.master and not options.submitted()
     finally:
         with contextlib.suppress(Exception):  # Java may be gone: why the run ends is what counts.
             session.stop()
@@ -266,11 +271,6 @@ def _active() -> SparkSession | None:
     return SparkSession.builder.getOrCreate() if SparkContext._active_spark_context is not None else None
 
 
-def _submitted() -> bool:
-    """Whether spark-submit has started Java, and said the master."""
-    return "PYSPARK_GATEWAY_PORT" in os.environ
-
-
 def new_session(options: SparkOptions, workers: int | None = None) -> SparkSession:
     """Start a SparkSession.
 
@@ -281,7 +281,7 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     Raises:
         JobError: there is no Java, or the master cannot be reached.
     """
-    submitted = _submitted()
+    submitted = options.submitted()
     if not submitted:
         options.check_java()
     # Executors on this machine must run this interpreter, not the first "python3" on the PATH.
@@ -300,6 +300,8 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     for key, value in options.config.items():
         builder = builder.config(key, value)
     try:
+        if not submitted and any(map(is_secret, options.config)):
+            _start_java({name: value for name, value in builder._options.items() if not is_secret(name)})
         session = builder.getOrCreate()
     except Exception as error:
         raise JobError(f"Spark cannot be started: {_why(error)}") from error
@@ -309,6 +311,16 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     if (listener := getattr(session.sparkContext, "_accumulatorServer", None)) is not None:
         listener.handle_error = lambda *_: None
     return session
+
+
+def _start_java(settings: dict[str, Any]) -> None:
+    """Start Java with these settings alone among its words, which all users of the machine see; a session that begins
+    hands it the others.
+    """
+    shown = SparkConf(loadDefaults=False)
+    for name, value in settings.items():
+        shown.set(name, str(value))
+    SparkContext._ensure_initialized(conf=shown)
 
 
 def worker_threads(session: SparkSession, tasks: int | None = None) -> int | None:

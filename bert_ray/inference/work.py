@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from bert_ray import __version__
 from bert_ray.lake import attempts
-from bert_ray.lake.files import printable
+from bert_ray.lake.files import as_text
 from bert_ray.lake.journal import Journal, OutputError
 from bert_ray.lake.outputs import part_path, writing
 
@@ -111,10 +111,12 @@ def annotate_unit(work: Work, unit: Unit, watch: Callable[[int], None] | None = 
     if work.session in _hopeless:
         return Outcome(unit=unit.id, state="left", error=_hopeless[work.session])
     journal = Journal(work.output)
-    if journal.has_receipt(unit.id) and (known := Outcome.from_journal(journal, unit.id)):
-        return known  # Done by an attempt that died before it could say so.
+    # Ended by an attempt that died before it could say so; what failed is told by then, and not tried twice.
+    session = None if journal.has_receipt(unit.id) else work.session
+    if known := Outcome.from_journal(journal, unit.id, session):
+        return known
     try:
-        remedy = "try fewer workers, fewer batch_tokens or smaller unit_rows, and run again"
+        remedy = "try fewer workers or fewer batch_tokens, and run again"
         attempts.begin(journal, unit.id, work, "it", remedy)
         return _annotate(work, unit, journal, watch)
     except Exception as error:
@@ -167,7 +169,7 @@ def _metadata(work: Work, unit: Unit) -> dict[str, str]:
         "bert_ray.task": work.task,
         "bert_ray.model": work.annotator.model,
         "bert_ray.fingerprint": work.annotator.fingerprint or "",
-        "bert_ray.source": printable(unit.path),
+        "bert_ray.source": as_text(unit.path),
         "bert_ray.unit": unit.id,
     }
 

@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from bert_ray.errors import harmless
+
 
 def sync(path: Path) -> None:
     """Bring a file, or a directory's entries, to the disk, so that a rename in it outlives a power cut."""
@@ -49,9 +51,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(fresh, path)
 
 
-def printable(path: str | os.PathLike[str]) -> str:
-    """A path for messages and metadata: bytes of it that are not UTF-8 stand in hex."""
+def as_text(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be stored: bytes of it that are not UTF-8 stand in hex."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for messages: what a terminal would obey, or take for the next line, stands in hex too."""
+    return harmless(as_text(path), lines=False)
 
 
 def file_sha256(path: Path) -> str:

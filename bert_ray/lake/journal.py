@@ -15,8 +15,10 @@ has the same name, replaced.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -113,7 +115,7 @@ class Journal:
         with output_errors(self.output):
             _make_directories(self.output, destination.parent)
             size_bytes = temporary.stat().st_size
-            os.replace(temporary, destination)
+            _move(temporary, destination)
             sync(destination.parent)
         where = destination.relative_to(self.output).as_posix()
         self._write(self.root / "receipts" / f"{unit_id}.json", {**receipt, "output": where, "bytes": size_bytes})
@@ -179,7 +181,9 @@ class Journal:
                 with contextlib.suppress(OSError):
                     foreign = host != here or not pid.isdigit()
                     old = time.time() - entry.stat().st_mtime > _FOREIGN_AGE_SEC
-                    if old if foreign else not _alive(int(pid)):
+                    # This one has written nothing yet: in a container that was started again it has the number of
+                    # the one that was killed.
+                    if old if foreign else int(pid) == os.getpid() or not _alive(int(pid)):
                         os.unlink(entry.path)
 
     # Files
@@ -275,6 +279,19 @@ def _make_directories(above: Path, directory: Path) -> None:
 
 # Directories that this process knows to be on the disk.
 _lasting: set[Path] = set()
+
+
+def _move(file: Path, destination: Path) -> None:
+    """Rename a file over what stands there; by a copy where a partition's directory is a link to another disk."""
+    try:
+        os.replace(file, destination)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = destination.with_name(f".{destination.name}.new")
+        shutil.copyfile(file, beside)
+        sync(beside)
+        os.replace(beside, destination)
 
 
 def _alive(pid: int) -> bool:

@@ -60,14 +60,16 @@ class Progress:
         self._rows_underway = rows
         self._began = self._began or time.monotonic()
 
-    def ended(self, rows: int, seconds: float, failed: bool) -> None:
-        """A unit ended with this many rows written, after so many seconds."""
+    def ended(self, rows: int, seconds: float, failed: bool, lost: int = 0) -> None:
+        """A unit ended with this many rows written, after so many seconds; `lost`: rows that it would have had."""
         # Starting an engine is not to count as slow rows, or the time left would be told far too long.
         self._began = self._began or time.monotonic() - seconds
         self._rows_underway = 0
         self.units_done += not failed
         self.units_failed += failed
         self.rows_done += rows
+        if self.rows is not None:  # What will not come is no time left.
+            self.rows = max(0, self.rows - lost)
 
     def line(self) -> str:
         """The state in words."""
@@ -85,7 +87,9 @@ class Progress:
 
     def _draw(self) -> None:
         if self._bar is not None:
-            self._bar.n = self.rows_done + self._rows_underway
+            self._bar.n, self._bar.total = self.rows_done + self._rows_underway, self.rows
+            if self._began is not None:
+                self._bar.start_t = time.time() - (time.monotonic() - self._began)
             failed = f", {self.units_failed} failed" if self.units_failed else ""
             self._bar.set_postfix_str(f"units {self.units_done + self.units_failed}/{self.units}{failed}", refresh=True)
         elif (line := self.line()) != self._last:

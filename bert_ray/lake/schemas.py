@@ -93,6 +93,8 @@ def _goes_together(one: pa.DataType, other: pa.DataType) -> bool:
     if types.is_struct(one) and types.is_struct(other):
         shared = {field.name for field in one} & {field.name for field in other}
         return all(_goes_together(one.field(name).type, other.field(name).type) for name in shared)
+    if types.is_map(one) and types.is_map(other):
+        return _goes_together(one.key_type, other.key_type) and _goes_together(one.item_type, other.item_type)
     if _is_list(one) and _is_list(other):
         return _goes_together(one.value_type, other.value_type)
     if (types.is_decimal(one) and types.is_floating(other)) or (types.is_floating(one) and types.is_decimal(other)):

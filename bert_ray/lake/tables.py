@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bert_ray.errors import LakeError, why
-from bert_ray.lake.files import printable
+from bert_ray.lake.files import as_text, printable
 from bert_ray.lake.schemas import holds, merge, plain
 from bert_ray.lake.snapshots import LOG_FOLDERS, METADATA, active_files, check_whole, is_delta, kind_of
 from bert_ray.lake.units import ParquetReader, Unit, open_parquet, partition_values
@@ -191,7 +191,7 @@ def parquet_dataset(path: str | os.PathLike[str], filesystem: fs.FileSystem | No
     files = active_files(place) if is_delta(place) else _data_files(place)
     named = [os.fspath(file) for file in files]
     for name in named:
-        if printable(name) != name:
+        if as_text(name) != name:
             raise LakeError(f"{printable(name)} has a name that is no UTF-8: give it another")
         if not os.path.isfile(name) and os.path.exists(name):  # Opening a pipe would wait for who writes to it.
             raise LakeError(f"{name} is no file: remove it")

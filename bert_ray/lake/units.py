@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.errors import LakeError, why
-from bert_ray.lake.files import printable
+from bert_ray.lake.files import as_text, printable
 from bert_ray.lake.schemas import conform, holds
 
 # What Hive, Spark and pyarrow write for a null partition value.
@@ -88,7 +88,7 @@ class Unit:
 def partition_values(path: str) -> dict[str, str | None]:
     """The values that a path's hive-style directories spell: {"source": "imdb"} for "source=imdb/part-0.parquet"."""
     values: dict[str, str | None] = {}
-    for part in printable(path).split("/")[:-1]:
+    for part in as_text(path).split("/")[:-1]:
         name, sign, value = part.partition("=")
         if sign and name:
             values[unquote(name)] = None if value == _HIVE_NULL else unquote(value)
@@ -128,19 +128,19 @@ class ParquetReader:
         constants = partition_values(unit.path)
         try:
             status = path.stat()
-            if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
-                raise LakeError(f"{told} changed after the run had begun: run again to take it as it is now")
+            _unchanged(told, status, unit)
             if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait for who writes to it.
                 raise LakeError(f"{told} is no file: remove it, and run again")
             # As bytes: Arrow takes no str whose name is not UTF-8.
             with pa.OSFile(os.fsencode(path)) as source, open_parquet(source) as file:
+                if unit.row_groups is None:  # Its columns are not in the table's schema, its rows in no unit's range.
+                    raise LakeError(f"{told} could not be read when the run was planned, and now it can: run again")
                 found = file.schema_arrow
                 self._check(told, found, target, constants, required)
                 wanted = [name for name in columns if name in found.names]
-                groups = range(*unit.row_groups) if unit.row_groups else range(file.num_row_groups)
                 # By name alone a plain column "a.b" and the field b of a struct a are alike: conform() picks.
                 only = None if set(wanted) >= set(found.names) else wanted
-                for group in groups:
+                for group in range(*unit.row_groups):
                     rows = _batch_rows(file, group, only)
                     for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=only):
                         try:
@@ -148,6 +148,8 @@ class ParquetReader:
                         except pa.ArrowInvalid as error:
                             raise LakeError(f"{told}: {_one_line(error)}") from error
                         yield whole
+            # Else another run, which has the file as it is now, and this one would both write its rows.
+            _unchanged(told, path.stat(), unit)
         except FileNotFoundError:
             raise LakeError(f"{told} is gone, or this machine does not see it") from None
         except UnicodeDecodeError as error:
@@ -179,6 +181,11 @@ class ParquetReader:
                         f"{path}: column {field.name!r} is {kind}, in the rest of the table it is {field.type}: "
                         "rewrite the file with that type"
                     )
+
+
+def _unchanged(told: str, status: os.stat_result, unit: Unit) -> None:
+    if (status.st_size, status.st_mtime_ns) != (unit.size_bytes, unit.modified_ns):
+        raise LakeError(f"{told} changed after the run had begun: run again to take it as it is now")
 
 
 def open_parquet(source: pa.NativeFile) -> pq.ParquetFile:

@@ -240,13 +240,25 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
+def has_java() -> bool:
+    """Whether there is a Java that runs Spark."""
+    from bert_ray.inference.job import SparkOptions
+
+    try:
+        SparkOptions.check_java()
+    except BertRayError as error:
+        print(f"{error}; the steps with Spark are left out", flush=True)
+        return False
+    return True
+
+
 def run(arguments: Sequence[str]) -> None:
     """All steps."""
     from bert_ray.config import load_job
     from bert_ray.training.job import TrainJob
 
     demo = Demo(load_job(TrainJob, [JOB, *arguments]))
-    java = bool(shutil.which("java") or os.environ.get("JAVA_HOME"))
+    java = has_java()
     heading("bert_ray: train a BERT, annotate a lake with it on Ray and on Spark, ask it from SQL")
     print(f"No GPU, no cluster and no network are needed; all that is made here goes to {shown(demo.output)}/")
     train = f"bert-ray train {' '.join([JOB, *arguments])}"

@@ -272,3 +272,11 @@ def test_no_room_for_what_is_printed(words: list[str]) -> None:
     assert result.returncode == both.returncode == cli.AT_FAULT
     assert result.stderr.startswith("error: No space left on device")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_terminal_that_lacks_a_character_shows_the_others() -> None:
+    words = [sys.executable, "-m", "bert_ray.cli", "train", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(words, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert rb"\u2026" in done.stdout

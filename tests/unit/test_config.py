@@ -11,6 +11,7 @@ import pytest
 from bert_ray.config import dump_job, help_text, load_job
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.submission import SubmitOptions
 from bert_ray.training.corpus.job import CorpusJob
 from bert_ray.training.job import TrainJob
 
@@ -279,3 +280,13 @@ def test_sparks_master_has_one_name() -> None:
             AnnotateJob,
             ["input=i", "model=m", "output=o", "spark.master=local", "spark.config.spark.master=local[3]"],
         )
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', "Authorization: x", "#hush", "null", "[a]", "007", "true", ""])
+def test_texts_of_a_mapping_stay_as_they_were_typed(value: str) -> None:
+    words = ["--to", "ray", f"--env.A={value}", "--env.B", "b"]
+    assert load_job(SubmitOptions, words, job_file=False).env == {"A": value, "B": "b"}
+    words = ["--env.A=lost", "--env={C: c}", f"env.D={value}"]
+    assert load_job(SubmitOptions, ["--to", "ray", *words], job_file=False).env == {"C": "c", "D": value}
+    job = load_job(AnnotateJob, ["input=a", "model=m", "output=o", f"columns.text={value}"])
+    assert job.columns == {"text": value}

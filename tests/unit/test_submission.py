@@ -141,7 +141,7 @@ def test_spark_that_is_not_there_is_told_before_anything_is_sent(
         with pytest.raises(JobError, match=r"SPARK_HOME is .*, which has no bin/spark-submit"):
             submit(words)
     with monkeypatch.context() as patch:
-        patch.setattr(submission.shutil, "which", lambda name: None)
+        patch.setenv("PATH", str(tmp_path))
         patch.delenv("JAVA_HOME", raising=False)
         with pytest.raises(JobError, match="Spark needs Java 17"):
             submit(words)

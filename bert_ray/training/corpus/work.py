@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bert_ray.lake import attempts
-from bert_ray.lake.files import file_sha256, printable, sync
+from bert_ray.lake.files import as_text, file_sha256, sync
 from bert_ray.lake.journal import FOLDER, Journal, OutputError, output_errors
 from bert_ray.lake.outputs import writing
 from bert_ray.training.corpus.cleaning import clean
@@ -173,7 +173,7 @@ def _clean(work: Work, task: Task, temporary: Path, watch: Callable[[int], None]
     near = work.near
     sign = _signer(near.threshold, near.words, near.permutations) if near else None
     schema = clean_schema(work.near)
-    with writing(Path(work.output), temporary, schema, {"bert_ray.source": printable(part.unit.path)}) as writer:
+    with writing(Path(work.output), temporary, schema, {"bert_ray.source": as_text(part.unit.path)}) as writer:
         for texts, bad in work.readers[part.source].read(part):
             read += len(texts)
             replaced += bad
@@ -284,7 +284,7 @@ def _count(work: Work, task: Task, temporary: Path, watch: Callable[[int], None]
                 words.add(body)
         watch(read)
     table = words.table()
-    source = {"bert_ray.source": printable(task.part.unit.path)}
+    source = {"bert_ray.source": as_text(task.part.unit.path)}
     with writing(Path(work.output), temporary, table.schema, source) as writer:
         for batch in table.to_batches():
             writer.write(batch)

@@ -15,11 +15,12 @@ import pytest
 from bert_ray.errors import BundleError, ColumnError, EngineError, JobError, LakeError
 from bert_ray.inference import bulk, runs
 from bert_ray.inference.bulk import Plan, Summary
-from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.job import AnnotateJob, SparkOptions
 from bert_ray.inference.work import Outcome, annotate_unit
 from bert_ray.lake import lock
 from bert_ray.lake.journal import Journal
 from bert_ray.lake.lock import exclusive
+from bert_ray.options import RayOptions
 from tests.lakes import assert_same_table, journal_names, make_lake, read_output, receipts
 
 
@@ -479,3 +480,80 @@ def test_a_part_reaches_the_disk_before_it_appears(job: AnnotateJob, monkeypatch
         f"part-{unit.id}.parquet": True,
         f"{unit.id}.json": True,
     }
+
+
+def test_what_failed_in_this_session_is_not_tried_twice(job: AnnotateJob, lake: Path) -> None:
+    """A task that is tried again has units that were told as failed: what is told stays true."""
+    plan = bulk.prepare(job)
+    unit = plan.todo[0]
+    whole = (lake / unit.path).read_bytes()
+    (lake / unit.path).write_bytes(b"")
+    first = annotate_unit(plan.work, unit)
+    assert first.state == "failed"
+    (lake / unit.path).write_bytes(whole)
+    os.utime(lake / unit.path, ns=(unit.modified_ns, unit.modified_ns))
+    assert annotate_unit(plan.work, unit) == first
+    assert bulk.run(job).exit_status == 0
+
+
+def test_a_secret_of_sparks_is_not_noted(job: AnnotateJob) -> None:
+    """run.json stands with the table, and is read by whoever reads that."""
+    config = {"spark.hadoop.fs.s3a.secret.key": "hush", "spark.executor.memory": "2g"}
+    bulk.run(changed(job, spark=SparkOptions(config=config)))
+    noted = (Path(job.output) / "_bert_ray" / "run.json").read_text()
+    assert "hush" not in noted
+    assert "2g" in noted
+    with pytest.raises(JobError, match=r"are secrets, which are not noted: spark\.hadoop\.fs\.s3a\.secret\.key; give"):
+        runs.resume(job.output, engine="spark")
+    assert runs.resume(job.output).exit_status == 0  # Another engine does not need it.
+
+
+def test_another_users_settings_of_spark_are_not_taken(job: AnnotateJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk.run(changed(job, spark=SparkOptions(config={"spark.driver.extraJavaOptions": "-javaagent:theirs.jar"})))
+    started: list[AnnotateJob] = []
+    monkeypatch.setattr(runs, "run", lambda job: started.append(job) or SimpleNamespace(exit_status=0))
+    runs.resume(job.output, engine="spark")
+    assert started[0].spark.config == {"spark.driver.extraJavaOptions": "-javaagent:theirs.jar"}
+    journal = Path(job.output) / "_bert_ray" / "run.json"
+    if os.getuid() == 0:
+        os.chown(journal, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(JobError, match=r"another user wrote: spark\.driver\.extraJavaOptions; give each again"):
+        runs.resume(job.output, engine="spark")
+    runs.resume(job.output, engine="spark", spark=SparkOptions(config={"spark.driver.extraJavaOptions": "-ea"}))
+    assert started[1].spark.config == {"spark.driver.extraJavaOptions": "-ea"}
+
+
+@pytest.mark.parametrize(("engine", "key"), [("ray", "ray.address"), ("spark", "spark.master")])
+def test_what_ran_on_a_cluster_goes_on_there(
+    job: AnnotateJob, monkeypatch: pytest.MonkeyPatch, engine: str, key: str
+) -> None:
+    """Not on the machine, a login node perhaps, where somebody types the command."""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(SparkOptions, "submitted", staticmethod(lambda: True))
+    begin(changed(job, engine=engine))
+    started: list[AnnotateJob] = []
+    monkeypatch.setattr(runs, "run", lambda job: started.append(job) or SimpleNamespace(exit_status=0))
+    runs.resume(job.output)  # Within a job of the cluster, as the first one was.
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(SparkOptions, "submitted", staticmethod(lambda: False))
+    with pytest.raises(JobError, match=rf"was on a cluster .*--{key} 'local"):
+        runs.resume(job.output)
+    here = {"ray": RayOptions(address="local")} if engine == "ray" else {"spark": SparkOptions(master="local[2]")}
+    runs.resume(job.output, **here)
+    runs.resume(job.output, engine="local")
+    assert len(started) == 3
+
+
+def test_a_files_name_does_not_command_the_terminal(
+    job: AnnotateJob, lake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lake / "source=s0" / "x\x1b]0;theirs\x07\n  all is well.parquet").write_bytes(b"no parquet")
+    assert bulk.run(job).exit_status == 1
+    report = runs.failures(job.output).text
+    shown = capsys.readouterr()
+    for text in (report, shown.out, shown.err):
+        assert "\x1b" not in text
+        assert "\n  all is well" not in text
+    assert r"x\x1b]0;theirs\x07\n  all is well.parquet" in report

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,7 +52,7 @@ def test_tasks_hold_the_workers_to_their_number_where_the_master_does_not(
 ) -> None:
     monkeypatch.setattr(engine, "_active", lambda: None)
     monkeypatch.setattr(engine, "new_session", lambda *_: SimpleNamespace(stop=lambda: None))
-    monkeypatch.setattr(engine, "_submitted", lambda: submitted)
+    monkeypatch.setattr(SparkOptions, "submitted", staticmethod(lambda: submitted))
     with engine._session(SparkOptions(master=master), 3) as (_, found):
         assert found is held
 
@@ -134,3 +136,36 @@ def test_a_task_computes_on_the_gpu_that_spark_gave_it(monkeypatch: pytest.Monke
     assert engine.on_gpu(dataclasses.replace(spec, device="cpu")).device == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert engine.on_gpu(spec) is spec
+
+
+def test_a_secret_is_not_among_the_words_of_java(tmp_path: Path) -> None:
+    """Which all users of the machine see."""
+    code = """
+import pathlib
+from bert_ray.inference.job import SparkOptions
+from bert_ray.inference.spark import new_session
+session = new_session(SparkOptions(master="local[1]", config={
+    "spark.hadoop.fs.s3a.secret.key": "hush", "spark.driver.memory": "600m", "spark.ui.enabled": "false"}))
+words = pathlib.Path(f"/proc/{session.sparkContext._gateway.proc.pid}/cmdline").read_text()
+children = [path.read_text() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+print("seen" if any("hush" in text for text in [words, *children]) else "hidden")
+print("told" if any("-Xmx600m" in text for text in [words, *children]) else "lost")
+print(session.sparkContext._jsc.hadoopConfiguration().get("fs.s3a.secret.key"))
+session.stop()
+"""
+    (tmp_path / "session.py").write_text(code)
+    words = [sys.executable, str(tmp_path / "session.py")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.stdout.split() == ["hidden", "told", "hush"], done.stderr[-2000:]
+
+
+def test_a_place_for_locks_that_is_not_ours_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"bert_ray-gpus-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    engine._free_gpu.cache_clear()
+    try:
+        assert engine._free_gpu(3) == os.getpid() % 3
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+    finally:
+        engine._free_gpu.cache_clear()

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,14 +101,14 @@ def test_sweep_takes_what_the_dead_left_and_nothing_else(journal: Journal) -> No
     assert killed.returncode == -9
     other_host = f"u.elsewhere.example.{os.getpid()}.00"
     (journal.root / "tmp" / other_host).touch()
-    with journal.temporary("mine") as mine:
-        mine.touch()
-        assert killed.stdout.strip() in journal_names(journal.output, "tmp")
-        journal.sweep()
-        assert journal_names(journal.output, "tmp") == sorted([other_host, mine.name])
-        os.utime(journal.root / "tmp" / other_host, (0, 0))
-        journal.sweep()
-        assert journal_names(journal.output, "tmp") == [mine.name]
+    lives = f"u.{socket.gethostname()}.{os.getppid()}.00"
+    (journal.root / "tmp" / lives).touch()
+    assert killed.stdout.strip() in journal_names(journal.output, "tmp")
+    journal.sweep()
+    assert journal_names(journal.output, "tmp") == sorted([other_host, lives])
+    os.utime(journal.root / "tmp" / other_host, (0, 0))
+    journal.sweep()
+    assert journal_names(journal.output, "tmp") == [lives]
 
 
 def test_a_run_of_another_layout_is_refused(journal: Journal) -> None:
@@ -130,3 +133,31 @@ def test_a_directory_that_was_removed_is_made_again(journal: Journal) -> None:
             journal.commit(unit, temporary, journal.output / "a=1" / f"part-{unit}.parquet", {"rows": 3})
         shutil.rmtree(journal.output / "a=1")
     assert journal.receipts() == {"u1", "u2"}
+
+
+def test_sweep_takes_what_the_same_process_number_left(journal: Journal) -> None:
+    """In a container that is started again a driver has the number of the one that was killed."""
+    left = journal.root / "tmp" / f"u.{socket.gethostname()}.{os.getpid()}.00"
+    left.touch()
+    journal.sweep()
+    assert not left.exists()
+
+
+def test_a_part_reaches_another_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a partition's directory is a link to one, a rename does not."""
+    plain, refused = os.replace, []
+
+    def across(source: Any, target: Any) -> None:
+        if Path(source).parent.name == "tmp" and Path(target).parent.name == "source=a":
+            refused.append(target)
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", across)
+    with journal.temporary("u") as temporary:
+        temporary.write_text("rows")
+        journal.commit("u", temporary, journal.output / "source=a" / "part-u.parquet", {"rows": 1})
+    assert refused
+    assert (journal.output / "source=a" / "part-u.parquet").read_text() == "rows"
+    assert [path.name for path in (journal.output / "source=a").iterdir()] == ["part-u.parquet"]
+    assert journal.receipt("u")["output"] == "source=a/part-u.parquet"

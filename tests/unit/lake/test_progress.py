@@ -46,3 +46,16 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "annotate" in stream.getvalue()
     assert "units 1/2" in stream.getvalue()
     assert "10/20" in stream.getvalue()
+
+
+def test_rows_of_units_that_failed_are_no_time_left() -> None:
+    stream = Terminal()
+    with Progress(what="annotate", units=2, rows=20, stream=stream) as shown:
+        time.sleep(0.3)  # An engine that starts.
+        shown.ended(0, 0.0, failed=True, lost=10)
+        shown.ended(10, 0.1, failed=False)
+        assert "left" not in shown.line()
+        shown._draw()
+        rate = shown._bar.format_dict["n"] / shown._bar.format_dict["elapsed"]
+    assert "10/10" in stream.getvalue()
+    assert rate > 100, "the time before the first unit counts as slow rows"

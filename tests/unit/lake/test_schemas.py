@@ -27,6 +27,9 @@ DICTIONARY = pa.dictionary(pa.int8(), pa.string())
         (pa.struct([("x", pa.string())]), pa.struct([("x", pa.binary())]), "conflict"),
         (pa.list_(pa.binary()), pa.list_(pa.string()), "conflict"),
         (pa.list_(pa.null()), pa.list_(pa.string()), pa.list_(pa.string())),
+        (pa.map_(pa.string(), pa.decimal128(20, 2)), pa.map_(pa.string(), pa.float64()), "conflict"),
+        (pa.map_(pa.string(), pa.binary()), pa.map_(pa.string(), pa.string()), "conflict"),
+        (pa.map_(pa.string(), pa.int32()), pa.map_(pa.string(), pa.int64()), pa.map_(pa.string(), pa.int64())),
     ],
 )
 def test_types_that_meet(one: pa.DataType, other: pa.DataType, merged: pa.DataType | str | None) -> None:

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert_ray.errors import LakeError
-from bert_ray.lake import units
+from bert_ray.lake import tables, units
 from bert_ray.lake.outputs import parts
 from bert_ray.lake.tables import open_table, parquet_dataset
-from bert_ray.lake.units import Unit, partition_values
+from bert_ray.lake.units import Unit, open_parquet, partition_values
 from bert_ray.model.tokenization import as_strings
 from tests.lakes import make_lake
 
@@ -344,6 +344,12 @@ def test_a_changed_file_is_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1], "text": ["other"]}), lake / unit.path)
     with pytest.raises(LakeError, match=r"f0\.parquet changed"):
         list(table.reader().read(unit, ["id"]))
+    unit = open_table(lake).units(99)[0]
+    rows = table.reader().read(unit, ["id"])
+    assert next(rows).num_rows == 1
+    os.utime(lake / unit.path, ns=(0, unit.modified_ns + 1))
+    with pytest.raises(LakeError, match=r"f0\.parquet changed"):  # Also while it is read.
+        next(rows)
     (lake / unit.path).unlink()
     with pytest.raises(LakeError, match=r"f0\.parquet is gone"):
         list(table.reader().read(unit, ["id"]))
@@ -422,3 +428,25 @@ def test_a_file_that_cannot_be_looked_into_is_not_passed_over(tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "open", closed)
     assert [unit.path for unit in open_table(tmp_path).units(9)] == ["000000_0", "000001_0"]
+
+
+def test_a_file_that_planning_could_not_read_waits_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its columns are not in the table's schema: they would be missing in what is written, and nobody would know."""
+    lake = make_lake(tmp_path / "lake", partitions=1, files=2)
+    with monkeypatch.context() as patch:
+        plain, failed = open_parquet, []
+
+        def once(file: Any) -> Any:
+            if not failed:
+                failed.append(True)
+                raise OSError(errno.EIO, "I/O error")
+            return plain(file)
+
+        patch.setattr(tables, "open_parquet", once)
+        table = open_table(lake)
+        unread = next(unit for unit in table.units(99) if unit.row_groups is None)
+    assert failed
+    with pytest.raises(LakeError, match="could not be read when the run was planned, and now it can: run again"):
+        list(table.reader().read(unread, ["id"]))
