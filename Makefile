@@ -44,10 +44,11 @@ quality: setup
 	@$(PY) benchmarks/quality.py $(ARGS)
 
 pretrain-proof: setup
-	@$(PY) benchmarks/pretrain_proof.py $(ARGS)
+	@$(PY) benchmarks/gradients.py
 	@$(PY) benchmarks/zero.py
 	@$(PY) -m pytest -q tests/integration/test_train_zero.py tests/integration/test_pretrain_elastic.py \
 		tests/unit/training/test_pretraining.py
+	@$(PY) benchmarks/pretrain_proof.py $(ARGS)
 
 clean:
 	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

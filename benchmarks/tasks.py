@@ -7,13 +7,13 @@
 The same weights on both sides: MiniLM's encoder with a fresh head; speed does not depend on what a head has learned.
 Texts of mixed lengths (sentences, news, film reviews; questions with their paragraphs), shuffled. The pipeline
 runs as it comes (one row at a time) and in batches of 16; for answers, which transformers 5 has no pipeline for, the
-recipe of its example run_qa.py does, for embedding, zero-shot and similarity sentence-transformers. Zero-shot is by
-embedding here, where the pipeline of that name asks a model of inference once for each label. What is left of the tasks
-has no peer (mask, FAQ), or the engine's work is that of another one (multi-label and regression: classification;
-few-shot: embedding). Translation stands beside `model.generate` on batches of the same number of
-tokens, texts sorted by length, greedily and with four beams, on sentences of Tatoeba: with the model that
-`quality.py --case en_zh` has trained where it is there, else with one that has learned from 3,000 sentences and says 16
-tokens at most.
+recipe of its example run_qa.py does, for embedding, zero-shot and similarity sentence-transformers, to which few-shot
+adds scikit-learn's logistic regression and FAQ sentence-transformers' own search, over 1,000 questions. Zero-shot is by
+embedding here, where the pipeline of that name asks a model of inference once for each label. Mask has the pipeline for
+entities and Presidio's recognisers, as ours has; regression reads two texts. Translation stands beside
+`model.generate` on batches of the same number of tokens, texts sorted by length, greedily and with four beams, on
+sentences of Tatoeba: with the model that `quality.py --case en_zh` has trained where it is there, else with one that
+has learned from 3,000 sentences and says 16 tokens at most.
 Results: benchmarks/results/tasks.json, tasks_bf16.json.
 """
 
@@ -35,11 +35,16 @@ import pyarrow.parquet as pq
 BATCH = 16
 TASKS = (
     "classification",
+    "multi-label",
+    "regression",
     "entities",
+    "mask",
     "answer",
+    "faq",
     "embedding",
     "similarity",
     "zero-shot",
+    "few-shot",
     "fill-mask",
     "translation",
     "translation, 4 beams",
@@ -47,6 +52,21 @@ TASKS = (
 MAX_LENGTH = 512
 ENTITIES = ["O", "B-person", "I-person", "B-location", "I-location"]
 TOPICS = ["world politics", "sports", "business", "science and technology", "films"]
+
+# Tasks with a head on the whole text: transformers' name of the problem, and how its pipeline is called.
+_OF_TEXTS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "classification": (None, {}),
+    "multi-label": ("multi_label_classification", {"top_k": None, "function_to_apply": "sigmoid"}),
+    "regression": ("regression", {"function_to_apply": "none"}),
+}
+RECOGNISERS = {
+    "card": "CreditCardRecognizer",
+    "email": "EmailRecognizer",
+    "iban": "IbanRecognizer",
+    "ip": "IpRecognizer",
+    "phone": "PhoneRecognizer",
+}
+INDEXED = 1000
 
 Contestants = dict[str, Callable[[], Any]]
 
@@ -169,10 +189,15 @@ def pipelines(task: str, rows: int, scratch: Path, dtype: str) -> tuple[Contesta
     data, place = texts(rows), scratch / task
     more: dict[str, Any] = {}
     call: dict[str, Any] = {}
-    if task == "classification":
-        model = save(transformers.AutoModelForSequenceClassification, place, num_labels=4)
-        name, call = "text-classification", {"truncation": True, "max_length": MAX_LENGTH}
-    elif task == "entities":
+    options: dict[str, Any] = {}
+    after: Callable[[str, Any], Any] | None = None
+    if task in _OF_TEXTS:
+        problem, how = _OF_TEXTS[task]
+        labels = 1 if task == "regression" else 4
+        settings = {"num_labels": labels, "problem_type": problem} if problem else {"num_labels": labels}
+        model = save(transformers.AutoModelForSequenceClassification, place, **settings)
+        name, call = "text-classification", {"truncation": True, "max_length": MAX_LENGTH, **how}
+    elif task in ("entities", "mask"):
         names = {"id2label": dict(enumerate(ENTITIES)), "label2id": {name: at for at, name in enumerate(ENTITIES)}}
         model = save(transformers.AutoModelForTokenClassification, place, **names)
         name, more = "token-classification", {"aggregation_strategy": "first", "stride": 64}
@@ -180,18 +205,42 @@ def pipelines(task: str, rows: int, scratch: Path, dtype: str) -> tuple[Contesta
         model = save(transformers.AutoModelForMaskedLM, place)
         name, call = "fill-mask", {"tokenizer_kwargs": {"truncation": True, "max_length": MAX_LENGTH}}
         data = [" ".join([*text.split()[:3], "[MASK]", *text.split()[4:]]) for text in data]
-    annotator = AnnotatorSpec(model=model, dtype=dtype).build()
-    table = pa.table({"text": data})
+    if task == "mask":
+        options, after = {"patterns": list(RECOGNISERS)}, recognised()
+    annotator = AnnotatorSpec(model=model, task="mask" if after else None, options=options, dtype=dtype).build()
+    table, asked = pa.table({"text": data}), list(data)
+    if task == "regression":  # Of two texts, as one row.
+        table = table.append_column("text_pair", pa.array(data[::-1]))
+        asked = table.to_pylist()
     pipe = transformers.pipeline(name, model=model, device="cpu", dtype=common.TYPES[dtype], **more)
 
     def piped(batch: int) -> Callable[[], Any]:
-        return lambda: list(pipe(list(data), batch_size=batch, **call))
+        def run() -> Any:
+            found = list(pipe(asked, batch_size=batch, **call))
+            return [after(text, spans) for text, spans in zip(data, found, strict=True)] if after else found
+
+        return run
 
     return {
         "bert_ray": lambda: annotator(table),
         "pipeline, one by one": piped(1),
         f"pipeline, batches of {BATCH}": piped(BATCH),
     }, len(data)
+
+
+def recognised() -> Callable[[str, Any], Any]:
+    """Presidio's recognisers on a text, beside the entities that were found in it."""
+    from presidio_analyzer import predefined_recognizers as known
+
+    regions = {"phone": {"supported_regions": ("US", "GB", "CN")}}  # As ours has by default.
+    recognisers = [getattr(known, kind)(**regions.get(name, {})) for name, kind in RECOGNISERS.items()]
+    email = next(one for one in recognisers if isinstance(one, known.EmailRecognizer))
+    email.validate_result = lambda pattern_text: None  # It would ask the network for the list of domains.
+
+    def look(text: str, entities: Any) -> Any:
+        return entities, [one.analyze(text, one.supported_entities, None) for one in recognisers]
+
+    return look
 
 
 def answer(rows: int, scratch: Path, dtype: str) -> tuple[Contestants, int]:
@@ -216,7 +265,39 @@ def answer(rows: int, scratch: Path, dtype: str) -> tuple[Contestants, int]:
     }, len(data)
 
 
-def sentence_vectors(task: str, rows: int, dtype: str) -> tuple[Contestants, int]:
+def few_shot(scratch: Path, peer: Any) -> tuple[str, Callable[[Any], Any]]:
+    """A head of ours on 64 examples of each of AG News' labels, and scikit-learn's on the peer's vectors of them."""
+    from sklearn.linear_model import LogisticRegression
+
+    from bert_ray.training.job import DataOptions, TrainJob
+    from bert_ray.training.launch import train
+
+    news = pq.read_table(common.SHARED / "ag_news" / "train.parquet", columns=["text", "label"]).to_pylist()
+    labels = sorted({row["label"] for row in news})
+    some = [row for label in labels for row in [row for row in news if row["label"] == label][:64]]
+    pq.write_table(pa.Table.from_pylist(some), scratch / "examples.parquet")
+    data = DataOptions(train=str(scratch / "examples.parquet"), validation_fraction=0.0)
+    train(TrainJob(model=common.MODEL, output=str(scratch / "few-shot"), task="few-shot", engine="local", data=data))
+    head = LogisticRegression(C=10.0, max_iter=1000)
+    head.fit(peer.encode([row["text"] for row in some]), [row["label"] for row in some])
+    return str(scratch / "few-shot"), head.predict_proba
+
+
+def faq(scratch: Path, peer: Any, rows: int) -> tuple[str, list[str], Callable[[Any], Any]]:
+    """A bundle of ours with 1,000 questions, questions to ask, and sentence-transformers' search among the same."""
+    from sentence_transformers.util import semantic_search
+
+    from bert_ray.model.tasks.faq import build_index
+
+    known = pq.read_table(common.SHARED / "xquad" / "en.parquet", columns=["question"])["question"].to_pylist()
+    pairs = pa.table({"question": known[:INDEXED], "answer": [f"answer {at}" for at in range(INDEXED)]})
+    build_index(common.MODEL, pairs, scratch / "faq")
+    index = peer.encode(known[:INDEXED])
+    asked = (known[INDEXED:] * (1 + rows // len(known[INDEXED:])))[:rows]
+    return str(scratch / "faq"), asked, lambda vectors: semantic_search(vectors, index, top_k=1)
+
+
+def sentence_vectors(task: str, rows: int, scratch: Path, dtype: str) -> tuple[Contestants, int]:
     """Ours, and sentence-transformers, which sorts texts by length, in batches of 32."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -228,11 +309,17 @@ def sentence_vectors(task: str, rows: int, dtype: str) -> tuple[Contestants, int
         resolve(common.MODEL).as_posix(), device="cpu", model_kwargs={"dtype": getattr(torch, common.TYPES[dtype])}
     )
     options: dict[str, Any] = {"labels": TOPICS} if task == "zero-shot" else {}
-    annotator = AnnotatorSpec(model=common.MODEL, task=task, options=options, dtype=dtype).build()
-    peer.max_seq_length = annotator.bundle.card.max_length
     data = texts(2 * rows if task == "similarity" else rows)
     first, other = (data[:rows], data[rows:]) if task == "similarity" else (data, TOPICS)
     columns = {"text": first, "text_pair": other} if task == "similarity" else {"text": first}
+    model, then = common.MODEL, None
+    if task == "few-shot":
+        model, then = few_shot(scratch, peer)
+    elif task == "faq":
+        model, first, then = faq(scratch, peer, rows)
+        columns = {"question": first}
+    annotator = AnnotatorSpec(model=model, task=task, options=options, dtype=dtype).build()
+    peer.max_seq_length = annotator.bundle.card.max_length
     table = pa.table(columns)
 
     def encoded(batch: int) -> Callable[[], Any]:
@@ -240,6 +327,8 @@ def sentence_vectors(task: str, rows: int, dtype: str) -> tuple[Contestants, int
             vectors = peer.encode(first, batch_size=batch)
             if task == "embedding":
                 return vectors
+            if then is not None:
+                return then(vectors)
             others = peer.encode(other, batch_size=batch)
             return (peer.similarity_pairwise if task == "similarity" else peer.similarity)(vectors, others)
 
@@ -262,8 +351,8 @@ def contestants(task: str, rows: int, scratch: Path, dtype: str) -> tuple[Contes
         return translation(5 * rows, scratch, 4 if task.endswith("beams") else 1, dtype)
     if task == "answer":
         return answer(rows, scratch, dtype)
-    if task in ("embedding", "similarity", "zero-shot"):
-        return sentence_vectors(task, rows, dtype)
+    if task in ("embedding", "similarity", "zero-shot", "few-shot", "faq"):
+        return sentence_vectors(task, rows, scratch, dtype)
     return pipelines(task, rows, scratch, dtype)
 
 
@@ -274,7 +363,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=common.TYPES, default="fp32", help="of all contestants")
-    parser.add_argument("--task", choices=TASKS, help="default: all")
+    parser.add_argument("--task", choices=TASKS, action="append", help="may be given several times; default: all")
     options = parser.parse_args()
     common.set_threads(options.threads)
     import torch
@@ -286,10 +375,11 @@ def main() -> None:
     result = common.RESULTS / f"{common.result_name('tasks', options.dtype)}.json"
     if options.task and result.exists():
         figures = json.loads(result.read_text())["tasks"]  # The others stay as they were.
-    how = {"rounds": options.rounds, "threads": options.threads, "date": datetime.date.today().isoformat()}
+    cpu = common.machine()["cpu"]
+    how = {"cpu": cpu, "rounds": options.rounds, "threads": options.threads, "date": datetime.date.today().isoformat()}
     lines = []
     with tempfile.TemporaryDirectory(prefix="bert_ray-bench-") as scratch:
-        for task in (options.task,) if options.task else TASKS:
+        for task in options.task or TASKS:
             try:
                 runs, rows = contestants(task, options.rows, Path(scratch), options.dtype)
             except FileNotFoundError as error:

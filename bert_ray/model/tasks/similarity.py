@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from bert_ray.model.tasks.base import Outputs
+from bert_ray.errors import JobError
+from bert_ray.model.tasks.base import Outputs, Targets
 from bert_ray.model.tasks.numbers import correlations, not_finite, numbers, numbers_report
 from bert_ray.model.tasks.pooled import PooledTask, unit
 from bert_ray.model.tokenization import Pieces, Tokenizer
@@ -53,6 +54,13 @@ class Similarity(PooledTask):
         vectors = unit(self.vectors(outputs, pieces))
         first, second = np.split(codes, 2)
         return pa.array(np.einsum("bd,bd->b", vectors[first], vectors[second]).astype(np.float32))
+
+    def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
+        """Refuses: what is trained is the embedding."""
+        raise JobError(
+            "task similarity has nothing to train: train task embedding on the pairs, with or without scores, and give "
+            "its bundle to similarity; or train task regression, which reads both texts as one row"
+        )
 
     def read_truth(
         self, truth: Sequence[pa.Array], inputs: Sequence[pa.Array]

@@ -321,7 +321,9 @@ def times(factor: float, step: int) -> Callable[[StepEvent], None]:
 
     def callback(event: StepEvent) -> None:
         if event.step == step:
-            for module in (value for value in gc.get_objects() if type(value).__name__ == "TaskModel"):
+            found = [value for value in gc.get_objects() if type(value).__name__ == "TaskModel"]
+            assert found, "no model is in training"
+            for module in found:
                 with torch.no_grad():
                     next(module.model.parameters()).mul_(factor)
 
@@ -335,8 +337,10 @@ def test_a_loss_that_leaps_is_told_with_its_shards(pretraining_for: Jobs) -> Non
     assert any(re.match(r"step 26: loss .* the median of the last 25 steps; .*train/0000", note) for note in notes)
     told.clear()
     job = pretraining_for(steps=30, evaluate_every=30, loss_spike=0.0)
-    train(replace(job, output=f"{job.output}-quiet"), callbacks=[times(-50.0, 25)], tell=told.append)
+    quietly = train(replace(job, output=f"{job.output}-quiet"), callbacks=[times(-50.0, 25)], tell=told.append)
     assert not any("step 26" in str(event.get("text")) for event in told)
+    spared = train(replace(job, output=f"{job.output}-spared"))
+    assert quietly.history[-1]["train_loss"] > spared.history[-1]["train_loss"], "nothing leapt"
 
 
 def test_a_loss_that_is_no_number_names_step_and_shards(pretraining_for: Jobs) -> None:

@@ -150,9 +150,21 @@ def test_a_question_longer_than_the_model_is_cut(bundle: Path, max_length: int) 
     found = load_bundle(bundle)
     found.card.max_length = max_length
     annotator = Annotator(found)
-    rows = pa.table({"question": ["why was it so? " * 500, "why?"], "context": ["the film was good " * 100] * 2})
-    for answer in annotator(rows)["answer"].to_pylist():
-        assert rows["context"][0].as_py()[answer["start"] : answer["end"]] == answer["text"]
+    long, context = "why was it so? " * 500, "the film was good " * 100
+    # What is cut off is the end, whatever stands there; the beginning is asked.
+    questions = [long, long[: len(long) // 2] + "never mind", "film " + long, "why?"]
+    rows = pa.table({"question": questions, "context": [context] * len(questions)})
+    answers = annotator(rows)["answer"].to_pylist()
+    for answer in answers:
+        assert context[answer["start"] : answer["end"]] == answer["text"]
+    assert answers[0] == answers[1]
+    tokenize = annotator.task.tokenizer(found.tokenizer())
+    read = [
+        annotator.task.encode(tokenize, [pa.array([text], pa.large_string()) for text in (question, context)])
+        for question in questions
+    ]
+    assert read[0].tokens.ids.tolist() == read[1].tokens.ids.tolist()
+    assert read[0].tokens.ids.tolist() != read[2].tokens.ids.tolist()
 
 
 def test_a_model_too_short_for_pairs_says_so(bundle: Path) -> None:

