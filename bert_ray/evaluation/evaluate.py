@@ -12,7 +12,6 @@ Shapes: B rows that can be compared, C labels.
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from bert_ray.errors import BundleError, ColumnError, JobError, why
-from bert_ray.evaluation.leakage import rows_also_trained_on
+from bert_ray.errors import BundleError, ColumnError, JobError, harmless, why
+from bert_ray.evaluation.leakage import MOST_BYTES, rows_also_trained_on
 from bert_ray.evaluation.overfitting import CAVEAT, Fit, Levers, judge
 from bert_ray.evaluation.rows import Rows, open_table, read_rows
 from bert_ray.model.architectures import dropout_rates, encoder_config
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 # Rows annotated at a time: enough for the packing to find equal lengths, few enough for the bar to move.
 _BATCH_ROWS = 4_096
-# What moves a terminal's cursor, or its line.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # The annotation's name while measuring: one that no column of a real table has.
 _COLUMN = "bert_ray evaluation"
 
@@ -58,6 +55,7 @@ class Evaluation:
         sections: what the report shows; rows of examples are numbers in the table, from 0.
         fit: whether the model overfits, by its training's history.
         warnings: what makes the figures doubtful.
+        notes: what could not be looked at.
         seconds: time to annotate, without reading and loading the model.
         report: path of report.html.
         metrics: path of metrics.json.
@@ -72,6 +70,7 @@ class Evaluation:
     sections: tuple[Section, ...]
     fit: Fit
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     seconds: float
     report: Path
     metrics: Path
@@ -108,6 +107,7 @@ class Evaluation:
         lines += ["", *_lines(self.fit.figures), self.fit.words]
         lines += [] if self.fit.verdict == "unknown" else [CAVEAT]
         lines += [line for warning in self.warnings for line in ("", f"warning: {warning}")]
+        lines += [line for note in self.notes for line in ("", f"note: {note}")]
         return "\n".join([*lines, "", f"metrics {self.metrics}", f"report {self.report}"])
 
 
@@ -127,7 +127,7 @@ def evaluate(job: EvaluateJob) -> Evaluation:
     task = annotator.task
     annotator.check(table.schema)
     rows = read_rows(table, job.table, task, _columns(job, task))
-    warnings = _warnings(annotator, rows, job)
+    warnings, notes = _warnings(annotator, rows, job)
     output = writable(job.output)
     started = time.perf_counter()
     annotations = _annotate(annotator, rows.inputs)
@@ -144,6 +144,7 @@ def evaluate(job: EvaluateJob) -> Evaluation:
         sections=tuple(_in_table(section, rows) for section in sections),
         fit=_fit(annotator, figures, rows),
         warnings=tuple(warnings),
+        notes=tuple(notes),
         seconds=seconds,
         report=output / "report.html",
         metrics=output / "metrics.json",
@@ -234,19 +235,26 @@ def _annotate(annotator: Annotator, inputs: Sequence[pa.Array]) -> pa.Array:
     return pa.concat_arrays(found)
 
 
-def _warnings(annotator: Annotator, rows: Rows, job: EvaluateJob) -> list[str]:
-    """What makes the figures doubtful, found before an hour of annotating."""
-    task, provenance, found = annotator.task, annotator.bundle.card.provenance, []
-    total = len(rows.numbers)
-    if shared := rows_also_trained_on(rows.inputs, task, provenance):
+def _warnings(annotator: Annotator, rows: Rows, job: EvaluateJob) -> tuple[list[str], list[str]]:
+    """What makes the figures doubtful, found before an hour of annotating; and what could not be looked at."""
+    task, provenance = annotator.task, annotator.bundle.card.provenance
+    found, notes = [], []
+    total, learned = len(rows.numbers), (provenance.get("data") or {}).get("train")
+    shared = rows_also_trained_on(rows.inputs, task, provenance)
+    if shared:
         found.append(
-            f"{shared:,} of the {total:,} rows also stand in the training data, {provenance['data']['train']}: the "
+            f"{shared:,} of the {total:,} rows also stand in the training data, {learned}: the "
             "figures flatter the model; measure it on rows that it has not seen"
+        )
+    elif shared is None and learned:
+        notes.append(
+            f"whether the model was trained on these rows is not known: the training data, {learned}, are not on this "
+            f"machine, larger than {MOST_BYTES >> 20} MiB, or without these columns"
         )
     for name, array in zip(task.inputs, rows.inputs, strict=True):
         if note := annotator.tokenizer.unknown_note(array):
             found.append(f"{job.table}: {name}: {note}")
-    return found
+    return found, notes
 
 
 def _fit(annotator: Annotator, figures: dict[str, float], rows: Rows) -> Fit:
@@ -298,18 +306,13 @@ def _in_table(section: Section, rows: Rows) -> Section:
 
 def _lines(values: dict[str, Any]) -> list[str]:
     return [
-        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {_on_one_line(str(value))}"
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {harmless(str(value), lines=False)}"
         for name, value in values.items()
     ]
 
 
-def _on_one_line(label: str) -> str:
-    """A label of a table, whose line breaks and control characters are for no terminal and no script."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), label)
-
-
 def _matrix(confusion: Confusion) -> list[str]:
-    names = [_on_one_line(name) for name in confusion.labels]
+    names = [harmless(name, lines=False) for name in confusion.labels]
     width = max(len(name) for name in names)
     cells = [[f"{count}" for count in row] for row in confusion.counts]
     widths = [max(len(name), *(len(row[index]) for row in cells)) for index, name in enumerate(names)]
@@ -331,6 +334,7 @@ def _as_json(evaluation: Evaluation, annotator: Annotator, job: EvaluateJob) -> 
         "faults": evaluation.faulty,
         "seconds": round(evaluation.seconds, 3),
         "warnings": list(evaluation.warnings),
+        "notes": list(evaluation.notes),
         "fit": {"verdict": fit.verdict, "words": fit.words, **fit.figures},
         **{section.key: data for section in evaluation.sections if (data := as_data(section)) is not None},
     }

@@ -48,7 +48,12 @@ def test_rows_that_were_trained_on_are_counted_and_told(tmp_path: Path, tiny_bun
 
 
 def test_what_is_gone_is_passed_over(tmp_path: Path, tiny_bundle: Path) -> None:
-    assert measure(tmp_path, tiny_bundle, TEXTS, tmp_path / "gone.parquet").warnings == ()
+    result = measure(tmp_path, tiny_bundle, TEXTS, tmp_path / "gone.parquet")
+    assert result.warnings == ()
+    assert len(result.notes) == 1
+    assert "whether the model was trained on these rows is not known" in result.text()
+    pq.write_table(pa.table({"review": ["another text"]}), tmp_path / "train.parquet")
+    assert measure(tmp_path, tiny_bundle, TEXTS, tmp_path / "train.parquet").notes == ()
 
 
 @pytest.mark.parametrize(
