@@ -26,8 +26,10 @@ def _source(case: Case) -> str:
     return str(resolve(case.base))
 
 
-def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, seed: int, precision: str) -> Any:
-    """A trained Trainer."""
+def _train(
+    model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, seed: int, precision: str, loss: Any = None
+) -> Any:
+    """A trained Trainer; `loss` (outputs, labels, items in the batch) stands for the model's own."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -46,9 +48,23 @@ def _train(model: Any, rows: list[dict[str, Any]], collator: Any, case: Case, se
         seed=seed,
         bf16=precision == "bf16",
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=loss)
     trainer.train()
     return trainer
+
+
+def _balanced(labels: np.ndarray) -> Any:
+    """Cross-entropy that weighs labels by scikit-learn's `balanced`."""
+    import torch
+
+    counts = np.bincount(labels)
+    weights = torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        logits = outputs["logits"].float()
+        return torch.nn.functional.cross_entropy(logits, labels, weight=weights.to(logits.device))
+
+    return loss
 
 
 def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int, precision: str) -> float:
@@ -78,8 +94,9 @@ def sequences(case: Case, train: pa.Table, test: pa.Table, seed: int, precision:
         rows = [{key: found[key][row] for key in found} | {"labels": labels[row]} for row in range(len(labels))]
         return rows, np.array(labels)
 
-    rows, _ = encoded(train)
-    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed, precision)
+    rows, learned = encoded(train)
+    loss = _balanced(learned) if case.settings.get("class_weights") == "balanced" else None
+    trainer = _train(model, rows, DataCollatorWithPadding(tokenizer), case, seed, precision, loss)
     tested, so = encoded(test)
     outputs = trainer.predict(tested).predictions
     if regression:
