@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -78,8 +78,8 @@ class Data(Protocol):
     def sources(self, job: TrainJob, base: Bundle, card: Card, device: torch.device) -> tuple[Source, Source]:
         """What to train on, and what to be judged by."""
 
-    def digest(self) -> str:
-        """Tells these data from others."""
+    def identity(self) -> dict[str, Any]:
+        """Tells these data from others, by named features."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,9 +114,10 @@ class TrainingData:
         )
         return train, TableSource(self.validation)
 
-    def digest(self) -> str:
+    def identity(self) -> dict[str, Any]:
         """Tells these data from others."""
-        return hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()[:16]
+        rows = hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()[:16]
+        return {"rows": rows}
 
 
 def read_labelled(

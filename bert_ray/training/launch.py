@@ -183,7 +183,7 @@ def _train(
                 base = load_bundle(fresh)
         seen = seen_shards(directory)
         card, data, notes = prepare(job, base, table, seen)
-        identity = job.identity() | {"base": asked, "rows": data.digest()}
+        identity = job.identity() | {"base": asked} | data.identity()
         if card.labels and not job.labels:  # In the rows they are numbers.
             identity["labels found"] = list(card.labels)
         if has_ended:

@@ -32,11 +32,13 @@ class CorpusPart:
     Attributes:
         directory: where it lies.
         fingerprint: of its manifest.
+        vocabulary: of its tokenizer, in words: how many tokens, and the beginning of its hash.
         skipped: shards that are left out, with what is wrong with them.
     """
 
     directory: Path
     fingerprint: str
+    vocabulary: str
     skipped: dict[str, str]
 
     def documents(self, split: str) -> Documents:
@@ -64,11 +66,12 @@ class CorpusData:
     baseline: float | None = None
     learning: Learning = field(default_factory=Learning)
 
-    def digest(self) -> str:
+    def identity(self) -> dict[str, Any]:
         """Tells these corpora, without what is left out of them, from others."""
         parts = [part for part in (self.corpus, self.replay) if part]
         told = [word for part in parts for word in (part.fingerprint, *sorted(part.skipped))]
-        return hashlib.sha256(" ".join(told).encode()).hexdigest()[:16]
+        rows = hashlib.sha256(" ".join(told).encode()).hexdigest()[:16]
+        return {"rows": rows, "vocabulary": self.corpus.vocabulary}
 
     def sources(self, job: TrainJob, base: Bundle, card: Card, device: torch.device) -> tuple[Source, Source]:
         """What to train on, and what to be judged by."""
@@ -147,7 +150,8 @@ def _open(
     if train.documents <= sum(shard.documents for shard in train.shards if shard.path in skipped):
         raise JobError(f"{directory} has no documents to train on")
     notes += [f"{directory / shard} {reason}: its documents are left out" for shard, reason in skipped.items()]
-    return CorpusPart(directory=directory, fingerprint=manifest.fingerprint, skipped=skipped)
+    vocabulary = f"{manifest.vocabulary:,} tokens, {manifest.tokenizer_sha256[:12]}"
+    return CorpusPart(directory=directory, fingerprint=manifest.fingerprint, vocabulary=vocabulary, skipped=skipped)
 
 
 def _check_vocabulary(corpus: Path, base: Bundle) -> None:

@@ -523,9 +523,12 @@ def other_shape(job: TrainJob, place: Path) -> TrainJob:
 
 
 def other_vocabulary(job: TrainJob, place: Path) -> TrainJob:
-    tokenizer = tiny_tokenizer()
+    """In the place of the corpus that it was."""
+    tokenizer, corpus = tiny_tokenizer(), Path(job.data.train)
     tokenizer.add_tokens(["perlocution"])
-    return replace(job, data=DataOptions(train=str(make_corpus(place, tokenizer, documents(100), documents(20, 1)))))
+    shutil.rmtree(corpus)
+    make_corpus(corpus, tokenizer, documents(100), documents(20, 1))
+    return job
 
 
 @pytest.mark.parametrize(
@@ -533,7 +536,11 @@ def other_vocabulary(job: TrainJob, place: Path) -> TrainJob:
     [
         ("tiny", other_model, r"base '\w+', now '\w+'.*model '.*', now '.*other'"),
         ("new", other_shape, "architecture.layers 1, now 2"),
-        ("new", other_vocabulary, r"data\.train '.*', now '.*other'; rows '\w+', now '\w+'"),
+        (
+            "new",
+            other_vocabulary,
+            r"rows '\w+', now '\w+'; vocabulary '([\d,]+) tokens, \w+', now '(?!\1 )[\d,]+ tokens",
+        ),
     ],
     ids=["model", "size", "vocabulary"],
 )
@@ -543,7 +550,9 @@ def test_another_model_or_vocabulary_does_not_go_on_with_a_run(
     from bert_ray.training.job import ArchitectureOptions
 
     shape = ArchitectureOptions(layers=1, hidden_size=16, heads=2, max_positions=64)
-    job = pretraining_for(**({"model": "new", "architecture": shape} if begun == "new" else {}))
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), documents(100), documents(20, 1))
+    data = DataOptions(train=str(corpus))
+    job = pretraining_for(data=data, **({"model": "new", "architecture": shape} if begun == "new" else {}))
 
     def cut(event: StepEvent) -> None:
         raise Cut
