@@ -356,6 +356,11 @@ def main() -> None:
                 )
                 done = results.setdefault(name, {}).setdefault(kind, {})
                 how = Run(seed, "fp64" if kind == "tfidf" else precision, options.threads)
+                settings = json.loads(json.dumps(case.settings))  # As they come back from the file.
+                if kind != "tfidf":  # What was measured with others is none of this line.
+                    for old in [old for old, run in done.items() if run["settings"] != settings]:
+                        print(f"{name}, {kind}, seed {old}: measured with other settings, left out", flush=True)
+                        del done[old]
                 if not wanted or (done.get(str(seed), {}).get("precision") == how.precision and not options.fresh):
                     continue
                 if options.fresh:

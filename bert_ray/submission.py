@@ -37,6 +37,7 @@ from bert_ray.config.flags import Arguments
 from bert_ray.config.keys import list_keys
 from bert_ray.errors import JobError, why
 from bert_ray.inference.job import AnnotateJob, SparkOptions
+from bert_ray.inference.spark_settings import write_properties
 from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.job import TrainJob, absolute, absolute_model
 from bert_ray.training.notice import on_sigterm
@@ -44,7 +45,7 @@ from bert_ray.training.notice import on_sigterm
 _ENTRY = "bert_ray_job.py"
 _EXAMPLES = """\
   bert-ray submit jobs/annotate.yaml --to ray --address http://head:8265 --wait
-  bert-ray submit jobs/finetune.yaml --to ray data.train=s3://bucket/train epochs=5
+  bert-ray submit jobs/finetune.yaml --to ray --address http://head:8265 data.train=s3://bucket/train epochs=5
   bert-ray submit jobs/annotate.yaml --to spark --master spark://master:7077 --wait"""
 # How long the cluster's answer about a job that has just ended is waited for.
 _STATUS_TIMEOUT_SECONDS = 30.0
@@ -299,9 +300,11 @@ def _to_spark(options: SubmitOptions, command: str, job: Any) -> int:
     name, stage = _stage(options, command, job)
     archive = _archive(stage)
     settings = job.spark.config | {f"spark.executorEnv.{key}": value for key, value in options.env.items()}
+    # In a file: the words of a command are for every user of this machine to see.
+    properties = write_properties(stage / "spark.properties", settings)
     words = [
         *[*spark, "--master", master, "--deploy-mode", "client", "--name", name, "--py-files", str(archive)],
-        *["--properties-file", str(_properties(stage, settings)), "--load-spark-defaults"],
+        *["--properties-file", str(properties), "--load-spark-defaults"],
         *[str(stage / _ENTRY), command, str(stage / "job.yaml")],
     ]
     # Executors start the Python that the driver names; another one would lack what this one has.
@@ -393,18 +396,6 @@ def _stage(options: SubmitOptions, command: str, job: Any) -> tuple[str, Path]:
             f"cannot write to {stage}: {why(error)}. Name a directory for what is sent with --record"
         ) from error
     return name, stage
-
-
-def _properties(stage: Path, settings: dict[str, str]) -> Path:
-    """Spark's settings as a properties file: the words of a command are for every user of this machine to see."""
-    path = stage / "spark.properties"
-    path.touch(mode=0o600)
-    with path.open("w", encoding="utf-8") as file:
-        for key, value in settings.items():
-            name = re.sub(r"([\\\s:=#!])", r"\\\1", key)
-            text = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-            file.write(f"{name}={text}\n")
-    return path
 
 
 def _archive(stage: Path) -> Path:

@@ -58,15 +58,16 @@ install_java() {
   say "Spark needs Java 17 or later: install it (Debian, Ubuntu: openjdk-17-jre-headless; Fedora: java-17-openjdk-headless; macOS: brew install openjdk@17)"
 }
 
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
 find_python() {
   local candidate
-  local fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
   if [ -n "${PYTHON:-}" ]; then
-    if "$PYTHON" -c "$fits" 2>/dev/null; then echo "$PYTHON"; fi
+    if fits "$PYTHON"; then echo "$PYTHON"; fi
     return
   fi
   for candidate in python3.11 python3 python; do
-    if "$candidate" -c "$fits" 2>/dev/null; then
+    if fits "$candidate"; then
       echo "$candidate"
       return
     fi
@@ -85,12 +86,16 @@ python=$(find_python)
 [ -n "$python" ] || fail "Python 3.11 is needed (3.12 and 3.13 may do) and none was found: install it (Debian, Ubuntu: python3.11 python3.11-venv), or name one with PYTHON=/path/to/python3.11"
 started=$SECONDS
 # pip does not write the scripts of what is installed already: after a move they would go on naming the old place.
-if "$venv/bin/python" -c '' 2>/dev/null && ! compgen -G "$venv/.setup-*" >/dev/null && [ ! -e "$log" ]; then
+if "$venv/bin/python" -c '' 2>/dev/null && ! compgen -G "$venv/.setup-*" >/dev/null; then
   # Another tool's (uv's has no pip): what is in it stays.
+  fits "$venv/bin/python" || fail "$venv is another tool's, with $("$venv/bin/python" --version); Python 3.11 is needed: remove it"
   "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 || fail "$venv is another tool's and has no pip: remove it, or install pip into it"
 elif ! "$venv/bin/python" -c 'import pip' 2>/dev/null || { [ -s "$stamp" ] && [ "$(cut -d ' ' -f 2- "$stamp")" != "$PWD" ]; }; then
   say "making $venv with $("$python" --version)"
-  "$python" -m venv --clear "$venv" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
+  rm -rf "$venv"
+  mkdir "$venv"
+  : >"$venv/.setup-begun"  # It is ours, also where it is cut off here.
+  "$python" -m venv "$venv" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
 fi
 : >"$log"
 rm -f "$java_tried"

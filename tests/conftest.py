@@ -75,6 +75,18 @@ does did have has had recommend happy disappointed waste money battery sound sto
 TINY_PIECES = ["##s", "##ed", "##ing", "##er", "##est", "##ly", "##y", "##tion", "##ness", "##ment", "##able", "##ful"]
 
 
+# Files that take about a minute, though none of their tests does.
+_LONG = {
+    "test_loop",
+    "test_pretraining",
+    "test_train_zero",
+    "test_train_half",
+    "test_choose",
+    "test_cli",
+    "test_translation",
+}
+
+
 def needs(package: str, extra: str) -> None:
     """Skip a test module where a package is missing. It is not imported: that may take seconds, for a test or none."""
     if importlib.util.find_spec(package) is None:
@@ -132,7 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     engines = {item.nodeid: engine for item in items if (engine := _engine(item))}
     Path(config.workerinput["engines"], config.workerinput["workerid"]).write_text(json.dumps(engines))
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.stem in _LONG}
 
     def rank(item: pytest.Item) -> int:
         if item.nodeid in engines:

@@ -29,7 +29,7 @@ import pyarrow as pa
 from bert_ray import __version__
 from bert_ray.errors import ColumnError, EngineError, JobError, LakeError, meant
 from bert_ray.inference.job import AnnotateJob
-from bert_ray.inference.secrets import without_secrets
+from bert_ray.inference.spark_settings import without_secrets
 from bert_ray.inference.work import Outcome, Work
 from bert_ray.lake.files import printable
 from bert_ray.lake.journal import FOLDER, Journal, output_errors, refuse_another_job

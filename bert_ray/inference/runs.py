@@ -83,50 +83,61 @@ def resume(output: str | os.PathLike[str], **changes: Any) -> Report:
 
     Raises:
         JobError: there is no run; a change would make it another job; it ran on a cluster that is not named now; or
-            settings of Spark's are not taken from the run's journal, for they were secrets or another user wrote it.
+            where it runs is not taken from the run's journal, for it was a secret or another user wrote it.
     """
     journal, plan = _open(output)
     told = dict(plan["job"])
     # The directory may have been moved since: where it is now counts.
     told["output"] = str(local_target(output))
     told.update({key: value for key, value in changes.items() if value is not None})
-    ray = changes.get("ray")
-    told["ray"] = ray if ray and ray.address else RayOptions(**plan["job"]["ray"])
-    told["spark"] = _spark(journal, plan["job"]["spark"], changes.get("spark") or SparkOptions(), told["engine"])
+    ray, spark = changes.get("ray") or RayOptions(), changes.get("spark") or SparkOptions()
+    told["ray"], told["spark"] = _session(journal, plan["job"], ray, spark, told["engine"])
     job = AnnotateJob(**told)
     _same_cluster(journal, plan["sessions"][-1], job)
     summary = run(job)
     return Report("", summary.exit_status)  # `run` has printed its summary.
 
 
-def _spark(journal: Journal, noted: dict[str, Any], given: SparkOptions, engine: str) -> SparkOptions:
-    """How Spark was told to run, with what is told now over it."""
-    config = noted["config"] | given.config
-    if engine == "spark":
-        # Some of Spark's settings start programs: from another user's file none is taken unseen.
-        foreign = (journal.root / "run.json").stat().st_uid not in (0, os.getuid())
-        asked = sorted(name for name in noted["config"].keys() - given.config if foreign or config[name] is None)
-        if asked:
-            reason = "stand in a journal that another user wrote" if foreign else "are secrets, which are not noted"
-            raise JobError(
-                f"settings of Spark's {reason}: {', '.join(asked)}; give each again with --spark.config.NAME=VALUE, or "
-                "run the job's own file"
-            )
-    known = {name: value for name, value in config.items() if value is not None}
-    return SparkOptions(master=given.master or noted["master"], config=known)
+def _session(
+    journal: Journal, noted: dict[str, Any], ray: RayOptions, spark: SparkOptions, engine: str
+) -> tuple[RayOptions, SparkOptions]:
+    """Where the engine runs: as the journal says, with what is told now over it.
+
+    Of another user's journal nothing is taken: a master, an address and some of Spark's settings start programs.
+    """
+    foreign = (journal.root / "run.json").stat().st_uid not in (0, os.getuid())
+    address, master, config = noted["ray"]["address"], noted["spark"]["master"], noted["spark"]["config"]
+    asked: list[str] = []
+    if engine == "ray" and foreign and address and not ray.address:
+        asked = ["ray.address"]
+    elif engine == "spark":
+        asked = ["spark.master"] if foreign and master and not spark.master else []
+        missing = (name for name in config.keys() - spark.config.keys() if foreign or config[name] is None)
+        asked += sorted(f"spark.config.{name}" for name in missing)
+    if asked:
+        reason = "stands in a journal that another user wrote" if foreign else "is a secret, which is not noted"
+        raise JobError(f"{', '.join(asked)} {reason}: give it again (--{asked[0]} VALUE), or run the job's own file")
+    if foreign:
+        return ray, spark
+    known = {name: value or "" for name, value in config.items()} | spark.config
+    return RayOptions(address=ray.address or address), SparkOptions(master=spark.master or master, config=known)
 
 
 def _same_cluster(journal: Journal, last: dict[str, Any], job: AnnotateJob) -> None:
     """Refuse to do on this machine, unasked, what was a cluster's to do."""
     cluster = last.get("cluster")
-    if not cluster or last["engine"] != job.engine or job.cluster() or job.ray.address or job.spark.master:
+    if not cluster or last["engine"] != job.engine or job.cluster():
         return
-    name, here = {"ray": ("ray.address", "local"), "spark": ("spark.master", "local[*]")}[job.engine]
-    raise JobError(
-        f"{printable(journal.output)}: the run was on a cluster ({cluster}), this command would go on with it on this "
-        f"machine alone: submit its job again (bert-ray submit), name the cluster with --{name}, or this machine with "
-        f"--{name} '{here}'"
-    )
+    name, here, named = {
+        "ray": ("ray.address", "local", job.ray.address),
+        "spark": ("spark.master", "local[*]", job.spark.master),
+    }[job.engine]
+    if not named:
+        raise JobError(
+            f"{printable(journal.output)}: the run was on a cluster ({cluster}), this command would go on with it on "
+            f"this machine alone: submit its job again (bert-ray submit), name the cluster with --{name}, or this "
+            f"machine with --{name} '{here}'"
+        )
 
 
 def _open(output: str | os.PathLike[str]) -> tuple[Journal, dict[str, Any]]:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import os
 import re
+import shlex
 import stat
 import sys
 import tempfile
@@ -28,13 +29,13 @@ import pyarrow as pa
 # PySpark warns of pandas 3 at every turn; nothing here goes through pandas.
 warnings.filterwarnings("ignore", message="PySpark does not yet fully support pandas", category=FutureWarning)
 
-from pyspark import SparkConf, SparkContext, TaskContext  # noqa: E402
+from pyspark import SparkContext, TaskContext  # noqa: E402
 from pyspark.sql import DataFrame, SparkSession  # noqa: E402
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema  # noqa: E402
 from pyspark.sql.types import StructField, StructType  # noqa: E402
 
 from bert_ray.errors import EngineError, JobError  # noqa: E402
-from bert_ray.inference.secrets import is_secret  # noqa: E402
+from bert_ray.inference.spark_settings import is_secret, write_properties  # noqa: E402
 from bert_ray.inference.specs import annotator_of  # noqa: E402
 from bert_ray.inference.work import Outcome, Work, annotate_unit  # noqa: E402
 from bert_ray.lake.journal import Journal  # noqa: E402
@@ -115,6 +116,8 @@ def on_gpu(spec: AnnotatorSpec) -> AnnotatorSpec:
     return dataclasses.replace(spec, device=device)
 
 
+# Where PySpark takes the words of spark-submit from.
+_SUBMIT_WORDS = "PYSPARK_SUBMIT_ARGS"
 # The GPU that this process computes on.
 _taken: list[str] = []
 
@@ -301,7 +304,7 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
         builder = builder.config(key, value)
     try:
         if not submitted and any(map(is_secret, options.config)):
-            _start_java({name: value for name, value in builder._options.items() if not is_secret(name)})
+            _start_java(builder._options)
         session = builder.getOrCreate()
     except Exception as error:
         raise JobError(f"Spark cannot be started: {_why(error)}") from error
@@ -313,14 +316,20 @@ def new_session(options: SparkOptions, workers: int | None = None) -> SparkSessi
     return session
 
 
-def _start_java(settings: dict[str, Any]) -> None:
-    """Start Java with these settings alone among its words, which all users of the machine see; a session that begins
-    hands it the others.
-    """
-    shown = SparkConf(loadDefaults=False)
-    for name, value in settings.items():
-        shown.set(name, str(value))
-    SparkContext._ensure_initialized(conf=shown)
+def _start_java(settings: Mapping[str, Any]) -> None:
+    """Start Java with the settings in a file: its words, where PySpark puts them, are for all users of the machine."""
+    given = os.environ.get(_SUBMIT_WORDS)
+    with tempfile.TemporaryDirectory(prefix="bert_ray-spark-") as place:
+        texts = {name: str(value) for name, value in settings.items() if name.startswith("spark.")}
+        file = write_properties(Path(place, "spark.properties"), texts)
+        words = f"--properties-file {shlex.quote(str(file))} --load-spark-defaults {given or 'pyspark-shell'}"
+        os.environ[_SUBMIT_WORDS] = words
+        try:
+            SparkContext._ensure_initialized()  # Until Java has read them.
+        finally:
+            os.environ.pop(_SUBMIT_WORDS)
+            if given is not None:
+                os.environ[_SUBMIT_WORDS] = given
 
 
 def worker_threads(session: SparkSession, tasks: int | None = None) -> int | None:

@@ -288,10 +288,13 @@ def _move(file: Path, destination: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        beside = destination.with_name(f".{destination.name}.new")
-        shutil.copyfile(file, beside)
-        sync(beside)
-        os.replace(beside, destination)
+        beside = destination.with_name(f".{file.name}")  # Nobody else's.
+        try:
+            shutil.copyfile(file, beside)
+            sync(beside)
+            os.replace(beside, destination)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

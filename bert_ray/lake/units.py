@@ -133,6 +133,7 @@ class ParquetReader:
                 raise LakeError(f"{told} is no file: remove it, and run again")
             # As bytes: Arrow takes no str whose name is not UTF-8.
             with pa.OSFile(os.fsencode(path)) as source, open_parquet(source) as file:
+                _ = file.schema_arrow.names  # They may be no UTF-8.
                 if unit.row_groups is None:  # Its columns are not in the table's schema, its rows in no unit's range.
                     raise LakeError(f"{told} could not be read when the run was planned, and now it can: run again")
                 found = file.schema_arrow

@@ -17,6 +17,7 @@ from bert_ray import submission
 from bert_ray.config import load_job
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob
+from bert_ray.inference.spark_settings import write_properties
 from bert_ray.submission import SubmitOptions, submit
 from bert_ray.training.corpus.job import CorpusJob, VocabularyJob
 from bert_ray.training.job import TrainJob
@@ -160,7 +161,9 @@ def test_a_driver_that_ends_at_once_has_not_been_submitted(tmp_path: Path, monke
 
 
 def test_settings_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
-    path = submission._properties(tmp_path, {"spark.executorEnv.KEY": "a\\b=c", "odd:key": "\ntwo\r\nlines"})
+    path = write_properties(
+        tmp_path / "spark.properties", {"spark.executorEnv.KEY": "a\\b=c", "odd:key": "\ntwo\r\nlines"}
+    )
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text().splitlines() == ["spark.executorEnv.KEY=a\\\\b=c", "odd\\:key=\\ntwo\\r\\nlines"]
 

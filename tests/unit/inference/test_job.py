@@ -8,7 +8,7 @@ import pytest
 
 from bert_ray.errors import JobError
 from bert_ray.inference.job import AnnotateJob, SparkOptions
-from bert_ray.inference.secrets import without_secrets
+from bert_ray.inference.spark_settings import without_secrets
 from bert_ray.options import RayOptions
 
 GIVEN = {"input": "lake", "model": "m", "output": "out"}
@@ -100,6 +100,8 @@ def test_which_cluster_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ("spark.hadoop.fs.azure.account.key.lake.dfs.core.windows.net", True),
         ("spark.authenticate.secret", True),
         ("spark.executor.memory", False),
+        ("spark.hadoop.fs.s3a.aws.credentials.provider", False),
+        ("spark.security.credentials.hive.enabled", False),
         ("spark.sql.shuffle.partitions", False),
     ],
 )
