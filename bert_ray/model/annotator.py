@@ -10,6 +10,7 @@ Shapes: B rows, U distinct rows, P pieces of tokens, T tokens of all of them, C 
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -165,7 +166,11 @@ class Annotator:
         self.device, self.precision = _device_and_precision(spec.device, spec.dtype)
         self.dtype = _DTYPES[self.precision]
         self.tokenizer = self.task.tokenizer(bundle.tokenizer())
-        self.model = bundle.model(self.task).to(self.device, self.dtype)
+        self.model = bundle.model(self.task)
+        exact = [copy.deepcopy(layer) for layer in self.task.exact_layers(self.model)]
+        self.model.to(self.device, self.dtype)
+        for layer, whole in zip(self.task.exact_layers(self.model), exact, strict=True):
+            layer.to(torch.float32).load_state_dict(whole.state_dict())
         self._encoder = InferenceEncoder(self.model)
         self.batch_tokens = spec.batch_tokens or self.task.tiles * self._encoder.batch_tokens
         self.task.prepare(self)

@@ -13,6 +13,7 @@ Shapes: B rows, L tokens of the longest row, D hidden size, C labels or vocabula
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_ray.errors import BundleError, JobError, why
+from bert_ray.model.inferred_card import lowers_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -306,6 +308,10 @@ def _metadata(bundle: Bundle, task: Task) -> dict[str, str]:
         else [],
         "max_length": card.max_length,
         "prompt": getattr(task.options, "prompt", ""),
+        # What becomes of long texts, and which scores count.
+        "options": dataclasses.asdict(task.options),
+        # Before anything else is done to a text; tokenizer.json does not say it.
+        "lower_case": lowers_first(bundle.tokenizer().backend_tokenizer.normalizer),
         "fingerprint": bundle.fingerprint,
     }
     return {"bert_ray": json.dumps(said, ensure_ascii=False)}

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Rows that are judged by get their masks from a seed of their own, the same after each round.
 _JUDGED = 0x7E57
+# So often another row is drawn before one stays as it is; and what the first draw's noise is mixed with.
+_DRAWS, _FIRST_DRAW = 8, 32
 # A row of two parts has this many tokens at least: one each.
 _TWO_PARTS = 2
 # Tokens that end a sentence, where a row may be parted.
@@ -312,8 +314,8 @@ class CorpusSource:
         change = uniform(mix(noise ^ np.uint64(4))) < 0.5
         follows = self._options.sentences == "next"
         if follows:
-            others, any_other = self._of_other_documents(rows, mix(noise ^ np.uint64(5)))
-            change &= any_other
+            others, found = self._long_enough(rows, sizes - split, noise)
+            change &= found
         changed = np.where(sizes < _TWO_PARTS, _NO_PARTS, np.where(change, _CHANGED, _AS_IT_IS))
         moved = changed == _CHANGED
         if not follows:
@@ -323,20 +325,35 @@ class CorpusSource:
             take = np.repeat(first, sizes) + (place + np.repeat(begins - first, sizes)) % np.repeat(sizes, sizes)
             split = np.where(moved, sizes - split, split)
             return ids[take], None if whole is None else whole[take], split, changed
-        # The second part is as much of the other row as there was of its own, or repeated where that is short.
+        # The second part is as much of the other row as there was of its own: its beginning or its end, for one that
+        # stays may end within a sentence, too.
         foreign, foreign_starts = self._rows.take(others)
         foreign_sizes = self._rows.lengths[others]
         foreign_first = np.cumsum(foreign_sizes) - foreign_sizes
         row = np.repeat(np.arange(len(sizes)), sizes)
         place = np.arange(len(ids)) - first[row]
         second = moved[row] & (place >= split[row])
-        source = (foreign_first[row] + (place - split[row]) % foreign_sizes[row])[second]
+        at_end = uniform(mix(noise ^ np.uint64(16))) < 0.5
+        begins = foreign_first + np.where(at_end, foreign_sizes - (sizes - split), 0)
+        source = (begins[row] + place - split[row])[second]
         ids = ids.copy()
         ids[second] = foreign[source]
         if whole is not None:
             whole = whole.copy()
             whole[second] = foreign_starts[source]
         return ids, whole, split, changed
+
+    def _long_enough(self, rows: np.ndarray, needed: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A row of another document, of so many tokens at least, for each row, and whether one was found, bool.
+
+        A shorter one would have to be repeated, which tells by itself that it does not follow.
+        """
+        others, found = rows.copy(), np.zeros(len(rows), bool)
+        for draw in range(_DRAWS):
+            drawn, any_other = self._of_other_documents(rows, mix(noise ^ np.uint64(_FIRST_DRAW + draw)))
+            fits = any_other & (self._rows.lengths[drawn] >= needed) & ~found
+            others, found = np.where(fits, drawn, others), found | fits
+        return others, found
 
     def _of_other_documents(self, rows: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A row of another document for each row, and whether there is any, bool; where not, the row itself.

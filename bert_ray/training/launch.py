@@ -184,6 +184,8 @@ def _train(
         seen = seen_shards(directory)
         card, data, notes = prepare(job, base, table, seen)
         identity = job.identity() | {"base": asked} | data.identity()
+        if job.augmentation.substitution:
+            identity["augmentation's model"] = load_bundle(str(job.augmentation.model)).fingerprint
         if card.labels and not job.labels:  # In the rows they are numbers.
             identity["labels found"] = list(card.labels)
         if has_ended:

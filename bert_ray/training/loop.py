@@ -442,6 +442,7 @@ class Loop:
                 if index < len(batches):
                     found.append((batch.rows, outputs.cpu().numpy(), float(total)))
         everyone = [item for items in self.peers.gather(found) for item in items]
+        self.beat()
         outputs = self._in_order(source, everyone)
         loss = sum(item[2] for item in everyone) / max(1e-9, source.weigh(everything))
         task, examples = self.module.task, source.examples
@@ -449,7 +450,9 @@ class Loop:
             # Decided by all validation rows, so the same on every worker.
             self.card.options |= chosen
             task.options = replace(task.options, **chosen)
-        return loss, task.validate(outputs, examples)
+        metrics = task.validate(outputs, examples)
+        self.beat()
+        return loss, metrics
 
     def _in_order(self, source: Source, found: list[tuple[np.ndarray, np.ndarray, float]]) -> Outputs:
         """Outputs of all batches, in the order of the pieces."""
@@ -476,11 +479,13 @@ class Loop:
                     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
                     raise self.checkpoints.failed(f"the best model to {self._best}", cause) from error
         self.peers.wait()
+        self.beat()
 
     def _save(self) -> None:
         """Write a checkpoint. All workers take part; rank 0 writes."""
         state = self.stepper.state()
         noise = self.peers.gather(_rng(self.device))
+        self.beat()  # Each of these may take long, an upload most of all: what is watched is one at a time.
         self.position.scaling = self.stepper.scaling()
         if self.peers.rank == 0:
             state |= {

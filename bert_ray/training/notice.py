@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 STOP_FILE = "stop"
+# Marks that this process should have left, also where they cannot be written: its own run heeds them all the same.
+_asked: set[Path] = set()
 
 
 def stop_asked(directory: Path) -> bool:
     """Whether the run in `directory` was asked to stop."""
-    return (directory / STOP_FILE).exists()
+    mark = directory / STOP_FILE
+    return mark in _asked or mark.exists()
 
 
 @contextlib.contextmanager
@@ -25,8 +28,16 @@ def heeded(directory: Path) -> Iterator[None]:
     """While open, SIGTERM asks the run in `directory` to stop; a mark that an earlier run left is taken away first."""
     mark = directory / STOP_FILE
     mark.unlink(missing_ok=True)
-    with on_sigterm(mark.touch):
+    _asked.discard(mark)
+
+    def leave() -> None:
+        _asked.add(mark)
+        with contextlib.suppress(OSError):  # Raised here it would end the run wherever that is just now.
+            mark.touch()
+
+    with on_sigterm(leave):
         yield
+    _asked.discard(mark)
 
 
 @contextlib.contextmanager

@@ -114,11 +114,13 @@ def corpus_data(job: TrainJob, base: Bundle, seen: dict[str, list[Any]] | None =
         raise JobError(
             f"data.replay is the corpus that is learned, {job.data.train}: give another one, or leave it out"
         )
-    validation = len(corpus.documents("validation"))
+    # Of a shard that is left out none counts.
+    readable = {split: int((corpus.documents(split).sizes > 0).sum()) for split in SPLITS}
+    validation = readable["validation"]
     data = CorpusData(
         corpus=corpus,
         replay=replay,
-        train_rows=len(corpus.documents("train")),
+        train_rows=readable["train"],
         validation_rows=min(validation, job.pretraining.validation_rows),
         learning=Learning(parts=job.pretraining.sentences != "none"),
     )

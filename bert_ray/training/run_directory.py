@@ -73,7 +73,7 @@ def note_shards(directory: Path, seen: dict[str, list[Any]]) -> None:
 
 
 # What earlier versions did not note of a run.
-_NEWER = ("labels found", "validation_truth", "vocabulary")
+_NEWER = ("labels found", "validation_truth", "vocabulary", "augmentation's model")
 
 
 def same_run(begun: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from bert_ray.model.tasks.answer_metrics import best_threshold, f1, mean_scores
 from bert_ray.model.tasks.answer_report import answers_report
 from bert_ray.model.tasks.answer_spans import Spans, best_spans, join_pieces, take_pieces, thinned, window_targets
 from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
+from bert_ray.model.tasks.heads import exactly
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_blank, to_python_strings
 
 if TYPE_CHECKING:
@@ -162,7 +163,11 @@ class Answer(Task):
         """Start and end logits (T, 2)."""
         if model.config.model_type == "distilbert":
             hidden = model.dropout(hidden)
-        return model.qa_outputs(hidden)
+        return exactly(model.qa_outputs, hidden)
+
+    def exact_layers(self, model: PreTrainedModel) -> list[torch.nn.Linear]:
+        """The head: scores that half precision makes equal would be told apart by their place."""
+        return [model.qa_outputs]
 
     # What comes out.
 

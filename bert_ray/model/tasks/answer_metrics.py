@@ -1,21 +1,23 @@
 """SQuAD's exact match and F1 of answers, and the threshold below which no answer is better than the best one.
 
 After the official scripts of SQuAD (Rajpurkar et al., arXiv 1606.05250 and 1806.03822, evaluate-v2.0.py). One step is
-added: in scripts without spaces each character counts as a word, as in MLQA's script for Chinese (Lewis et al., arXiv
-1910.07475). On text in Latin script the figures are those of the official script.
+added: in scripts without spaces each character counts as a word, and what Unicode calls punctuation is none, as in
+MLQA's script for Chinese (Lewis et al., arXiv 1910.07475). On text in Latin script the figures are those of the
+official script.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation + "，。、；：？！（）《》「」『』【】")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Han, kana: the characters that stand for themselves.
 _WITHOUT_SPACES = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 
@@ -25,6 +27,8 @@ def words_of(answer: str | None) -> list[str]:
     if not answer:
         return []
     plain = _ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION))
+    if _WITHOUT_SPACES.search(plain):
+        plain = "".join(sign for sign in plain if not unicodedata.category(sign).startswith("P"))
     return _WITHOUT_SPACES.sub(r" \1 ", plain).split()
 
 

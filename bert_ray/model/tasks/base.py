@@ -257,6 +257,13 @@ class Task(ABC):
     def prepare(self, annotator: Annotator) -> None:  # noqa: B027 - most tasks have nothing to prepare
         """Called once when an annotator is built, last: to read further files of the bundle, or embed labels."""
 
+    def exact_layers(self, model: PreTrainedModel) -> list[torch.nn.Linear]:
+        """Layers that stay in fp32 where the model computes in half precision: those whose products are what is told.
+
+        bf16 has 8 bits: of numbers above 1,024 multiples of 8, and a bias of 1,987 would be 1,984.
+        """
+        return []
+
     @abstractmethod
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The head: hidden states (T, D) of a packed batch -> one output per piece (P, C), or per token (T, C)."""

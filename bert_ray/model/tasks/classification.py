@@ -190,7 +190,8 @@ def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str], *, b
     """Labels -> their indices in `known`, int64.
 
     Args:
-        labels: names; `by_position`: or integers or booleans that are indices, where none of them is a name.
+        labels: names; `by_position`: or integers or booleans that are indices, where none of them is a name, nor a
+            name a number.
         known: the model's labels.
         by_position: whether they may be.
 
@@ -203,7 +204,7 @@ def label_indices(labels: pa.Array | pa.ChunkedArray, known: Sequence[str], *, b
         raise ColumnError(f"the label column has {labels.null_count} nulls; remove or fill those rows")
     texts = label_texts(labels)
     indices = pc.index_in(texts, pa.array(known, pa.string()))
-    if by_position and indices.null_count == len(texts):
+    if by_position and indices.null_count == len(texts) and not any(name.lstrip("-").isdecimal() for name in known):
         indices = pc.index_in(texts, pa.array([str(index) for index in range(len(known))], pa.string()))
     if indices.null_count:
         strange = pc.unique(texts.filter(pc.is_null(indices))).to_pylist()[:5]

@@ -88,10 +88,16 @@ class SequenceTask(Task):
         kind = model.config.model_type
         if kind == "bert":
             pooled = model.bert.pooler.activation(model.bert.pooler.dense(first))
-            return model.classifier(model.dropout(pooled))
+            return exactly(model.classifier, model.dropout(pooled))
         if kind == "distilbert":
-            return model.classifier(model.dropout(F.relu(model.pre_classifier(first))))
-        return model.classifier(first.unsqueeze(1))  # RoBERTa's head takes (B, L, D) and reads the first token.
+            return exactly(model.classifier, model.dropout(F.relu(model.pre_classifier(first))))
+        head = model.classifier  # RoBERTa's.
+        pooled = torch.tanh(head.dense(head.dropout(first)))
+        return exactly(head.out_proj, head.dropout(pooled))
+
+    def exact_layers(self, model: PreTrainedModel) -> list[torch.nn.Linear]:
+        """The head's last one."""
+        return [getattr(model.classifier, "out_proj", model.classifier)]
 
     def fresh_model(
         self,
@@ -123,6 +129,11 @@ class SequenceTask(Task):
         # A base fine-tuned for other labels lends its encoder; its head does not fit and is made anew.
         model, _ = read_model(self.auto_class(), base.directory, config=config, ignore_mismatched_sizes=True)
         return model
+
+
+def exactly(layer: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """The product of one of a task's `exact_layers`, in fp32 where the layer was left in it."""
+    return layer(hidden if torch.is_grad_enabled() else hidden.to(layer.weight.dtype))
 
 
 def by_row(outputs: Outputs, pieces: Pieces) -> np.ndarray:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import starmap
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.model.tasks.sections import (
+    MATRIX_LABELS,
     Case,
     Cases,
     Confusion,
@@ -50,14 +52,14 @@ def one_label_report(
         inputs: text columns, (B,) each.
         most: mistakes to show, the surest first.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support
 
     labels = pc.index_in(pc.struct_field(annotations, "label"), pa.array(names, pa.string()))
     said = pc.fill_null(labels, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     surest = pc.fill_null(pc.struct_field(annotations, "score"), 0.0).to_numpy(zero_copy_only=False)
     every = list(range(len(names)))
     measured = precision_recall_fscore_support(so, said, labels=every, zero_division=0.0)
-    counts = confusion_matrix(so, said, labels=every)
+    counts = _taken_for(so, said, len(names))
     silent = int((said < 0).sum())
     scores = label_scores(annotations, said, surest, len(names))
     held = np.eye(len(names), dtype=bool)[so] if scores is not None else None
@@ -91,6 +93,15 @@ def one_label_report(
         for row, texts in zip(wrong.tolist(), texts_at(columns, inputs, wrong.tolist()), strict=True)
     )
     return [*found, _mistakes(cases)]
+
+
+def _taken_for(so: np.ndarray, said: np.ndarray, names: int) -> Any:
+    """How often each label was taken for each, int64 (C, C); of more labels than a matrix is shown for, sparse."""
+    from scipy.sparse import coo_array
+
+    told = said >= 0
+    counts = coo_array((np.ones(told.sum(), np.int64), (so[told], said[told])), shape=(names, names)).tocsr()
+    return counts.toarray() if names <= MATRIX_LABELS else counts
 
 
 def label_sets_report(

@@ -57,20 +57,20 @@ class Confusion:
     Attributes:
         key, title, note: as of Table.
         labels: C names.
-        counts: int64 (C, C): rows of label i that were said to be j.
+        counts: int64 (C, C): rows of label i that were said to be j; sparse, of SciPy's, above MATRIX_LABELS labels.
     """
 
     key: str
     title: str
     labels: tuple[str, ...]
-    counts: np.ndarray
+    counts: Any
     note: str = ""
 
     def cells(self) -> list[tuple[str, str, int]]:
         """(label, said, count) of each pair that occurs, the label rightly said among them, in the matrix's order."""
         return [
             (self.labels[row], self.labels[column], int(self.counts[row, column]))
-            for row, column in np.argwhere(self.counts).tolist()
+            for row, column in sorted(zip(*(places.tolist() for places in self.counts.nonzero()), strict=True))
         ]
 
 

@@ -53,7 +53,8 @@ class Similarity(PooledTask):
         codes = pa.concat_arrays(list(inputs)).dictionary_encode().indices.to_numpy()
         vectors = unit(self.vectors(outputs, pieces))
         first, second = np.split(codes, 2)
-        return pa.array(np.einsum("bd,bd->b", vectors[first], vectors[second]).astype(np.float32))
+        cosines = np.einsum("bd,bd->b", vectors[first], vectors[second]).astype(np.float32).clip(-1.0, 1.0)
+        return pa.array(np.where(first == second, np.float32(1.0), cosines))  # Of one text: 1, whatever rounding says.
 
     def targets(self, pieces: Pieces, inputs: Sequence[pa.Array], truth: Sequence[pa.Array]) -> Targets:
         """Refuses: what is trained is the embedding."""

@@ -47,10 +47,12 @@ if TYPE_CHECKING:
     from bert_ray.model.packing import PackedBatch
 
 # Behind what a sentence ends: a mark with what closes quotes and brackets, and white space; in Chinese and Japanese the
-# mark alone; or the end of a line.
-_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*|\n\s*")
+# marks alone; or the end of a line.
+_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])(?![。！？…])[”’」』）)\]]*|\n\s*")
 # Languages that put no blank between sentences.
 _WITHOUT_BLANKS = ("zh", "ja", "th")
+# Blanks that a tokenizer's own decoder puts between Chinese or Japanese characters.
+_BETWEEN_CHARACTERS = re.compile(r"(?<=[\u3040-\u30ff\u3400-\u9fff]) (?=[\u3040-\u30ff\u3400-\u9fff])")
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
@@ -115,13 +117,22 @@ class SentenceTokenizer(Tokenizer):
 
 def sentences(text: str) -> list[str]:
     """Split a text behind its sentences; at least one, and none of them blank unless the whole text is."""
-    parts, start = [], 0
-    for match in _SENTENCE_END.finditer(text):
-        if match.end() > start:
-            parts.append(text[start : match.end()].strip())
-            start = match.end()
-    parts.append(text[start:].strip())
-    return [part for part in parts if part] or [text]
+    borders = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    parts: list[str] = []
+    for start, end in pairwise(borders):
+        if parts and text[start:end].startswith('"') and text[:start].count('"') % 2:  # It closes.
+            parts[-1] += '"'
+            start += 1
+        # Marks alone are no sentence.
+        if parts and not (_speaks(parts[-1]) and _speaks(text[start:end])):
+            parts[-1] += text[start:end]
+        else:
+            parts.append(text[start:end])
+    return [whole for part in parts if (whole := part.strip())] or [text]
+
+
+def _speaks(text: str) -> bool:
+    return any(map(str.isalnum, text))
 
 
 class Translation(Task):
@@ -235,7 +246,9 @@ class Translation(Task):
         lists = [row[row >= 0].tolist() for row in ids]
         said = [text.strip() for text in self.target_tokenizer.decode_batch(lists, skip_special_tokens=True)]
         blank = "" if self.options.target_language.startswith(_WITHOUT_BLANKS) else " "
-        texts = [blank.join(said[start:end]) for start, end in pairwise(pieces.starts.tolist())]
+        if self.options.target_language.startswith(_WITHOUT_BLANKS[:2]):
+            said = [_BETWEEN_CHARACTERS.sub("", text) for text in said]
+        texts = [blank.join(filter(None, said[start:end])) for start, end in pairwise(pieces.starts.tolist())]
         return pc.if_else(is_blank(inputs[0]), "", pa.array(texts, pa.string()))
 
     # Training and evaluation.

@@ -206,6 +206,25 @@ def test_a_sentence_transformers_directory_keeps_its_pooling() -> None:
     assert (card.task, card.pooling, card.normalize, card.max_length) == ("embedding", "mean", True, 256)
 
 
+def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
+    """Its tokens would be averaged in."""
+    from bert_ray.model.references import resolve
+
+    place = tmp_path / "model"
+    shutil.copytree(resolve(MINILM), place)
+    (place / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "query: "}, "default_prompt_name": "query"})
+    )
+    assert load_bundle(place).card.options == {"prompt": "query: "}
+    settings = place / "1_Pooling" / "config.json"
+    said = json.loads(settings.read_text())
+    settings.write_text(json.dumps(said | {"include_prompt": False}))
+    with pytest.raises(BundleError, match=r"include_prompt: false"):
+        load_bundle(place)
+    (place / "config_sentence_transformers.json").write_text("{}")
+    assert load_bundle(place).card.options == {}
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [

@@ -66,6 +66,7 @@ def test_a_classifier_s_logits_are_the_annotator_s(tiny_bundle: Path, tmp_path: 
     bundle = load_bundle(tiny_bundle)
     assert (said["task"], said["labels"], said["max_length"]) == ("classification", TINY_LABELS, 512)
     assert said["fingerprint"] == bundle.fingerprint
+    assert (said["options"]["overflow"], said["lower_case"]) == ("truncate", False)
     # A model in training mode would have brought its dropout.
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert "MatMul" in operators or "Gemm" in operators

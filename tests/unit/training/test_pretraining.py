@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -245,9 +246,15 @@ def test_it_learns_and_leaves_a_bundle_that_fills_masks(pretraining_for: Jobs, s
         assert 0.0 <= figures_of.get("sentence_accuracy", 0.0) <= 1.0
 
 
-@pytest.mark.parametrize("sentences", ["order", "next"])
-def test_it_learns_how_two_parts_belong_together(pretraining_for: Jobs, tmp_path: Path, sentences: str) -> None:
-    """Each document begins with one word and ends with another, so that its parts tell."""
+@pytest.mark.parametrize(("sentences", "least"), [("order", 0.85), ("next", 0.6)])
+def test_it_learns_how_two_parts_belong_together(
+    pretraining_for: Jobs, tmp_path: Path, sentences: str, least: float
+) -> None:
+    """Each document begins with one word and ends with another, so that its parts tell.
+
+    Chance is 0.5. Six seeds gave 0.97 to 1 of `order`; of `next`, where half of the parts that do not belong are the
+    end of another document and look right, 0.65 to 0.73: 0.75 is all there is.
+    """
 
     def two_words(count: int, seed: int) -> list[str]:
         sizes = np.random.default_rng(seed).integers(8, 16, (count, 2))
@@ -256,7 +263,7 @@ def test_it_learns_how_two_parts_belong_together(pretraining_for: Jobs, tmp_path
     corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), two_words(100, 0), two_words(40, 1))
     options = PretrainingOptions(sentences=sentences)
     job = pretraining_for(data=DataOptions(train=str(corpus)), pretraining=options, steps=20, evaluate_every=20)
-    assert quiet(job).metrics["sentence_accuracy"] > 0.85  # Chance is 0.5; six seeds gave 0.97 to 1.
+    assert quiet(job).metrics["sentence_accuracy"] > least
 
 
 def test_a_new_model_has_the_corpus_s_vocabulary(pretraining_for: Jobs) -> None:
@@ -330,6 +337,31 @@ def times(factor: float, step: int) -> Callable[[StepEvent], None]:
     return callback
 
 
+def test_a_notice_that_cannot_be_written_is_heeded_all_the_same(
+    pretraining_for: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk without room, or one that is not there any more, the run would end in the midst of a step."""
+    from bert_ray.errors import Stopped
+
+    touched: list[str] = []
+
+    def refuse(path: Path, *_: object) -> None:
+        touched.append(path.name)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def send(event: StepEvent) -> None:
+        if event.step == 4:
+            monkeypatch.setattr(Path, "touch", refuse)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    job = pretraining_for(checkpoint=CheckpointOptions(every_steps=0))
+    with pytest.raises(Stopped, match="step"):
+        quiet(job, callbacks=[send])
+    assert touched == ["stop"]
+    monkeypatch.undo()
+    assert quiet(job).trained
+
+
 def test_a_loss_that_leaps_is_told_with_its_shards(pretraining_for: Jobs) -> None:
     told: list[dict[str, object]] = []
     train(pretraining_for(steps=30, evaluate_every=30), callbacks=[times(-50.0, 25)], tell=told.append)
@@ -391,6 +423,20 @@ def test_a_bad_shard_stops_the_run_or_is_skipped(
     assert any("00001.arrow" in str(event.get("text")) for event in told)
     # All of the others, and none of that shard's.
     assert taken == set(range(20)) | set(range(40, 60))
+
+
+def test_validation_documents_that_are_left_out_judge_nothing(pretraining_for: Jobs, tmp_path: Path) -> None:
+    """Each round would be the best, and early stopping never come."""
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), documents(60), documents(10, 1))
+    for bad in (corpus / "validation").glob("0*.arrow"):
+        bad.write_bytes(bad.read_bytes()[:-100])
+    data = DataOptions(train=str(corpus), on_bad_shard="skip")
+    with pytest.raises(JobError, match="early_stopping needs validation rows"):
+        quiet(pretraining_for(data=data, early_stopping=2))
+    bad = corpus / "train" / "00001.arrow"
+    bad.write_bytes(bad.read_bytes()[:-100])
+    result = quiet(pretraining_for(data=data, steps=2, evaluate_every=2))
+    assert (result.train_rows, result.validation_rows) == (40, 0)
 
 
 def test_a_resume_reads_no_shard_to_its_end_that_was_found_whole(

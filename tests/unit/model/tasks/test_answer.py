@@ -404,6 +404,10 @@ def test_covid_qa_has_234_answers_beside_their_offset(shared_data: Path) -> None
         (None, "something", 0.0, 0.0),
         ("the", "a", 1.0, 1.0),
         ("a b b", "b b c", 0.0, 2 / 2.5),
+        ("“北京”", "北京", 1.0, 1.0),
+        ("北京·上海…", "北京上海", 1.0, 1.0),
+        ("《〈红楼梦〉》", "红楼梦", 1.0, 1.0),
+        ("“Paris”", "Paris", 0.0, 0.0),
     ],
 )
 def test_squad_metrics(said: str | None, so: str | None, exact: float, overlap: float) -> None:

@@ -289,6 +289,10 @@ def test_one_row_a_label_and_ten_thousand_labels() -> None:
         task([]).labels_in([pa.array([f"label {row}" for row in range(51)])])
     many = [f"label {row:05}" for row in range(10_000)]
     assert task([]).labels_in([pa.array(many * 2)]) == many
+    numbered = ["1", "2", "3"]
+    assert task(numbered).indices(pa.array([3, 1])).tolist() == [2, 0]
+    with pytest.raises(ColumnError, match="unknown labels"):  # Not the first one's position: its name is a number.
+        task(numbered).indices(pa.array([0, 0]))
     assert task(many).labels_in([pa.array(many)]) == many  # The job says that they are labels.
     assert task(many).indices(pa.array(many[::-1])).tolist() == list(range(10_000))[::-1]
 

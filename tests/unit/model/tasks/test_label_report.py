@@ -163,3 +163,16 @@ def test_of_texts_the_worst_are_shown_and_a_quarter_as_many_of_the_best() -> Non
         ["text"], texts, list("abcdefghij"), list("abcdefghij"), [0.1, 0.2, 0.3, 0.4] + [1.0] * 6, 4, "F"
     )
     assert [(section.key, len(section.cases)) for section in found] == [("mistakes", 4), ("right", 1)]
+
+
+def test_ten_thousand_labels_take_no_square_of_memory() -> None:
+    names = [f"label {place:05}" for place in range(30_000)]
+    so, said = np.array([0, 5, 5, 29_999]), ["label 00000", "label 00005", "label 00007", None]
+    found = one_label_report(names, annotations(said, None), so, ["text"], [pa.array(["a", "b", "c", "d"])], 3)
+    confusion = next(section for section in found if section.key == "confusion")
+    assert confusion.cells() == [
+        ("label 00000", "label 00000", 1),
+        ("label 00005", "label 00005", 1),
+        ("label 00005", "label 00007", 1),
+    ]
+    assert "1 rows got no label" in confusion.note

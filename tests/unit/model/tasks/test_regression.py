@@ -244,3 +244,25 @@ def test_the_scale_has_names_that_tell_its_parts_apart() -> None:
     assert names([0.5, 1.0]) == ["0.5", "1"]
     assert names([1990.0, 2000.0, 2010.0]) == ["1990", "2000", "2010"]
     assert [shown_number(value) for value in (0.12345, 12_346.0, -12_349.25)] == ["0.1235", "12,346.0", "-12,349.2"]
+
+
+def test_half_precision_does_not_round_the_number(tmp_path: Path, texts: list[str]) -> None:
+    """Years would be multiples of 8, and every score of a hundred half a point off."""
+    from safetensors.torch import load_file, save_file
+
+    card = {"task": "regression", "inputs": ["text"]}
+    place = Path(save(tmp_path, "BertForSequenceClassification", card, num_labels=1, problem_type="regression"))
+    (place / "bert_ray.json").unlink()
+    weights = load_file(place / "model.safetensors")
+    weights["classifier.bias"] += 1987.0
+    weights["classifier.weight"] *= 10.0
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    columns = {"text": texts[:40]}
+    full, half = (
+        AnnotatorSpec(model=str(place), task="regression", options={"pair": False}, dtype=dtype, device="cpu").build()
+        for dtype in ("fp32", "bf16")
+    )
+    said, so = (each(pa.table(columns))["regression"].to_numpy() for each in (half, full))
+    assert not np.array_equal(said, np.round(said / 8) * 8), "they are rounded to what bf16 holds"
+    assert len(set(said)) > 20
+    np.testing.assert_allclose(said, so, atol=1.0)

@@ -41,6 +41,13 @@ def test_cosines_are_those_of_sentence_transformers() -> None:
     assert found.to_pylist()[3] == pytest.approx(1.0, abs=1e-5)  # Two blank texts are alike.
 
 
+def test_a_text_is_like_itself_by_one(tiny_encoder: Path, uci_sample: pa.Table) -> None:
+    """Rounding would say 1.0000001 of some, of which no angle is to be had."""
+    texts = uci_sample["text"]
+    found = local.annotate(pa.table({"text": texts, "text_pair": texts}), str(tiny_encoder), task="similarity")
+    assert set(found["similarity"].to_pylist()) == {1.0}
+
+
 def test_a_text_of_many_pairs_is_read_once(tiny_encoder: Path) -> None:
     annotator = AnnotatorSpec(model=str(tiny_encoder), task="similarity").build()
     texts = pa.array(["one", "two", "one"], pa.large_string())

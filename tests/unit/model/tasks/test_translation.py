@@ -499,6 +499,11 @@ def test_other_tasks_want_a_plain_encoder(start: Bundle, tmp_path: Path) -> None
 def test_sentences() -> None:
     assert sentences('He said "go." Then? Yes!\nA new line') == ['He said "go."', "Then?", "Yes!", "A new line"]
     assert sentences("他來了。「好！」再見") == ["他來了。", "「好！」", "再見"]
+    assert sentences("真的吗？！太好了！！！走吧") == ["真的吗？！", "太好了！！！", "走吧"]
+    assert sentences('他说："好。"走了。') == ['他说："好。"', "走了。"]
+    assert sentences('他说："好。"') == ['他说："好。"']
+    assert sentences("Well... !!\n--\nGo") == ["Well... !!\n--", "Go"]
+    assert sentences("!!! Go") == ["!!! Go"]
     assert sentences("version 1.2 is out") == ["version 1.2 is out"]
     assert sentences("  ") == ["  "]
     assert sentences("") == [""]
