@@ -173,18 +173,9 @@ class Journal:
 
     def sweep(self) -> None:
         """Remove from tmp what processes left that are no more."""
-        here = socket.gethostname()
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "tmp") as entries:
             for entry in entries:
-                parts = entry.name.split(".")
-                host, pid = ".".join(parts[1:-2]), parts[-2] if len(parts) > 2 else ""
-                with contextlib.suppress(OSError):
-                    foreign = host != here or not pid.isdigit()
-                    old = time.time() - entry.stat().st_mtime > _FOREIGN_AGE_SEC
-                    # This one has written nothing yet: in a container that was started again it has the number of
-                    # the one that was killed.
-                    if old if foreign else int(pid) == os.getpid() or not _alive(int(pid)):
-                        os.unlink(entry.path)
+                _remove_abandoned(Path(entry.path))
 
     # Files
 
@@ -289,12 +280,31 @@ def _move(file: Path, destination: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         beside = destination.with_name(f".{file.name}")  # Nobody else's.
+        for other in destination.parent.glob(f".{file.name.partition('.')[0]}.*"):
+            _remove_abandoned(other)
         try:
             shutil.copyfile(file, beside)
             sync(beside)
             os.replace(beside, destination)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a file that a process was writing which is no more; its name ends with host, process and a random word.
+
+    Whoever asks is writing none yet: in a container that was started again it has the number of the one that was
+    killed.
+    """
+    parts = path.name.lstrip(".").split(".")
+    host, pid = ".".join(parts[1:-2]), parts[-2] if len(parts) > 2 else ""
+    with contextlib.suppress(OSError):
+        if host == socket.gethostname() and pid.isdigit():
+            gone = int(pid) == os.getpid() or not _alive(int(pid))
+        else:
+            gone = time.time() - path.stat().st_mtime > _FOREIGN_AGE_SEC
+        if gone:
+            path.unlink()
 
 
 def _alive(pid: int) -> bool:

@@ -31,7 +31,7 @@ def infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) -
     for task in TASKS.values():
         if task.architecture is not None and architecture.endswith(task.architecture) and task.fits(config):
             return Card(task=task.kind, inputs=list(task.inputs), max_length=max_length, labels=task.labels_of(config))
-    pooling, normalize, pools_prompt = "mean", False, True
+    pooling, normalize = "mean", False
     if made:
         for module in json.loads((directory / "modules.json").read_text("utf-8")):
             name = module["type"].rpartition(".")[2]
@@ -43,20 +43,13 @@ def infer_card(directory: Path, raw: dict[str, Any], config: PretrainedConfig) -
             normalize |= name == "Normalize"
             settings = directory / module["path"] / "config.json"
             if name == "Pooling" and settings.exists():
-                said = json.loads(settings.read_text("utf-8"))
-                pooling = _pooling(said, directory)
-                pools_prompt = said.get("include_prompt", True) or pooling == "cls"
+                pooling = _pooling(json.loads(settings.read_text("utf-8")), directory)
         max_length = min(max_length, read_limits(directory).get("max_seq_length") or max_length)
     card = Card(task="embedding", max_length=max_length, pooling=pooling, normalize=normalize)
     prompts = directory / "config_sentence_transformers.json"
     if prompts.exists():
         said = json.loads(prompts.read_text("utf-8"))
         if prompt := (said.get("prompts") or {}).get(said.get("default_prompt_name") or ""):
-            if not pools_prompt:
-                raise BundleError(
-                    f"{directory}: 1_Pooling leaves the prompt {prompt!r} out of the mean (include_prompt: false), "
-                    "which is not supported: its vectors would be others"
-                )
             card.options = {"prompt": prompt}
     return card
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # Rows that are judged by get their masks from a seed of their own, the same after each round.
 _JUDGED = 0x7E57
-# So often another row is drawn before one stays as it is; and what the first draw's noise is mixed with.
+# So often another document's row is drawn before one stays as it is; and what the first draw's noise is mixed with.
 _DRAWS, _FIRST_DRAW = 8, 32
 # A row of two parts has this many tokens at least: one each.
 _TWO_PARTS = 2
@@ -314,7 +315,7 @@ class CorpusSource:
         change = uniform(mix(noise ^ np.uint64(4))) < 0.5
         follows = self._options.sentences == "next"
         if follows:
-            others, found = self._long_enough(rows, sizes - split, noise)
+            others, found = self._of_other_documents(rows, sizes - split, noise)
             change &= found
         changed = np.where(sizes < _TWO_PARTS, _NO_PARTS, np.where(change, _CHANGED, _AS_IT_IS))
         moved = changed == _CHANGED
@@ -343,29 +344,36 @@ class CorpusSource:
             whole[second] = foreign_starts[source]
         return ids, whole, split, changed
 
-    def _long_enough(self, rows: np.ndarray, needed: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A row of another document, of so many tokens at least, for each row, and whether one was found, bool.
+    def _of_other_documents(
+        self, rows: np.ndarray, needed: np.ndarray, noise: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A row of another document for each row, of so many tokens at least, and whether there is any, bool.
 
-        A shorter one would have to be repeated, which tells by itself that it does not follow.
-        """
-        others, found = rows.copy(), np.zeros(len(rows), bool)
-        for draw in range(_DRAWS):
-            drawn, any_other = self._of_other_documents(rows, mix(noise ^ np.uint64(_FIRST_DRAW + draw)))
-            fits = any_other & (self._rows.lengths[drawn] >= needed) & ~found
-            others, found = np.where(fits, drawn, others), found | fits
-        return others, found
-
-    def _of_other_documents(self, rows: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A row of another document for each row, and whether there is any, bool; where not, the row itself.
-
-        Of the same corpus: another one's would tell itself by its subject.
+        A shorter one would have to be repeated, which tells by itself that it does not follow. Of the same corpus:
+        another one's would tell itself by its subject.
         """
         begin, stop = self._rows.siblings(rows)
-        lowest = np.where(rows < self._own, 0, self._own)
-        count = np.where(rows < self._own, self._own, self._all - self._own) - (stop - begin)
-        others = lowest + (noise % np.maximum(1, count).astype(np.uint64)).astype(np.int64)
-        others = np.where(others >= begin, others + (stop - begin), others)
-        return np.where(count > 0, others, rows), count > 0
+        others, found = rows.copy(), np.zeros(len(rows), bool)
+        for replayed, (lengths, order) in enumerate(self._by_length):
+            here = np.flatnonzero((rows >= self._own) == bool(replayed))
+            lowest = np.searchsorted(lengths, needed[here])
+            count = (len(order) - lowest).astype(np.uint64)  # The row itself is one.
+            for draw in range(_DRAWS):
+                at = mix(noise[here] ^ np.uint64(_FIRST_DRAW + draw)) % np.maximum(count, np.uint64(1))
+                drawn = order[np.minimum(lowest + at.astype(np.int64), len(order) - 1)] if len(here) else here
+                fits = ((drawn < begin[here]) | (drawn >= stop[here])) & ~found[here]
+                others[here[fits]], found[here[fits]] = drawn[fits], True
+        return others, found
+
+    @cached_property
+    def _by_length(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of the corpus, and of what is replayed: lengths of rows from short to long, and which rows they are."""
+        ranked = []
+        for first, last in ((0, self._own), (self._own, self._all)):
+            lengths = self._rows.lengths[first:last]
+            order = np.argsort(lengths, kind="stable")
+            ranked.append((lengths[order], order + first))
+        return ranked
 
     def _splits(self, ids: np.ndarray, sizes: np.ndarray, first: np.ndarray) -> np.ndarray:
         """After how many tokens each row is parted: behind the sentence's end nearest to its middle, else there."""

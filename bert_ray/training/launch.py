@@ -448,7 +448,7 @@ def _run_local(
             tell=tell,
             callbacks=callbacks,
         )
-        with heeded(directory):
+        with heeded(directory, here=True):
             return loop.run()
     finally:
         torch.set_num_threads(before)

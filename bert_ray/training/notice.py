@@ -24,20 +24,31 @@ def stop_asked(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def heeded(directory: Path) -> Iterator[None]:
-    """While open, SIGTERM asks the run in `directory` to stop; a mark that an earlier run left is taken away first."""
+def heeded(directory: Path, here: bool) -> Iterator[None]:
+    """While open, SIGTERM asks the run in `directory` to stop; a mark that an earlier run left is taken away first.
+
+    Args:
+        directory: the run's.
+        here: whether it is this process that trains; others see the mark alone, and where it cannot be left the error
+            ends what waits for them.
+    """
     mark = directory / STOP_FILE
     mark.unlink(missing_ok=True)
     _asked.discard(mark)
 
     def leave() -> None:
         _asked.add(mark)
-        with contextlib.suppress(OSError):  # Raised here it would end the run wherever that is just now.
+        try:
             mark.touch()
+        except OSError:
+            if not here:
+                raise  # Else it would end the run wherever that is just now.
 
-    with on_sigterm(leave):
-        yield
-    _asked.discard(mark)
+    try:
+        with on_sigterm(leave):
+            yield
+    finally:
+        _asked.discard(mark)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def run(
                 failure_config=FailureConfig(max_failures=job.max_failures),
             ),
         )
-        with heeded(directory), following(directory, tell):
+        with heeded(directory, here=False), following(directory, tell):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:

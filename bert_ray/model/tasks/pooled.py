@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 import torch
 from torch.nn import functional as F
 
+from bert_ray.errors import BundleError
+from bert_ray.model.card import read_json
 from bert_ray.model.tasks.base import Options, Task
 from bert_ray.model.tasks.heads import by_row
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from bert_ray.model.bundle import Bundle
     from bert_ray.model.packing import PackedBatch
     from bert_ray.model.tasks.base import Outputs
     from bert_ray.model.tokenization import Pieces, Tokenizer
@@ -56,6 +59,22 @@ class PooledTask(Task):
         from transformers import AutoModel
 
         return AutoModel
+
+    def attach(self, bundle: Bundle) -> None:
+        """Check that a prompt may be pooled.
+
+        Raises:
+            BundleError: sentence-transformers would leave it out of the mean.
+        """
+        super().attach(bundle)
+        settings = bundle.directory / "1_Pooling" / "config.json"
+        if self.options.prompt and self.card.pooling == "mean" and settings.exists():
+            if read_json(settings, what=str(settings)).get("include_prompt", True):
+                return
+            raise BundleError(
+                f"{bundle.reference}: 1_Pooling leaves the prompt {self.options.prompt!r} out of the mean "
+                "(include_prompt: false), which is not supported: the vectors would be others"
+            )
 
     def encode(self, tokenize: Tokenizer, inputs: Sequence[pa.Array]) -> Pieces:
         """Texts, each behind the prompt, as pieces."""

@@ -118,21 +118,22 @@ class SentenceTokenizer(Tokenizer):
 def sentences(text: str) -> list[str]:
     """Split a text behind its sentences; at least one, and none of them blank unless the whole text is."""
     borders = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    parts: list[str] = []
+    parts: list[list[str]] = []
+    quotes, spoke = 0, False
     for start, end in pairwise(borders):
-        if parts and text[start:end].startswith('"') and text[:start].count('"') % 2:  # It closes.
-            parts[-1] += '"'
-            start += 1
-        # Marks alone are no sentence.
-        if parts and not (_speaks(parts[-1]) and _speaks(text[start:end])):
-            parts[-1] += text[start:end]
+        stretch = text[start:end]
+        if quotes % 2 and stretch.startswith('"') and not parts[-1][-1][-1:].isspace():  # It closes.
+            parts[-1].append('"')
+            stretch, quotes = stretch[1:], quotes + 1
+        quotes += stretch.count('"')
+        speaks = any(map(str.isalnum, stretch))
+        if parts and not (spoke and speaks):  # Marks alone are no sentence.
+            parts[-1].append(stretch)
+            spoke = spoke or speaks
         else:
-            parts.append(text[start:end])
-    return [whole for part in parts if (whole := part.strip())] or [text]
-
-
-def _speaks(text: str) -> bool:
-    return any(map(str.isalnum, text))
+            parts.append([stretch])
+            spoke = speaks
+    return [whole for part in parts if (whole := "".join(part).strip())] or [text]
 
 
 class Translation(Task):

@@ -154,6 +154,9 @@ def test_a_part_reaches_another_disk(journal: Journal, monkeypatch: pytest.Monke
         plain(source, target)
 
     monkeypatch.setattr(os, "replace", across)
+    (journal.output / "source=a").mkdir()
+    killed = journal.output / "source=a" / f".u.{socket.gethostname()}.{os.getpid()}.00"
+    killed.touch()  # In the midst of such a copy.
     with journal.temporary("u") as temporary:
         temporary.write_text("rows")
         journal.commit("u", temporary, journal.output / "source=a" / "part-u.parquet", {"rows": 1})

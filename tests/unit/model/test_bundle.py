@@ -219,10 +219,13 @@ def test_a_prompt_that_pooling_leaves_out_is_refused(tmp_path: Path) -> None:
     settings = place / "1_Pooling" / "config.json"
     said = json.loads(settings.read_text())
     settings.write_text(json.dumps(said | {"include_prompt": False}))
+    found = load_bundle(place)  # As a base for another task it serves.
     with pytest.raises(BundleError, match=r"include_prompt: false"):
-        load_bundle(place)
+        _ = found.task
     (place / "config_sentence_transformers.json").write_text("{}")
-    assert load_bundle(place).card.options == {}
+    assert load_bundle(place).task.options.prompt == ""
+    with pytest.raises(BundleError, match=r"include_prompt: false"):
+        load_bundle(place).bind(options={"prompt": "query: "})
 
 
 @pytest.mark.parametrize(

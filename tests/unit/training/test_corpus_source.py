@@ -187,6 +187,22 @@ def test_two_parts(corpus: Path, pretraining_for: Jobs, sentences: str) -> None:
         assert len(taken) > len(samples) / 5, "the second parts stem from the same few documents"
 
 
+def test_a_row_s_length_does_not_tell_whether_its_second_part_follows(tmp_path: Path, pretraining_for: Jobs) -> None:
+    """Where few rows are long, one that is would seldom find another that is long enough by chance alone."""
+    words = [" ".join(random_texts(60)).split() for _ in range(4)]
+    texts = [" ".join(words[number % 4][number : number + (30 if number % 20 == 0 else 6)]) for number in range(400)]
+    place = make_corpus(tmp_path / "uneven", tiny_tokenizer(), texts)
+    source = corpus_source(place, pretraining_for(max_length=64, pretraining=PretrainingOptions(sentences="next")))
+    samples = np.arange(len(source._rows))
+    batch, targets = source.batch(samples, 0)
+    _, parts, _ = targets.split((len(batch.input_ids), len(samples), len(samples)))
+    lengths = np.array(batch.lengths)
+    long = lengths > np.median(lengths) * 2
+    assert 10 <= long.sum() <= 40
+    assert 0.25 < (parts.numpy()[long] == 1).mean() < 0.75
+    assert 0.35 < (parts.numpy()[~long] == 1).mean() < 0.65
+
+
 def test_the_next_sentence_of_the_only_document_is_its_own(tmp_path: Path, pretraining_for: Jobs) -> None:
     alone = make_corpus(tmp_path / "alone", tiny_tokenizer(), [" ".join(random_texts(20))])
     source = corpus_source(alone, pretraining_for(max_length=39, pretraining=PretrainingOptions(sentences="next")))

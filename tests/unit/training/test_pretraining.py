@@ -260,7 +260,7 @@ def test_it_learns_how_two_parts_belong_together(
         sizes = np.random.default_rng(seed).integers(8, 16, (count, 2))
         return [f"{'film ' * one}. {'food ' * other}." for one, other in sizes]
 
-    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), two_words(100, 0), two_words(40, 1))
+    corpus = make_corpus(tmp_path / "corpus", tiny_tokenizer(), two_words(100, 0), two_words(200, 1))
     options = PretrainingOptions(sentences=sentences)
     job = pretraining_for(data=DataOptions(train=str(corpus)), pretraining=options, steps=20, evaluate_every=20)
     assert quiet(job).metrics["sentence_accuracy"] > least

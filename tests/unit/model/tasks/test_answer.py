@@ -407,6 +407,7 @@ def test_covid_qa_has_234_answers_beside_their_offset(shared_data: Path) -> None
         ("“北京”", "北京", 1.0, 1.0),
         ("北京·上海…", "北京上海", 1.0, 1.0),
         ("《〈红楼梦〉》", "红楼梦", 1.0, 1.0),
+        ("《1984》", "1984。", 1.0, 1.0),
         ("“Paris”", "Paris", 0.0, 0.0),
     ],
 )

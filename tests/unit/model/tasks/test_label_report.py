@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse import issparse
 
 from bert_ray.model.card import Card
 from bert_ray.model.tasks import Classification
@@ -176,3 +177,4 @@ def test_ten_thousand_labels_take_no_square_of_memory() -> None:
         ("label 00005", "label 00007", 1),
     ]
     assert "1 rows got no label" in confusion.note
+    assert issparse(confusion.counts)

@@ -504,6 +504,12 @@ def test_sentences() -> None:
     assert sentences('他说："好。"') == ['他说："好。"']
     assert sentences("Well... !!\n--\nGo") == ["Well... !!\n--", "Go"]
     assert sentences("!!! Go") == ["!!! Go"]
+    inches = 'He has a 27" screen. "Nice," she said.'
+    assert sentences(inches) == ['He has a 27" screen.', '"Nice," she said.']
+    assert sentences('"First.\n"Second."\nThird.') == ['"First.', '"Second."', "Third."]
+    # No time of the square of what is read.
+    assert len(sentences("-\n" * 100_000)) == 1
+    assert len(sentences('"a", "b"\n' * 100_000)) == 100_000
     assert sentences("version 1.2 is out") == ["version 1.2 is out"]
     assert sentences("  ") == ["  "]
     assert sentences("") == [""]
