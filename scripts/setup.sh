@@ -95,7 +95,7 @@ elif ! "$venv/bin/python" -c 'import pip' 2>/dev/null || { [ -s "$stamp" ] && [ 
   mkdir -p "$venv"
   find "$venv/" -mindepth 1 -delete  # In place: it may be a link to another disk, or one of its own.
   : >"$venv/.setup-begun"  # It is ours, also where it is cut off here.
-  "$python" -m venv "$venv" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
+  "$python" -m venv "$(cd -P "$venv" && pwd)" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
 fi
 : >"$log"
 rm -f "$java_tried"
