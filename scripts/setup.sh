@@ -92,8 +92,11 @@ if "$venv/bin/python" -c '' 2>/dev/null && ! compgen -G "$venv/.setup-*" >/dev/n
   "$venv/bin/python" -c 'import pip' 2>/dev/null || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 || fail "$venv is another tool's and has no pip: remove it, or install pip into it"
 elif ! "$venv/bin/python" -c 'import pip' 2>/dev/null || { [ -s "$stamp" ] && [ "$(cut -d ' ' -f 2- "$stamp")" != "$PWD" ]; }; then
   say "making $venv with $("$python" --version)"
-  mkdir -p "$venv"
-  find "$venv/" -mindepth 1 -delete  # In place: it may be a link to another disk, or one of its own.
+  other=$(cut -d ' ' -f 2- "$stamp" 2>/dev/null || true)
+  # A link to another checkout's goes; one to another disk stays, and so does a disk of its own: emptied in place.
+  if [ -L "$venv" ] && [ -n "$other" ] && [ "$other" != "$PWD" ] && [ -d "$other" ]; then rm "$venv"; fi
+  [ -d "$venv" ] || mkdir -p "$(readlink "$venv" || echo "$venv")"
+  find "$venv/" -mindepth 1 -delete
   : >"$venv/.setup-begun"  # It is ours, also where it is cut off here.
   "$python" -m venv "$(cd -P "$venv" && pwd)" || fail "python -m venv failed; on Debian and Ubuntu it needs the package python3.11-venv"
 fi

@@ -354,13 +354,25 @@ class CorpusSource:
         """
         begin, stop = self._rows.siblings(rows)
         others, found = rows.copy(), np.zeros(len(rows), bool)
+        # Among all that are of other documents; where rows are of about one length the first will do.
+        lowest = np.where(rows < self._own, 0, self._own)
+        count = np.where(rows < self._own, self._own, self._all - self._own) - (stop - begin)
+        for draw in range(_DRAWS):
+            at = mix(noise ^ np.uint64(_FIRST_DRAW + draw)) % np.maximum(1, count).astype(np.uint64)
+            drawn = lowest + at.astype(np.int64)
+            drawn = np.where(drawn >= begin, drawn + (stop - begin), drawn)
+            drawn = np.where(count > 0, drawn, rows)
+            fits = (count > 0) & (self._rows.lengths[drawn] >= needed) & ~found
+            others, found = np.where(fits, drawn, others), found | fits
+        # Where few are as long: among those, of which some may be the row's own document's.
         for replayed, (lengths, order) in enumerate(self._by_length):
-            here = np.flatnonzero((rows >= self._own) == bool(replayed))
+            here = np.flatnonzero(~found & ((rows >= self._own) == bool(replayed)))
+            if not len(here):
+                continue
             lowest = np.searchsorted(lengths, needed[here])
             count = (len(order) - lowest).astype(np.uint64)  # The row itself is one.
-            for draw in range(_DRAWS):
-                at = mix(noise[here] ^ np.uint64(_FIRST_DRAW + draw)) % np.maximum(count, np.uint64(1))
-                drawn = order[np.minimum(lowest + at.astype(np.int64), len(order) - 1)] if len(here) else here
+            for draw in range(_DRAWS, 2 * _DRAWS):
+                drawn = order[lowest + (mix(noise[here] ^ np.uint64(_FIRST_DRAW + draw)) % count).astype(np.int64)]
                 fits = ((drawn < begin[here]) | (drawn >= stop[here])) & ~found[here]
                 others[here[fits]], found[here[fits]] = drawn[fits], True
         return others, found

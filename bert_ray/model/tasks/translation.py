@@ -122,7 +122,9 @@ def sentences(text: str) -> list[str]:
     quotes, spoke = 0, False
     for start, end in pairwise(borders):
         stretch = text[start:end]
-        if quotes % 2 and stretch.startswith('"') and not parts[-1][-1][-1:].isspace():  # It closes.
+        # It closes where no blank is before it, or one behind it.
+        closes = quotes % 2 and stretch.startswith('"')
+        if closes and (stretch[1:2].isspace() or not parts[-1][-1][-1:].isspace()):
             parts[-1].append('"')
             stretch, quotes = stretch[1:], quotes + 1
         quotes += stretch.count('"')

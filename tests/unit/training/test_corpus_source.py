@@ -203,6 +203,21 @@ def test_a_row_s_length_does_not_tell_whether_its_second_part_follows(tmp_path: 
     assert 0.35 < (parts.numpy()[~long] == 1).mean() < 0.65
 
 
+def test_a_document_that_has_most_of_the_rows_is_changed_as_often(tmp_path: Path, pretraining_for: Jobs) -> None:
+    """Else what it is about would tell that its second parts follow."""
+    words = " ".join(random_texts(400)).split()
+    texts = [" ".join(words), *(" ".join(words[number : number + 20]) for number in range(6))]
+    place = make_corpus(tmp_path / "book", tiny_tokenizer(), texts)
+    source = corpus_source(place, pretraining_for(max_length=24, pretraining=PretrainingOptions(sentences="next")))
+    samples = np.arange(len(source._rows))
+    batch, targets = source.batch(samples, 0)
+    _, parts, _ = targets.split((len(batch.input_ids), len(samples), len(samples)))
+    begin, stop = source._rows.siblings(samples)
+    book = stop - begin > len(samples) * 0.8
+    assert book.sum() > 50
+    assert 0.35 < (parts.numpy()[book] == 1).mean() < 0.65
+
+
 def test_the_next_sentence_of_the_only_document_is_its_own(tmp_path: Path, pretraining_for: Jobs) -> None:
     alone = make_corpus(tmp_path / "alone", tiny_tokenizer(), [" ".join(random_texts(20))])
     source = corpus_source(alone, pretraining_for(max_length=39, pretraining=PretrainingOptions(sentences="next")))

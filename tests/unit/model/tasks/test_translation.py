@@ -507,6 +507,7 @@ def test_sentences() -> None:
     inches = 'He has a 27" screen. "Nice," she said.'
     assert sentences(inches) == ['He has a 27" screen.', '"Nice," she said.']
     assert sentences('"First.\n"Second."\nThird.') == ['"First.', '"Second."', "Third."]
+    assert sentences('He said: " Hello. " She left.') == ['He said: " Hello. "', "She left."]
     # No time of the square of what is read.
     assert len(sentences("-\n" * 100_000)) == 1
     assert len(sentences('"a", "b"\n' * 100_000)) == 100_000
