@@ -163,6 +163,14 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * len(header), *rows))
 
 
+def page(path: Path, title: str, how: str, packages: tuple[str, ...], body: str) -> None:
+    """A result's Markdown page beside its JSON file: how it was computed, on what, by which versions."""
+    where = machine()
+    versions = ", ".join(f"{name} {where['versions'].get(name)}" for name in packages)
+    text = f"# {title}\n\n{how}, on {where['cpu']}, {where['date']}, {versions}.\n\n{body}\n"
+    path.with_suffix(".md").write_text(text, "utf-8")
+
+
 def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print a Markdown table."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

@@ -94,13 +94,8 @@ def main() -> None:
     common.table(title, header, lines)
     close = f"Cosine of the two gradients {found['cosine']:.9f}, their lengths' ratio {found['length_ratio']:.7f}."
     print(close)
-    where = common.machine()
-    versions = where["versions"]
-    path.with_suffix(".md").write_text(
-        f"# {title}\n\nfp32, without dropout, on {where['cpu']}, {where['date']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}.\n\n{common.markdown(header, lines)}\n\n{close}\n",
-        "utf-8",
-    )
+    body = f"{common.markdown(header, lines)}\n\n{close}"
+    common.page(path, title, "fp32, without dropout", ("torch", "transformers"), body)
 
 
 if __name__ == "__main__":

@@ -84,12 +84,7 @@ def main() -> None:
     parameters = next(iter(figures.values()))["parameters"]
     title = f"Memory of each of {WORKERS} workers, {parameters / 1e6:.1f} M parameters, {CASE.name}"
     common.table(title, header, rows)
-    where = common.machine()
-    path.with_suffix(".md").write_text(
-        f"# {title}\n\nfp32, on {where['cpu']}, {where['date']}, torch {where['versions'].get('torch')}, deepspeed "
-        f"{where['versions'].get('deepspeed')}.\n\n{common.markdown(header, rows)}\n",
-        "utf-8",
-    )
+    common.page(path, title, "fp32", ("torch", "deepspeed"), common.markdown(header, rows))
 
 
 if __name__ == "__main__":

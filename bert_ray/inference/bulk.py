@@ -214,14 +214,15 @@ def _run(job: AnnotateJob, engine: ModuleType, began: float, began_wall: float) 
 
 def _count(outcome: Outcome, plan: Plan, summary: Summary, progress: Progress) -> None:
     """Take a unit that ended into summary and progress."""
-    failed = outcome.state == "failed"
-    lost = next(unit.rows for unit in plan.todo if unit.id == outcome.unit) or 0 if failed else 0
-    progress.ended(outcome.rows, outcome.seconds, failed, lost)
     summary.rows += outcome.rows
-    summary.done += not failed
-    summary.failed += failed
-    if failed:
-        summary.failures.append(_failure(plan, outcome))
+    if outcome.state != "failed":
+        summary.done += 1
+        progress.ended(outcome.rows, outcome.seconds, failed=False)
+        return
+    unit = next(unit for unit in plan.todo if unit.id == outcome.unit)
+    summary.failed += 1
+    summary.failures.append({"unit": unit.id, "file": unit.path, "row_groups": unit.row_groups, "error": outcome.error})
+    progress.ended(outcome.rows, outcome.seconds, failed=True, lost=unit.rows or 0)
 
 
 def _untold(plan: Plan, told: set[str]) -> Iterator[Outcome]:
@@ -242,11 +243,6 @@ def _outcomes(engine: ModuleType, plan: Plan, watch: Callable[[int], None]) -> I
             if outcome.unit not in seen:
                 seen.add(outcome.unit)
                 yield outcome
-
-
-def _failure(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    unit = next(unit for unit in plan.todo if unit.id == outcome.unit)
-    return {"unit": unit.id, "file": unit.path, "row_groups": unit.row_groups, "error": outcome.error}
 
 
 def load_engine(name: str) -> ModuleType:

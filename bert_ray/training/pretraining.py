@@ -34,12 +34,14 @@ class CorpusPart:
         fingerprint: of its manifest.
         vocabulary: of its tokenizer, in words: how many tokens, and the beginning of its hash.
         skipped: shards that are left out, with what is wrong with them.
+        counts: by split, documents in the other shards.
     """
 
     directory: Path
     fingerprint: str
     vocabulary: str
     skipped: dict[str, str]
+    counts: dict[str, int]
 
     def documents(self, split: str) -> Documents:
         """Those of a split."""
@@ -114,13 +116,11 @@ def corpus_data(job: TrainJob, base: Bundle, seen: dict[str, list[Any]] | None =
         raise JobError(
             f"data.replay is the corpus that is learned, {job.data.train}: give another one, or leave it out"
         )
-    # Of a shard that is left out none counts.
-    readable = {split: int((corpus.documents(split).sizes > 0).sum()) for split in SPLITS}
-    validation = readable["validation"]
+    validation = corpus.counts["validation"]
     data = CorpusData(
         corpus=corpus,
         replay=replay,
-        train_rows=readable["train"],
+        train_rows=corpus.counts["train"],
         validation_rows=min(validation, job.pretraining.validation_rows),
         learning=Learning(parts=job.pretraining.sentences != "none"),
     )
@@ -148,12 +148,21 @@ def _open(
     skipped: dict[str, str] = {}
     for split in splits:
         skipped |= Documents(directory, split).verify(job.data.on_bad_shard, seen)
-    train = manifest.splits["train"]
-    if train.documents <= sum(shard.documents for shard in train.shards if shard.path in skipped):
+    counts = {
+        split: sum(shard.documents for shard in manifest.splits[split].shards if shard.path not in skipped)
+        for split in splits
+    }
+    if not counts["train"]:
         raise JobError(f"{directory} has no documents to train on")
     notes += [f"{directory / shard} {reason}: its documents are left out" for shard, reason in skipped.items()]
     vocabulary = f"{manifest.vocabulary:,} tokens, {manifest.tokenizer_sha256[:12]}"
-    return CorpusPart(directory=directory, fingerprint=manifest.fingerprint, vocabulary=vocabulary, skipped=skipped)
+    return CorpusPart(
+        directory=directory,
+        fingerprint=manifest.fingerprint,
+        vocabulary=vocabulary,
+        skipped=skipped,
+        counts=counts,
+    )
 
 
 def _check_vocabulary(corpus: Path, base: Bundle) -> None:
