@@ -364,6 +364,8 @@ class CorpusSource:
             drawn = np.where(count > 0, drawn, rows)
             fits = (count > 0) & (self._rows.lengths[drawn] >= needed) & ~found
             others, found = np.where(fits, drawn, others), found | fits
+        if found.all():
+            return others, found
         # Where few are as long: among those, of which some may be the row's own document's.
         for replayed, (lengths, order) in enumerate(self._by_length):
             here = np.flatnonzero(~found & ((rows >= self._own) == bool(replayed)))
