@@ -63,15 +63,17 @@ def peak_flops(dtype: torch.dtype | None = None) -> float:
     return matmul_rate(dtype=dtype or torch.float32)
 
 
-def encoder_flops(lengths: np.ndarray, *, layers: int, hidden: int, feed_forward: int) -> float:
-    """Operations of an encoder's forward pass over rows of real tokens, nothing for padding.
+def encoder_flops(
+    lengths: np.ndarray, *, layers: int, hidden: int, feed_forward: int, read: float | None = None
+) -> float:
+    """Operations of an encoder's forward pass over rows of real tokens, of which `read` are read; nothing for padding.
 
     See bert_ray/model/flops.py.
     """
     from bert_ray.model import flops
 
     dims = flops.Dims(layers=layers, hidden=hidden, heads=1, feed_forward=feed_forward, vocabulary=0)
-    return flops.encoder_flops(dims, float(lengths.sum()), float((lengths.astype(float) ** 2).sum()))
+    return flops.encoder_flops(dims, float(lengths.sum()), float((lengths.astype(float) ** 2).sum()), read)
 
 
 def interleaved(

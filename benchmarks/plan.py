@@ -125,7 +125,8 @@ class Trainer:
             # IMDB's reviews: a log-normal with a median of about 230 tokens, cut at the longest.
             lengths = np.sort(np.exp(random.normal(5.4, 0.7, case.rows)).clip(8, case.tokens).astype(int))[::-1].copy()
         self.lengths = lengths
-        self.batch, self.targets = _batch(lengths, case, random)
+        batch, self.targets = _batch(lengths, case, random)
+        self.batch = self.stepper.module.task.narrowed(batch, self.targets)
         self.weight = float(self.targets[-case.rows :].sum())
         self.asked = int((self.targets[: int(lengths.sum())] >= 0).sum())
         for _ in range(_WARM_UP):
@@ -187,6 +188,7 @@ def work_of(case: Case, trainer: Trainer, workers: int = 1, **more: Any) -> Any:
         row_tokens=lengths.mean(),
         row_squares=(lengths**2).mean(),
         asked_share=trainer.asked / lengths.sum(),
+        read_share=len(trainer.batch.read) / lengths.sum(),
         precision="fp32",
         recompute=case.recompute,
         device="cpu",
@@ -293,7 +295,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     common.set_threads(options.threads)
-    from bert_ray.model.flops import Dims, computed_flops, training_flops
+    from bert_ray.model.flops import Dims, computed_flops
     from bert_ray.planning.network import Fabric
     from bert_ray.planning.speed import Rate, predict
     from bert_ray.planning.workload import Workload
@@ -310,15 +312,13 @@ def main() -> None:
         raw = found["work"]
         works[case] = work = Workload(**(raw | {"dims": Dims(**raw["dims"])}))
         one = work.passes(1)
-        flops = computed_flops(work.dims, one.tokens, one.squares, one.asked, recompute=work.recompute)
+        flops = computed_flops(work.dims, one.tokens, one.squares, one.asked, recompute=work.recompute, read=one.read)
         # The share without the optimiser, as the plan has it.
         idle = Rate(peak=1.0, mfu=1.0, bandwidth=found["bandwidth"], launches=False)
         optimizer = predict(work, 1, idle, Fabric(node_gpus=1, inside=1.0, between=1.0)).optimizer
         shares = [flops / max(1e-9, seconds - optimizer) / peak for seconds, peak in found["runs"]]
         mfus[case] = common.median(shares)
-        found["model_share"] = common.median(
-            [training_flops(work.dims, one.tokens, one.squares, one.asked) / sec / peak for sec, peak in found["runs"]]
-        )
+        found["model_share"] = common.median([work.model_flops(one.tokens) / sec / peak for sec, peak in found["runs"]])
     lines = []
     for case, found in timed.items():
         others = [share for other, share in mfus.items() if other.model != case.model]

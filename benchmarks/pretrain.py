@@ -99,7 +99,8 @@ def flops_per_token(scratch: Path, job: Any) -> float:
     lengths = rows.lengths + 2
     asked = float(budget(rows.lengths, MASKED).sum())
     dims = dims_of(load_bundle(job.model).config)
-    return training_flops(dims, lengths.sum(), float((lengths.astype(np.float64) ** 2).sum()), asked) / lengths.sum()
+    squares = float((lengths.astype(np.float64) ** 2).sum())
+    return training_flops(dims, lengths.sum(), squares, asked, read=asked) / lengths.sum()
 
 
 def trainer(scratch: Path, tokens: int, steps: int, threads: int, kind: str) -> tuple[float, float]:

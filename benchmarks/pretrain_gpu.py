@@ -96,7 +96,7 @@ class Ours:
                 rows=np.arange(len(sizes)),
             )
             asked = torch.from_numpy(np.concatenate([targets, np.full(len(sizes), -1), counts]))
-            self.batches.append((packed.to(device), asked.to(device)))
+            self.batches.append((task.narrowed(packed, asked).to(device), asked.to(device)))
             self.weights.append(float(counts.sum()))
 
     def micro_batch(self, number: int, count: int) -> torch.Tensor:
@@ -235,6 +235,7 @@ def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
         row_tokens=lengths.mean(),
         row_squares=(lengths**2).mean(),
         asked_share=budget(lengths.astype(int), MASKED).sum() / lengths.sum(),
+        read_share=budget(lengths.astype(int), MASKED).sum() / lengths.sum(),
         accumulation=options.micro_batches,
         precision=options.precision,
         recompute=options.recompute,
@@ -244,14 +245,13 @@ def work_of(batches: Drawn, options: argparse.Namespace) -> Workload:
 
 def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Ours and transformers, on the same tokens, one after the other."""
-    from bert_ray.model.flops import training_flops
     from bert_ray.planning.memory import memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = drawn(shape, options.micro_tokens)
     work = work_of(batches, options)
     one_pass = work.passes(1)
-    flops = one_pass.times * training_flops(work.dims, one_pass.tokens, one_pass.squares, one_pass.asked)
+    flops = one_pass.times * work.model_flops(one_pass.tokens)
     contestants: dict[str, Callable[[], Ours | Transformers]] = {
         "bert_ray, packed": lambda: Ours(batches, device, options.precision, options.recompute)
     }

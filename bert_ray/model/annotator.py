@@ -280,7 +280,7 @@ class Annotator:
         batches = plan(tokens.lengths, self._encoder.even(int(tokens.lengths.sum()), self.batch_tokens))
 
         def outputs(which: np.ndarray) -> torch.Tensor:
-            batch = pack_rows(tokens, which).to(self.device)
+            batch = self.task.narrowed(pack_rows(tokens, which)).to(self.device)
             return self.task.forward(self.model, self._encoder(batch), batch).float()
 
         # One copy from the device at the end, so that no batch waits for the one before it.

@@ -197,7 +197,7 @@ class _FlashAttention(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         for group in groups:
             mixed, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *_rectangle(qkv, group, 3, heads), attn_mask=group.bias
+                *_rectangle(qkv, group, 3, heads), attn_mask=_mask(group, qkv.dtype)
             )
             _join(mixed, out, group, heads)
             kept.append(logsumexp)
@@ -220,7 +220,7 @@ class _FlashAttention(torch.autograd.Function):
                 logsumexp,
                 0.0,
                 False,
-                attn_mask=group.bias,
+                attn_mask=_mask(group, qkv.dtype),
             )
             for part, d_part in zip(three, d_qkv.chunk(3, dim=1), strict=True):
                 _join(part, d_part, group, ctx.heads)
@@ -273,6 +273,11 @@ class _GroupedAttention(torch.autograd.Function):
             for part, d_part in zip(three, d_qkv.chunk(3, dim=1), strict=True):
                 _join(part, d_part, group, ctx.heads)
         return d_qkv, None, None, None
+
+
+def _mask(group: Group, dtype: torch.dtype) -> torch.Tensor | None:
+    """The bias as the flash kernel needs it, which reads it in the queries' own type, whatever its type is."""
+    return None if group.bias is None else group.bias.to(dtype)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:

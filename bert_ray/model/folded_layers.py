@@ -11,21 +11,27 @@ cache, and three things are arranged when the model loads:
 - weights are packed for the library that multiplies fastest on this machine: oneDNN (which applies GELU on the way) or
   MKL, whose packed product serves tiles of TILE_TOKENS rows alone.
 
-Shapes: T tokens of a packed batch, D hidden size, F width of the feed-forward layer, d_k width of a head.
+The last layer has its queries apart: where only some tokens are read they are computed for these alone.
+
+Shapes: T tokens of a packed batch, R of them that are read, D hidden size, F width of the feed-forward layer, d_k width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from bert_ray.model.attention import attend
-from bert_ray.model.encoder import Encoder, Layer
+from bert_ray.model.encoder import Encoder, Layer, key_value_of
 from bert_ray.model.linear import TILE_TOKENS, Linear
+from bert_ray.model.ragged_attention import RaggedAttention
+
+if TYPE_CHECKING:
+    from bert_ray.model.packing import PackedBatch
 
 
 class FoldedLayers:
@@ -35,23 +41,42 @@ class FoldedLayers:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._layers = [_Folded.of(layer, encoder.heads) for layer in encoder.layers]
+        self._layers = [_Folded.of(layer, _scale(encoder)) for layer in encoder.layers]
+        last = encoder.layers[-1]
+        self._query = Linear(last.query.weight * _scale(encoder), None)
+        self._key_value = Linear(key_value_of(last)[0], None)
 
-    def __call__(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Embeddings (T, D) of rows that lie end to end -> hidden states (T, D)."""
+    def __call__(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """A batch's embeddings (T, D) -> hidden states (T, D), or (R, D) of its tokens that are read."""
         tokens = len(hidden)
         # MKL's packed weights serve tiles of one size; filling up the last few rows is cheaper than the other way.
         if self._layers[0].up.library == "mkl" and TILE_TOKENS * 3 // 4 < tokens < TILE_TOKENS:
             hidden = torch.cat((hidden, hidden.new_zeros(TILE_TOKENS - tokens, hidden.shape[1])))
-        for layer in self._layers:
-            hidden = self._layer(layer, hidden, lengths)
-        return hidden[:tokens]
+        *lower, last = self._layers
+        for layer in lower:
+            hidden = self._layer(layer, hidden, batch)
+        return self._layer(last, hidden, batch)[:tokens] if batch.read is None else self._read(last, hidden, batch)
 
-    def _layer(self, layer: _Folded, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def _layer(self, layer: _Folded, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         width = hidden.shape[1]
         qkv = layer.qkv(hidden)
         qkv[:, :width] += layer.query_bias
-        total = layer.mix(attend(qkv, lengths, self._encoder.heads, scale=1.0))
+        return self._behind_attention(layer, hidden, attend(qkv, batch.lengths, self._encoder.heads, scale=1.0))
+
+    def _read(self, layer: _Folded, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """The last layer, of the tokens that are read: (T, D) -> (R, D)."""
+        assert batch.read is not None and batch.read_lengths is not None
+        key, value = self._key_value(hidden).chunk(2, dim=1)
+        hidden = hidden.index_select(0, batch.read)
+        query = self._query(hidden)
+        query += layer.query_bias
+        attention = RaggedAttention(batch.read_lengths, batch.lengths)
+        mixed = attention(query, key, value, self._encoder.heads, scale=1.0)
+        return self._behind_attention(layer, hidden, mixed)
+
+    def _behind_attention(self, layer: _Folded, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        width = hidden.shape[1]
+        total = layer.mix(mixed)
         total += hidden
         hidden = F.layer_norm(total, (width,), layer.mix_norm.weight, layer.mix_shift, layer.mix_norm.eps)
         wide = layer.up.gelu(hidden) if self._encoder.is_gelu else self._encoder.activation(layer.up(hidden))
@@ -74,8 +99,7 @@ class _Folded:
     down_norm: nn.LayerNorm
 
     @classmethod
-    def of(cls, layer: Layer, heads: int) -> _Folded:
-        scale = (layer.query.out_features // heads) ** -0.5
+    def of(cls, layer: Layer, scale: float) -> _Folded:
         down_bias = layer.down.bias.detach()
         return cls(
             qkv=Linear(torch.cat((layer.query.weight * scale, layer.key.weight, layer.value.weight)), None),
@@ -89,3 +113,8 @@ class _Folded:
             down=Linear(layer.down.weight, None),
             down_norm=layer.down_norm,
         )
+
+
+def _scale(encoder: Encoder) -> float:
+    """1 / √d_k."""
+    return float((encoder.layers[0].query.out_features // encoder.heads) ** -0.5)

@@ -4,20 +4,24 @@ With AMX a bf16 product takes an eighth of its time in fp32, so what stands arou
 bytes: biases, GELU and the residual sum are applied by oneDNN while a product's result is still in registers (and
 are rounded once), and attention is a kernel on queries, keys and values as they lie in their product.
 
-Shapes: T tokens of a packed batch, D hidden size.
+Shapes: T tokens of a packed batch, R of them that are read, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from bert_ray.model.attention import attend
-from bert_ray.model.encoder import Encoder, Layer
+from bert_ray.model.encoder import Encoder, Layer, key_value_of
 from bert_ray.model.linear import Linear, fill_rows
+from bert_ray.model.ragged_attention import RaggedAttention
+
+if TYPE_CHECKING:
+    from bert_ray.model.packing import PackedBatch
 
 
 class HalfLayers:
@@ -29,17 +33,34 @@ class HalfLayers:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._layers = [_Joined.of(layer) for layer in encoder.layers]
+        last = encoder.layers[-1]
+        self._query, self._key_value = Linear(last.query.weight, last.query.bias), Linear(*key_value_of(last))
 
-    def __call__(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Embeddings (T, D) of rows that lie end to end -> hidden states (T, D)."""
+    def __call__(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """A batch's embeddings (T, D) -> hidden states (T, D), or (R, D) of its tokens that are read."""
         tokens = len(hidden)
         hidden = fill_rows(hidden)
-        for layer in self._layers:
-            mixed = attend(layer.qkv(hidden), lengths, self._encoder.heads)
-            hidden = layer.mix_norm(layer.mix.plus(mixed, hidden))
-            wide = layer.up.gelu(hidden) if self._encoder.is_gelu else self._encoder.activation(layer.up(hidden))
-            hidden = layer.down_norm(layer.down.plus(wide, hidden))
-        return hidden[:tokens]
+        *lower, last = self._layers
+        for layer in lower:
+            hidden = self._layer(layer, hidden, batch)
+        return self._layer(last, hidden, batch)[:tokens] if batch.read is None else self._read(last, hidden, batch)
+
+    def _layer(self, layer: _Joined, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return self._behind_attention(layer, hidden, attend(layer.qkv(hidden), batch.lengths, self._encoder.heads))
+
+    def _read(self, layer: _Joined, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """The last layer, of the tokens that are read: (T, D) -> (R, D)."""
+        assert batch.read is not None and batch.read_lengths is not None
+        key, value = self._key_value(hidden).chunk(2, dim=1)
+        count, hidden = len(batch.read), fill_rows(hidden.index_select(0, batch.read))
+        attention = RaggedAttention(batch.read_lengths, batch.lengths)
+        mixed = attention(self._query(hidden)[:count], key, value, self._encoder.heads)
+        return self._behind_attention(layer, hidden, fill_rows(mixed))[:count]
+
+    def _behind_attention(self, layer: _Joined, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        hidden = layer.mix_norm(layer.mix.plus(mixed, hidden))
+        wide = layer.up.gelu(hidden) if self._encoder.is_gelu else self._encoder.activation(layer.up(hidden))
+        return layer.down_norm(layer.down.plus(wide, hidden))
 
 
 @dataclass(kw_only=True, slots=True)

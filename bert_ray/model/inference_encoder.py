@@ -3,7 +3,7 @@
 On a GPU it is `encoder.encode_with`. On a CPU a packed batch is a tile that walks through all layers while its
 activations stay in cache: `folded_layers` in fp32, `half_layers` in bf16 and fp16.
 
-Shapes: T tokens of a packed batch, D hidden size.
+Shapes: T tokens of a packed batch, R of them that are read, D hidden size.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class InferenceEncoder:
             self.batch_tokens = self._layers.batch_tokens
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """Hidden states of a packed batch, (T, D)."""
+        """Hidden states of a packed batch, (T, D), or of its tokens that are read, (R, D)."""
         if self._layers is None:
             return encode_with(self._encoder, batch, training=False)
-        return self._layers(self._embed(batch), batch.lengths)
+        return self._layers(self._embed(batch), batch)
 
     def even(self, tokens: int, batch_tokens: int) -> int:
         """Tokens of a packed batch, at most `batch_tokens`, such that on a CPU the threads have as many batches each.

@@ -3,12 +3,12 @@
 A packed batch lays the tokens of many rows end to end; `cu_seqlens` says where each row starts, and attention is kept
 within each row.
 
-Shapes: B rows, T tokens of a packed batch.
+Shapes: B rows, T tokens of a packed batch, R tokens of them whose hidden states are read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,9 @@ class PackedBatch:
         cu_seqlens: int32 tensor (B + 1,), cumulated lengths from 0.
         rows: int64 array (B,), which rows of the source these are.
         samples: int64 tensor (B,), which sample of a training batch each row belongs to; None where each is one.
+        read: int64 tensor (R,), ascending, the tokens whose hidden states anyone reads, at least one of each row: the
+            encoder gives these alone, (R, D). None: it gives all, (T, D).
+        read_lengths: how many of each row those are, B numbers; None where `read` is.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +43,8 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     rows: np.ndarray
     samples: torch.Tensor | None = None
+    read: torch.Tensor | None = None
+    read_lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -51,7 +56,26 @@ class PackedBatch:
             cu_seqlens=on_device(self.cu_seqlens, device),
             rows=self.rows,
             samples=None if self.samples is None else on_device(self.samples, device),
+            read=None if self.read is None else on_device(self.read, device),
+            read_lengths=self.read_lengths,
         )
+
+    def reading(self, read: torch.Tensor) -> PackedBatch:
+        """The same batch, of whose tokens only some are read in the end; see `read`. On the CPU.
+
+        Raises:
+            ValueError: of a row none is.
+        """
+        ends = self.cu_seqlens.numpy()
+        counts = np.diff(np.searchsorted(read.numpy(), ends))
+        if not counts.all():
+            raise ValueError(f"no token of row {int(counts.argmin())} is read; name one of each row")
+        return replace(self, read=read, read_lengths=tuple(counts.tolist()))
+
+    @property
+    def first_tokens(self) -> torch.Tensor:
+        """The first token of each row, int64 (B,)."""
+        return self.cu_seqlens[:-1].long()
 
 
 def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

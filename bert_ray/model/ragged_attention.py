@@ -1,10 +1,10 @@
-"""Attention of rows over the rows of another packed batch, or over what stands before each token in its own row.
+"""Attention of rows over the rows of another packed batch, or of some tokens over what stands in their own row.
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k + M) V
 
 (Vaswani et al., arXiv 1706.03762, equation 1, and section 3.2.3 for the two uses in a decoder), for each head and each
-pair of rows by itself; M is -∞ where a query must not look, else 0. `attention.py` has the faster form for an encoder,
-whose rows look at the whole of themselves.
+pair of rows by itself; M is -∞ where a query must not look, else 0. An encoder's last layer looks so too where only some
+tokens are read. `attention.py` has the faster form for its other layers, whose rows look at the whole of themselves.
 
 On a GPU in half precision that is one variable-length kernel. Elsewhere pairs of rows of similar lengths are filled up
 to rectangles, for the scores alone.
@@ -61,7 +61,7 @@ class RaggedAttention:
         """Lay the pairs out.
 
         Args:
-            query_lengths: tokens of each row that looks, B numbers.
+            query_lengths: tokens of each row that looks, B numbers, none 0.
             key_lengths: tokens of each row that is looked at.
             causal: a query looks at no key behind its own position; both rows are the same then.
             device: where it will run.
@@ -74,7 +74,13 @@ class RaggedAttention:
         self._cumulated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, dropout: float = 0.0
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        dropout: float = 0.0,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -84,11 +90,12 @@ class RaggedAttention:
             v: (Tk, D).
             heads: H.
             dropout: probability with which an attention weight is dropped (training only).
+            scale: of the scores; None: 1 / √d_k.
 
         Returns:
             (Tq, D), the heads side by side.
         """
-        if dropout == 0.0 and flash_serves(q, q.shape[1] // heads):
+        if dropout == 0.0 and scale is None and flash_serves(q, q.shape[1] // heads):
             return self._variable_length(q, k, v, heads)
         if self._rectangles is None:
             self._rectangles = self._lay_out()
@@ -100,6 +107,7 @@ class RaggedAttention:
                 _heads(v, item.keys, item.pairs, heads),
                 attn_mask=item.bias.to(q.dtype),
                 dropout_p=dropout,
+                scale=scale,
             )
             parts.append(mixed.transpose(1, 2).reshape(len(item.queries), -1)[item.real])
         return torch.cat(parts)
@@ -114,7 +122,8 @@ class RaggedAttention:
             )
         assert self._cumulated is not None
         longest = int(self._query_lengths.max()), int(self._key_lengths.max())
-        split = (part.view(part.shape[0], heads, -1).contiguous() for part in (q, k, v))
+        # Uncopied: the kernel asks that a head's numbers stand side by side, and no more.
+        split = (part.view(part.shape[0], heads, -1) for part in (q, k, v))
         window = (-1, 0) if self.causal else (-1, -1)
         return varlen_attn(*split, *self._cumulated, *longest, window_size=window).reshape(q.shape[0], -1)
 

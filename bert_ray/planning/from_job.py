@@ -117,6 +117,8 @@ def workload(job: TrainJob, asked: PlanJob, gpu: Gpu) -> tuple[Workload, list[st
             row_tokens=rows.tokens,
             row_squares=rows.squares,
             asked_share=job.pretraining.mask_rate if pretrains else 0.0,
+            # The masked tokens, and the first of each row where it is asked about its parts.
+            read_share=job.pretraining.mask_rate + (1 / rows.tokens if pairs else 0.0) if pretrains else 1.0,
             accumulation=job.gradient_accumulation,
             micro_batches=job.micro_batches,
             precision=_precision(job, gpu, notes),

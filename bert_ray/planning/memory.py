@@ -151,28 +151,49 @@ def activations(work: Workload, passed: Pass) -> float:
     dims = work.dims
     ids = 3 * _INT64  # Tokens, positions, targets.
     embeddings = ids + _FP32 * dims.hidden + 2 * _FP32 + (_FP32 * dims.hidden if work.dropout else 0)
-    each = _size(work) * dims.hidden * passed.tokens if work.recompute else layer_activations(work, passed)
-    return passed.tokens * (embeddings + _FP32 * dims.hidden) + dims.layers * each + _head(work, passed)
+    if work.recompute:
+        layers = dims.layers * _size(work) * dims.hidden * passed.tokens
+    else:
+        layers = (dims.layers - 1) * layer_activations(work, passed) + last_layer_activations(work, passed)
+    return passed.tokens * (embeddings + _FP32 * dims.hidden) + layers + _head(work, passed)
 
 
 def layer_activations(work: Workload, passed: Pass) -> float:
     """What autograd keeps of one layer, bytes; see `encoder._through`, line by line."""
-    dims = work.dims
-    width, wide = dims.hidden, dims.feed_forward
-    size = _size(work)
+    dims, size = work.dims, _size(work)
     # Input of the product of queries, keys and values; these; what attention gives, the input of the next product.
-    attention = size * (width + 3 * width + width)
+    each = size * (dims.hidden + 3 * dims.hidden + dims.hidden) + _behind_attention(work)
+    if work.fused_attention:
+        return passed.tokens * (each + _FP32 * dims.heads)  # The kernel keeps one number for each row of scores.
+    scores = size * dims.heads * passed.squares * (2 if work.attention_dropout else 1)
+    return passed.tokens * each + scores
+
+
+def last_layer_activations(work: Workload, passed: Pass) -> float:
+    """The same of the last layer, where only some tokens are read; see `encoder._through_read`."""
+    if work.read_share == 1.0:
+        return layer_activations(work, passed)
+    dims, size = work.dims, _size(work)
+    # Keys and values: their product's input, and both as attention takes them; where it took them from.
+    keys = size * (dims.hidden + 2 * dims.hidden) + _INT64
+    # The input of the queries' product; queries and what attention gives, as attention has them and as products do.
+    queries = size * (dims.hidden + 3 * dims.hidden) + _INT64 * 2
+    scores = size * dims.heads * passed.squares * work.read_share * (3 if work.attention_dropout else 1)
+    if not work.attention_dropout:
+        scores, queries = 0.0, queries + _FP32 * dims.heads
+    return passed.tokens * keys + passed.read * (queries + _behind_attention(work)) + scores
+
+
+def _behind_attention(work: Workload) -> float:
+    """What autograd keeps of a token behind attention, bytes; see `encoder._behind_attention`."""
+    width, wide, size = work.dims.hidden, work.dims.feed_forward, _size(work)
     # Layer norms keep mean, standard deviation and their input, the residual sum; where sum and norm are one kernel,
     # only what is added (the stream itself is an earlier product's input), with dropout's mask of a byte.
     norms = 2 * (size * width + 2 * _FP32)
     masks = 2 * (1 if work.fused_norms else size) * width if work.dropout else 0
     # Input of the wide product, of the activation, of the narrow product.
     feed_forward = size * (width + wide + wide)
-    each = attention + norms + masks + feed_forward
-    if work.fused_attention:
-        return passed.tokens * (each + _FP32 * dims.heads)  # The kernel keeps one number for each row of scores.
-    scores = size * dims.heads * passed.squares * (2 if work.attention_dropout else 1)
-    return passed.tokens * each + scores
+    return norms + masks + feed_forward
 
 
 def _head(work: Workload, passed: Pass) -> float:
@@ -214,6 +235,8 @@ def _working(work: Workload, passed: Pass) -> float:
     last = max(last, attention - passed.tokens * gone)
     if work.asked_share:
         last += _FP32 * table  # That gradient has come by then.
+    if work.read_share < 1.0:  # The last layer is small: it is the one before it, when what the last one kept has gone.
+        last -= size * width * passed.tokens if work.recompute else last_layer_activations(work, passed)
     if work.recompute:  # Its input is there already.
         last += layer_activations(work, passed) - passed.tokens * size * width
     # What the head kept has gone by then, and its weights as autocast made them.

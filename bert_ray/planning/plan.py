@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from bert_ray.config import load_job
 from bert_ray.errors import JobError
-from bert_ray.model.flops import training_flops
 from bert_ray.planning.from_job import workload
 from bert_ray.planning.hardware import GPUS, Gpu
 from bert_ray.planning.memory import Memory, memory
@@ -127,8 +126,7 @@ class Plan:
     def facts(self) -> list[tuple[str, str]]:
         """What is planned."""
         work, passed = self.work, self.work.passes(self.step.workers)
-        squares = work.tokens / work.row_tokens * work.row_squares
-        flops = training_flops(work.dims, work.tokens, squares, work.tokens * work.asked_share)
+        flops = work.model_flops(work.tokens)
         return [
             (
                 "model",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bert_ray.model.flops import computed_flops, training_flops
+from bert_ray.model.flops import computed_flops
 from bert_ray.planning.network import Fabric, exposed_sec
 from bert_ray.planning.workload import Workload
 
@@ -85,7 +85,9 @@ class Step:
 def predict(work: Workload, workers: int, rate: Rate, fabric: Fabric) -> Step:
     """One step on so many workers."""
     passed = work.passes(workers)
-    flops = computed_flops(work.dims, passed.tokens, passed.squares, passed.asked, recompute=work.recompute)
+    flops = computed_flops(
+        work.dims, passed.tokens, passed.squares, passed.asked, recompute=work.recompute, read=passed.read
+    )
     each = flops / (rate.peak * rate.mfu)
     if rate.launches:
         each = max(each, work.dims.layers * _LAYER_KERNELS * _LAUNCH_SEC)
@@ -95,8 +97,7 @@ def predict(work: Workload, workers: int, rate: Rate, fabric: Fabric) -> Step:
         computing += passed.times * 2 * _FP32 * work.parameters / workers / _PCIE
     network = exposed_sec(work, workers, passed.times, each, fabric)
     seconds = computing + optimizer + network
-    squares = work.step_tokens / work.row_tokens * work.row_squares
-    model = training_flops(work.dims, work.step_tokens, squares, work.step_tokens * work.asked_share)
+    model = work.model_flops(work.step_tokens)
     return Step(
         workers=workers,
         tokens=work.step_tokens,

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from bert_ray.model.flops import Dims
+from bert_ray.model.flops import Dims, training_flops
 
 Offload = Literal["none", "optimizer", "parameters"]
 
@@ -22,12 +22,14 @@ class Pass(NamedTuple):
         tokens: T of each.
         squares: Σ L² over its rows.
         asked: tokens that go through the vocabulary's head.
+        read: tokens whose last hidden states are read.
     """
 
     times: int
     tokens: float
     squares: float
     asked: float
+    read: float
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Workload:
         row_tokens: mean L.
         row_squares: mean L²; `row_tokens²` where all rows have one length.
         asked_share: share of the tokens that goes through the vocabulary's head; 0: the task has none.
+        read_share: share whose last hidden states are read, for which alone the last layer is computed whole.
         accumulation: passes into which each worker divides its part of a step.
         micro_batches: passes of all workers together, instead.
         precision: of matrix products.
@@ -64,6 +67,7 @@ class Workload:
     row_tokens: float
     row_squares: float
     asked_share: float = 0.0
+    read_share: float = 1.0
     accumulation: int = 1
     micro_batches: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -91,6 +95,11 @@ class Workload:
         """Whether dropout, residual sum and norm are one kernel (`residual.residual_norm` decides so)."""
         return self.device == "cuda" and self.half
 
+    def model_flops(self, tokens: float) -> float:
+        """`flops.training_flops` of so many of its tokens."""
+        squares = tokens / self.row_tokens * self.row_squares
+        return training_flops(self.dims, tokens, squares, tokens * self.asked_share, read=tokens * self.read_share)
+
     def rows(self) -> float:
         """Rows of one step."""
         return self.step_tokens / self.row_tokens
@@ -112,4 +121,5 @@ class Workload:
             tokens=tokens,
             squares=tokens / self.row_tokens * self.row_squares,
             asked=tokens * self.asked_share,
+            read=tokens * self.read_share,
         )

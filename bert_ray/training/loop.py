@@ -304,6 +304,7 @@ class Loop:
         parts = shares(samples, tokens, self.micro_batches)
         weight = max(1e-9, self.train.weigh(samples))
         total: torch.Tensor | float = 0.0
+        read, seen = 0, 0
         for turn in range(self.micro_batches_each):
             number = turn * peers.world + peers.rank
             mine = parts[number] if number < self.micro_batches else samples[:0]
@@ -313,6 +314,8 @@ class Loop:
                 mine, scale = samples[:1], 0.0
             torch.manual_seed(noise_seed(job.seed, step, number))
             batch, targets = self._batch(self.train, mine, step)
+            seen += len(batch.input_ids)
+            read += len(batch.input_ids if batch.read is None else batch.read)
             loss, losses, _ = self.stepper.forward(batch, targets, scale, 1.0 / self.micro_batches_each)
             self.stepper.backward(loss)
             total = total + (losses if scale else losses * 0.0)
@@ -321,14 +324,15 @@ class Loop:
         assert isinstance(total, torch.Tensor)
         self._unseen.append((step, weight, total, norm))
         asked = weight if self.module.task.reads_corpus else 0.0
-        squares = float(self.train.squares_of(samples).sum())
-        self._flops += training_flops(self._dims, float(tokens.sum()), squares, asked, job.freeze_layers)
-        position.tokens += int(tokens.sum())
-        position.epoch_tokens += int(tokens.sum())
+        squares, count = float(self.train.squares_of(samples).sum()), int(tokens.sum())
+        # The other workers' batches are not seen here; as large a share of their tokens is read.
+        self._flops += training_flops(self._dims, count, squares, asked, job.freeze_layers, count * read / seen)
+        position.tokens += count
+        position.epoch_tokens += count
 
     def _batch(self, source: Source, samples: np.ndarray, step: int | None) -> tuple[PackedBatch, torch.Tensor]:
         batch, targets = source.batch(samples, step)
-        return batch.to(self.device), on_device(targets, self.device)
+        return self.module.task.narrowed(batch, targets).to(self.device), on_device(targets, self.device)
 
     def _look(self) -> None:
         """Add up the losses of the last steps over all workers; see whether they are finite, and who asks to stop."""

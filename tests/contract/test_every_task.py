@@ -14,8 +14,10 @@ import torch
 
 from bert_ray.inference import bulk, local
 from bert_ray.inference.job import AnnotateJob
-from bert_ray.model.annotator import AnnotatorSpec
+from bert_ray.model.annotator import AnnotatorSpec, forget_built
+from bert_ray.model.packing import PackedBatch
 from bert_ray.model.tasks import TASKS
+from bert_ray.model.tasks.base import Task
 from tests.lakes import assert_same_table, read_output
 from tests.tiny_tasks import MAKERS, Tiny
 
@@ -63,6 +65,31 @@ def test_neighbours_make_no_difference(kind: str, tiny: Make) -> None:
     assert_same_table(together, here(it, it.table.take(order)).sort_by("id"), "annotation")
     for row in (0, 4):
         assert_same_table(together.slice(row, 1), here(it, it.table.slice(row, 1)), "annotation")
+
+
+def test_a_model_that_reads_few_tokens_computes_no_others_and_says_the_same(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few: set[str] = set()
+    narrowed = Task.narrowed
+    for kind in sorted(MAKERS):
+        it = tiny(kind)
+
+        def noted(task: Task, batch: PackedBatch, targets: Any = None, kind: str = kind) -> PackedBatch:
+            found = narrowed(task, batch, targets)
+            if found.read is not None:
+                few.add(kind)
+                assert len(found.read) < len(batch.input_ids)
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Task, "narrowed", noted)
+            found = here(it)
+            patched.setattr(Task, "narrowed", lambda task, batch, targets=None: batch)
+            forget_built()
+            assert_same_table(here(it), found, "annotation")
+        forget_built()
+    assert few >= {"classification", "multi-label", "regression", "fill-mask"}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

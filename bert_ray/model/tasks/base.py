@@ -264,9 +264,29 @@ class Task(ABC):
         """
         return []
 
+    def tokens_read(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Which tokens' hidden states `forward` and `losses` read, where they are not all: of others less is computed.
+
+        Args:
+            batch: T tokens in P pieces, on the CPU.
+            targets: what a batch to learn from, or to be judged by, should be; None: it is annotated.
+
+        Returns:
+            int64 (R,), ascending, at least one token of each piece: `hidden` is (R, D) then. None: all; it is (T, D).
+        """
+        return None
+
+    def narrowed(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> PackedBatch:
+        """A batch on the CPU, told which of its tokens are read."""
+        read = self.tokens_read(batch, targets)
+        return batch if read is None else batch.reading(read)
+
     @abstractmethod
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """The head: hidden states (T, D) of a packed batch -> one output per piece (P, C), or per token (T, C)."""
+        """The head: hidden states (T, D) of a packed batch -> one output per piece (P, C), or per token (T, C).
+
+        Hidden states are (R, D) of a batch that was told which of its tokens are read (`batch.read`), not of another.
+        """
 
     @abstractmethod
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:

@@ -89,19 +89,31 @@ class FillMask(Task):
         self._tokens = tokenizer.batch_decode([[index] for index in range(annotator.bundle.config.vocab_size)])
         self._tokenizer = tokenizer
 
-    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """The K likeliest token ids and their probabilities, (P, 2K), fp32; -1 where a piece has no mask."""
-        top_k = min(self.options.top_k, model.config.vocab_size)
-        found = hidden.new_full((len(batch.lengths), 2 * top_k), _NO_MASK, dtype=torch.float32)
+    def tokens_read(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Each piece's first mask; where there is none, its first token."""
+        read = batch.first_tokens
+        pieces, places = self._masks(batch)
+        read[pieces] = places
+        return read
+
+    def _masks(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pieces that have a mask, and where each one's first is, both int64."""
         places = (batch.input_ids == self._mask).nonzero().squeeze(1)
         pieces = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
         first = torch.ones_like(pieces, dtype=torch.bool)
         first[1:] = pieces[1:] != pieces[:-1]
-        if len(places):
-            scores = vocabulary_logits(model, hidden[places[first]]).float().softmax(1)
-            best = scores.topk(top_k, dim=1)
+        return pieces[first], places[first]
+
+    def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """The K likeliest token ids and their probabilities, (P, 2K), fp32; -1 where a piece has no mask."""
+        top_k = min(self.options.top_k, model.config.vocab_size)
+        found = hidden.new_full((len(batch.lengths), 2 * top_k), _NO_MASK, dtype=torch.float32)
+        pieces, places = self._masks(batch)
+        if len(pieces):
+            asked = hidden[places if batch.read is None else pieces]
+            best = vocabulary_logits(model, asked).float().softmax(1).topk(top_k, dim=1)
             # Ids below 2^24 are exact in fp32, and no vocabulary is larger.
-            found[pieces[first]] = torch.cat((best.indices.float(), best.values), dim=1)
+            found[pieces] = torch.cat((best.indices.float(), best.values), dim=1)
         return found
 
     def decode(self, outputs: Outputs, pieces: Pieces, inputs: Sequence[pa.Array]) -> pa.Array:

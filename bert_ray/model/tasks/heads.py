@@ -82,9 +82,13 @@ class SequenceTask(Task):
 
         return AutoModelForSequenceClassification
 
+    def tokens_read(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The first token of each piece."""
+        return batch.first_tokens
+
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Outputs (P, C): transformers' own head modules over the first token ([CLS]) of each piece."""
-        first = hidden[batch.cu_seqlens[:-1].long()]
+        first = of_first(hidden, batch)
         kind = model.config.model_type
         if kind == "bert":
             pooled = model.bert.pooler.activation(model.bert.pooler.dense(first))
@@ -129,6 +133,11 @@ class SequenceTask(Task):
         # A base fine-tuned for other labels lends its encoder; its head does not fit and is made anew.
         model, _ = read_model(self.auto_class(), base.directory, config=config, ignore_mismatched_sizes=True)
         return model
+
+
+def of_first(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Of hidden states (T, D), those of each piece's first token, (P, D); where only they are read, they are all."""
+    return hidden[batch.first_tokens] if batch.read is None else hidden
 
 
 def exactly(layer: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

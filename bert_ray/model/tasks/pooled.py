@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bert_ray.errors import BundleError
 from bert_ray.model.card import read_json
 from bert_ray.model.tasks.base import Options, Task
-from bert_ray.model.tasks.heads import by_row
+from bert_ray.model.tasks.heads import by_row, of_first
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,10 +87,14 @@ class PooledTask(Task):
         prompt, nothing = (pa.scalar(text, pa.large_string()) for text in (self.options.prompt, ""))
         return [pc.binary_join_element_wise(prompt, array.cast(prompt.type), nothing) for array in inputs]
 
+    def tokens_read(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The first token of each piece, or all, as the pooling has it."""
+        return batch.first_tokens if self.card.pooling == "cls" else None
+
     def forward(self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Pooled vectors (P, D), fp32."""
         if self.card.pooling == "cls":
-            pooled = hidden[batch.cu_seqlens[:-1].long()].float()
+            pooled = of_first(hidden, batch).float()
         else:
             lengths = torch.tensor(batch.lengths, device=hidden.device)
             pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths)

@@ -3,7 +3,7 @@
 What is trained is an encoder with BERT's own heads; the bundle that comes out annotates as fill-mask, and every other
 task can start from it.
 
-Shapes: T tokens of a packed batch, P pieces, D hidden size, V vocabulary, M masked tokens.
+Shapes: T tokens of a packed batch, R of them that are read, P pieces, D hidden size, V vocabulary, M masked tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.errors import BundleError, JobError
+from bert_ray.model.packing import on_device
 from bert_ray.model.tasks.base import Outputs, set_dropout
 from bert_ray.model.tasks.fill_mask import FillMask
 from bert_ray.model.vocabulary_head import vocabulary_losses
@@ -66,6 +67,15 @@ class Pretraining(FillMask):
         set_dropout(model.config, dropout, attention_dropout)
         return model
 
+    def tokens_read(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The masked tokens, and the first of each piece where it is asked about its parts."""
+        if targets is None:
+            return super().tokens_read(batch)
+        masked = targets[: len(batch.input_ids)] >= 0
+        if self.learning.parts:
+            masked[batch.first_tokens] = True
+        return masked.nonzero().squeeze(1)
+
     def losses(
         self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,7 +85,7 @@ class Pretraining(FillMask):
 
         Args:
             model: with the heads.
-            hidden: (T, D).
+            hidden: (T, D), or (R, D) of the tokens that are read.
             batch: P pieces.
             targets: int64 (T + 2P,): the original of each masked token, else -100; which way each piece's parts belong
                 together, or -1; how much each piece counts.
@@ -85,10 +95,14 @@ class Pretraining(FillMask):
             and whether the parts were (1, 0, or NaN without a question).
         """
         pieces = len(batch.lengths)
-        tokens, parts, budget = targets.split((len(hidden), pieces, pieces))
-        places = (tokens >= 0).nonzero().squeeze(1)
+        tokens, parts, budget = targets.split((len(batch.input_ids), pieces, pieces))
+        if batch.read is None:
+            places = (tokens >= 0).nonzero().squeeze(1)
+            of_masked = hidden.index_select(0, places)
+        else:
+            places, of_masked = self._masked_of_read(hidden, batch)
         of = torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
-        of_masked, asked_for = hidden.index_select(0, places), tokens.index_select(0, places)
+        asked_for = tokens.index_select(0, places)
         each, right = vocabulary_losses(model, of_masked, asked_for, guesses=not model.training)
         zeros = each.new_zeros(pieces)
         sums, counts = zeros.index_add(0, of, each), zeros.index_add(0, of, torch.ones_like(each))
@@ -98,13 +112,29 @@ class Pretraining(FillMask):
         asked = parts != _NO_PARTS
         # In training also where no piece has two parts: under ZeRO 1 and 2 every worker has the same gradients.
         if self.learning.parts and (model.training or bool(asked.any())):
-            first = hidden[batch.cu_seqlens[:-1].long()]
+            where = batch.first_tokens
+            if batch.read is not None:
+                where = on_device(torch.from_numpy(_starts(batch)), hidden.device)
+            first = hidden.index_select(0, where)
             said = model.cls.seq_relationship(model.bert.pooler.dense(first).tanh()).float()
             losses = losses + F.cross_entropy(said, parts.clamp(min=0), reduction="none") * asked
             belong = torch.where(asked, (said.argmax(1) == parts).float(), belong)
         if right is not None:
             outputs = torch.stack((sums, zeros.index_add(0, of, right.float()), counts, belong), dim=1)
         return losses * budget, outputs
+
+    def _masked_of_read(self, hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the masked tokens are, and their hidden states, of those of the tokens that are read.
+
+        Which those are is known on the CPU: a GPU is not waited for.
+        """
+        assert batch.read is not None
+        if not self.learning.parts:
+            return batch.read, hidden
+        masked = np.ones(len(batch.read), bool)
+        masked[_starts(batch)] = False
+        which = on_device(torch.from_numpy(np.flatnonzero(masked)), hidden.device)
+        return batch.read.index_select(0, which), hidden.index_select(0, which)
 
     def validate(self, outputs: Outputs, examples: Any) -> dict[str, float]:
         """Share of masked tokens guessed, their mean log-likelihood (nats), its perplexity, and the share of parts."""
@@ -127,6 +157,12 @@ class Pretraining(FillMask):
     def labels_in(self, truth: Sequence[pa.Array]) -> list[str]:
         """None."""
         return []
+
+
+def _starts(batch: PackedBatch) -> np.ndarray:
+    """Which of the tokens that are read are the first of each piece, int64 (P,)."""
+    assert batch.read_lengths is not None
+    return np.cumsum((0, *batch.read_lengths[:-1]))
 
 
 def _is_head(name: str) -> bool:

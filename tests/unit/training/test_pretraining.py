@@ -192,6 +192,40 @@ def test_only_masked_tokens_go_through_the_vocabularys_head(
             assert transformed == compared == [(asked, module.model.config.hidden_size)]
 
 
+@pytest.mark.parametrize("sentences", ["none", "order"])
+def test_of_the_last_layer_only_what_is_read_is_computed_and_learned_from_alike(
+    corpus: Path, pretraining_for: Jobs, sentences: str
+) -> None:
+    from bert_ray.training.launch import new_task
+    from bert_ray.training.loop import new_module
+
+    job = pretraining_for(pretraining=PretrainingOptions(sentences=sentences), dropout=0.0, attention_dropout=0.0)
+    base = load_bundle(job.model)
+    learning = prepare(job, base)[1].learning
+    module = new_module(job, base, new_task(job, base).card, torch.device("cpu"), None, learning).train()
+    rows = corpus_source(corpus, job)
+    batch, targets = rows.batch(rows.select(0), 0)
+    narrowed = module.task.narrowed(batch, targets)
+    asked, pieces = int((targets[: len(batch.input_ids)] >= 0).sum()), len(batch.lengths)
+    assert narrowed.read is not None
+    assert len(narrowed.read) == asked + (pieces if sentences == "order" else 0)
+    gradients = []
+    for one in (batch, narrowed):
+        module.zero_grad()
+        loss, total, _ = module(one, targets, 0.01)
+        loss.backward()
+        of_weights = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+        gradients.append({"loss": total} | {name: value.clone() for name, value in of_weights.items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-7 + 1e-5 * float(value.abs().max()), rtol=1e-5)
+    module.eval()
+    with torch.no_grad():
+        (_, one, told), (_, other, same) = module(batch, targets), module(narrowed, targets)
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(told, same, equal_nan=True)
+
+
 def test_recomputed_activations_give_the_same_bits(
     pretraining_for: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,13 +92,16 @@ def test_speed_share_of_the_peak_and_time_left_are_those_of_the_steps_since(
         return step(stepper, rate)
 
     monkeypatch.setattr(optim.PlainStepper, "step", slow)
-    taken: list[tuple[float, float, float]] = []  # Of each step: tokens, squares of rows' lengths, tokens asked for.
+    # Of each step: tokens, squares of rows' lengths, tokens asked for, tokens read.
+    taken: list[tuple[float, float, float, float]] = []
     take = loop.Loop._step
 
     def noted(self: loop.Loop) -> None:
         samples = self.train.select(self.done)
         lengths = self.train.lengths_of(samples).astype(float)
-        taken.append((lengths.sum(), (lengths**2).sum(), self.train.weigh(samples) if masked else 0.0))
+        # A masked model reads what is to be guessed, a classifier the first token of each row.
+        asked = self.train.weigh(samples) if masked else 0.0
+        taken.append((lengths.sum(), (lengths**2).sum(), asked, asked or len(samples)))
         take(self)
 
     monkeypatch.setattr(loop.Loop, "_step", noted)
@@ -113,7 +116,7 @@ def test_speed_share_of_the_peak_and_time_left_are_those_of_the_steps_since(
         whole = rows.tokens
         assert [item[0] for item in taken] == [rows.lengths_of(rows.select(step)).sum() for step in range(20)]
     dims = dims_of(load_bundle(result.bundle).config)
-    flops = [training_flops(dims, *figures, job.freeze_layers) for figures in taken]
+    flops = [training_flops(dims, *figures[:3], job.freeze_layers, read=figures[3]) for figures in taken]
     tokens = [figures[0] for figures in taken]
     assert sum(event["what"] == "progress" for event in events) >= len(taken) / 2
     before, at = 0, 1000.0
