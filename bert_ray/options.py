@@ -5,7 +5,33 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bert_ray.errors import JobError
+
+# What a model computes in; "auto": fp32 on a CPU, bf16 or fp16 on a GPU.
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def check_choices(settings: Any, prefix: str = "") -> None:
+    """Check the fields of a dataclass whose type lists what may be given: a Literal, a list of one, a Literal or more.
+
+    Args:
+        settings: the dataclass.
+        prefix: of its fields' names as a user knows them, "reading." say.
+
+    Raises:
+        JobError: a field holds something else.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        values, listed = (value, get_args(kind)[0]) if get_origin(kind) is list else ([value], kind)
+        if get_origin(listed) is not Literal:
+            continue
+        allowed = get_args(listed)
+        # True is 1 to Python.
+        if wrong := [item for item in values if item not in allowed or isinstance(item, bool)]:
+            raise JobError(f"{prefix}{name} is {wrong[0]!r}; give one of {', '.join(map(str, allowed))}")
 
 
 @dataclass(kw_only=True, slots=True)

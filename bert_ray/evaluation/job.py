@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bert_ray.errors import JobError
+from bert_ray.options import Dtype, check_choices
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,9 +43,10 @@ class EvaluateJob:
     batch_tokens: int | None = None
     threads: int | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.column is not None and self.columns:
             raise JobError("column and columns are both given: column is for a task of one input, columns for several")
         if self.mistakes < 0:
@@ -52,5 +54,3 @@ class EvaluateJob:
         for key in ("batch_tokens", "threads"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise JobError(f"{key} is {value}: it is at least 1")
-        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
-            raise JobError(f"dtype is {self.dtype!r}: it is one of auto, fp32, bf16, fp16")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bert_ray.errors import JobError
-from bert_ray.options import RayOptions
+from bert_ray.options import Dtype, RayOptions, check_choices
 
 Engine = Literal["local", "ray", "spark"]
 OnError = Literal["continue", "fail"]
@@ -114,7 +114,7 @@ class AnnotateJob:
     threads: int | None = None
     workers: int | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     ray: RayOptions = field(default_factory=RayOptions)
     spark: SparkOptions = field(default_factory=SparkOptions)
 
@@ -122,13 +122,7 @@ class AnnotateJob:
         for key in ("input", "model", "output"):
             if not str(getattr(self, key) or "").strip():
                 raise JobError(f"{key} is empty: give {key}: in the job file or --{key}")
-        for key, allowed in (
-            ("engine", ("local", "ray", "spark")),
-            ("on_error", ("continue", "fail")),
-            ("dtype", ("auto", "fp32", "bf16", "fp16")),
-        ):
-            if (value := getattr(self, key)) not in allowed:
-                raise JobError(f"{key} is {value!r}: it is one of {', '.join(allowed)}")
+        check_choices(self)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise JobError(f"device is {self.device!r}: it is one of auto, cpu, cuda, or cuda:1 and the like")
         for key in ("unit_rows", "batch_tokens", "threads", "workers"):

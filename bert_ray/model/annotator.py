@@ -35,6 +35,7 @@ from bert_ray.model.peak import multiplies_bf16
 from bert_ray.model.tasks import Task
 from bert_ray.model.tasks.base import Outputs
 from bert_ray.model.tokenization import Pieces, is_blank
+from bert_ray.options import Dtype, check_choices
 
 # Texts tokenised at a time. The first windows are small, so that the forward pass starts at once; later ones are wide
 # enough that the last, half-filled batch of a window is a small part of it.
@@ -73,7 +74,7 @@ class AnnotatorSpec:
     batch_tokens: int | None = None
     threads: int | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
@@ -86,8 +87,7 @@ class AnnotatorSpec:
                 object.__setattr__(self, "options", json.dumps(self.options) if self.options else "")
             except TypeError as error:
                 raise JobError(f"options are {self.options!r}: give what JSON has, such as lists ({error})") from error
-        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
-            raise JobError(f"dtype is {self.dtype!r}; it is one of auto, fp32, bf16, fp16")
+        check_choices(self)
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise JobError(f"batch_tokens is {self.batch_tokens}; it is at least 1")
 

@@ -7,8 +7,9 @@
 A product of a (T, K) with a (K, N) matrix is 2 T K N operations; in the backward pass there are two of the same size
 for each: so 6 N T in all (Kaplan et al., arXiv 2001.08361, section 2.1; Chowdhery et al., PaLM, arXiv 2204.02311,
 appendix B, which adds 12 layers D L a token for attention that sees the whole row). Rows are packed, so T counts real
-tokens and attention costs L² of each row by itself. Of the last layer a token that nobody reads has keys and values alone
-(`model/encoder.py`). The vocabulary's head runs over the tokens that are asked for alone. Everything that is no matrix product is left out, as both papers do.
+tokens and attention costs L² of each row by itself. Of the last layer a token that nobody reads has keys and values
+alone (`model/encoder.py`). The vocabulary's head runs over the tokens that are asked for alone. Everything that is no
+matrix product is left out, as both papers do.
 
 Imports neither torch nor transformers.
 

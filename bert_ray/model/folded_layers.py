@@ -13,7 +13,8 @@ cache, and three things are arranged when the model loads:
 
 The last layer has its queries apart: where only some tokens are read they are computed for these alone.
 
-Shapes: T tokens of a packed batch, R of them that are read, D hidden size, F width of the feed-forward layer, d_k width of a head.
+Shapes: T tokens of a packed batch, R of them that are read, D hidden size, F width of the feed-forward layer, d_k width
+of a head.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k + M) V
 
 (Vaswani et al., arXiv 1706.03762, equation 1, and section 3.2.3 for the two uses in a decoder), for each head and each
-pair of rows by itself; M is -∞ where a query must not look, else 0. An encoder's last layer looks so too where only some
-tokens are read. `attention.py` has the faster form for its other layers, whose rows look at the whole of themselves.
+pair of rows by itself; M is -∞ where a query must not look, else 0. An encoder's last layer looks so, too, where only
+some tokens are read. `attention.py` has the faster form for its other layers, whose rows look at all of themselves.
 
 On a GPU in half precision that is one variable-length kernel. Elsewhere pairs of rows of similar lengths are filled up
 to rectangles, for the scores alone.

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bert_ray.errors import BundleError, JobError
 from bert_ray.model import tensorflow_names as names
 from bert_ray.model.tensor_bundle import TensorBundle, checkpoints_in
+from bert_ray.options import check_choices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,8 +78,7 @@ class ConvertJob:
     gelu: Literal["auto", "exact", "tanh"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.gelu not in ("auto", "exact", "tanh"):
-            raise JobError(f"gelu is {self.gelu!r}: it is one of auto, exact, tanh")
+        check_choices(self)
         output = Path(self.output)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise JobError(f"output {self.output} already exists: choose another directory, or delete it first")

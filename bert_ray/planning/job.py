@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bert_ray.errors import JobError
+from bert_ray.options import check_choices
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,6 +99,7 @@ class PlanJob:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for key in ("gpus", "node_gpus", "rows", "row_tokens", "vocabulary"):
             if (value := getattr(self, key)) is not None and not value >= 1:
                 raise JobError(f"{key} is {value}: it is at least 1")

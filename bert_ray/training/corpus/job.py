@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bert_ray.errors import JobError
-from bert_ray.options import RayOptions
+from bert_ray.options import RayOptions, check_choices
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,9 +29,7 @@ class ReadingOptions:
     bad_bytes: Literal["fail", "replace"] = "fail"
 
     def __post_init__(self) -> None:
-        _one_of("reading.format", self.format, ("auto", "parquet", "delta", "text"))
-        _one_of("reading.documents", self.documents, ("line", "paragraph", "file"))
-        _one_of("reading.bad_bytes", self.bad_bytes, ("fail", "replace"))
+        check_choices(self, "reading.")
         try:
             text = codecs.lookup(self.encoding)._is_text_encoding
         except LookupError:
@@ -119,10 +117,8 @@ class CorpusJob:
             self.tokenizer.strip() != "",
             "tokenizer is empty: give a directory that `bert-ray vocabulary` made, or a bundle reference",
         )
-        _one_of("markup", self.markup, ("none", "html"))
-        _one_of("duplicates", self.duplicates, ("none", "exact", "near"))
-        _one_of("words", self.words, ("tokenizer", "jieba"))
-        _check_engine(self.engine, self.workers, self.on_error)
+        check_choices(self)
+        _check_workers(self.workers)
         for name in ("min_characters", "shard_tokens", "unit_rows", "unit_megabytes"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
         _check(
@@ -178,11 +174,11 @@ class VocabularyJob:
 
     def __post_init__(self) -> None:
         _check_places(self.input, self.output, self.columns, "the vocabulary's directory")
-        _one_of("markup", self.markup, ("none", "html"))
+        check_choices(self)
         _check(self.size >= 100, f"size is {self.size}; give 100 or more tokens, such as 30000")
         for name in ("alphabet", "min_count", "words"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more")
-        _check_engine(self.engine, self.workers, self.on_error)
+        _check_workers(self.workers)
         _check(self.extend != "", "extend is empty: give a bundle reference, or leave it out for a new vocabulary")
 
     @property
@@ -200,16 +196,10 @@ def _check_places(given: str | list[str], output: str, columns: list[str], what:
     _check(len(set(columns)) == len(columns), f"columns names a column twice: {', '.join(columns)}")
 
 
-def _check_engine(engine: str, workers: int | None, on_error: str) -> None:
-    _one_of("engine", engine, ("local", "ray"))
-    _one_of("on_error", on_error, ("continue", "fail", "skip"))
+def _check_workers(workers: int | None) -> None:
     _check(workers is None or workers >= 1, f"workers is {workers}; give 1 or more")
 
 
 def _check(good: bool, message: str) -> None:
     if not good:
         raise JobError(message)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    _check(value in allowed, f"{name} is {value!r}; give one of {', '.join(allowed)}")
