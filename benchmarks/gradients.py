@@ -52,7 +52,7 @@ def measure(scratch: Path) -> dict[str, Any]:
     samples = rows.select(0)
     batch, targets = rows.batch(samples, 0)
     module.train()
-    loss, _, _ = module(batch, targets, 1.0 / rows.weigh(samples))
+    loss, _, _ = module(module.task.narrowed(batch, targets), targets, 1.0 / rows.weigh(samples))
     loss.backward()
     ours = {name: weight.grad for name, weight in module.model.named_parameters() if weight.grad is not None}
 

@@ -25,6 +25,7 @@ from bert_ray.model.bundle import save_bundle
 from bert_ray.model.card import CARD_FILE
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
+from bert_ray.model.inference_encoder import GPU_BATCH_TOKENS
 from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import on_device, plan
 from bert_ray.model.peak import matmul_rate, multiplies_bf16
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from bert_ray.training.peers import Peers
     from bert_ray.training.sources import Source
 
-# Tokens of a packed validation batch: enough to fill the cores, small enough to stay in a CPU's cache.
+# Tokens of a packed validation batch on a CPU: enough to fill the cores, small enough to stay in its cache.
 _EVALUATION_TOKENS = 4096
 
 # The losses of at most so many steps are looked at together: one collective, and on a GPU one synchronisation. Where
@@ -431,7 +432,8 @@ class Loop:
         """
         self.module.eval()
         everything = np.arange(len(source))
-        batches = plan(source.lengths_of(everything), _EVALUATION_TOKENS)
+        budget = GPU_BATCH_TOKENS if self.device.type == "cuda" else _EVALUATION_TOKENS
+        batches = plan(source.lengths_of(everything), budget)
         found: list[tuple[np.ndarray, np.ndarray, float]] = []
         world, rank = self.peers.world, self.peers.rank
         with torch.no_grad():
