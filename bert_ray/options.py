@@ -14,10 +14,10 @@ Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def check_choices(settings: Any, prefix: str = "") -> None:
-    """Check the fields of a dataclass whose type lists what may be given: a Literal, a list of one, a Literal or more.
+    """Check the fields of a dataclass whose type lists what may be given: a Literal, or a list of one.
 
     Args:
-        settings: the dataclass.
+        settings: the dataclass; what its annotations name is there at run time, too.
         prefix: of its fields' names as a user knows them, "reading." say.
 
     Raises:

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from bert_ray.model.attention import filled_up, flash_serves
+from bert_ray.model.packing import on_device
 
 # The scores of a rectangle are at most so many times those of its pairs; filled-up ones are computed in vain.
 _MOST_FILLED = 2.0
@@ -117,7 +118,7 @@ class RaggedAttention:
 
         if self._cumulated is None:
             self._cumulated = tuple(  # type: ignore[assignment]
-                F.pad(lengths.cumsum(0), (1, 0)).to(q.device, torch.int32)
+                on_device(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), q.device)
                 for lengths in (self._query_lengths, self._key_lengths)
             )
         assert self._cumulated is not None
