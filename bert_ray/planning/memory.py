@@ -233,12 +233,17 @@ def _working(work: Workload, passed: Pass) -> float:
     if work.dropout:
         gone += (1 if work.fused_norms else 2 * size) * width
     last = max(last, attention - passed.tokens * gone)
-    if work.asked_share:
-        last += _FP32 * table  # That gradient has come by then.
-    if work.read_share < 1.0:  # The last layer is small: it is the one before it, when what the last one kept has gone.
-        last -= size * width * passed.tokens if work.recompute else last_layer_activations(work, passed)
     if work.recompute:  # Its input is there already.
         last += layer_activations(work, passed) - passed.tokens * size * width
+    if work.read_share < 1.0:
+        # Of the last layer itself gradients of keys and values, as attention takes them and as their product has them.
+        own = passed.tokens * size * 4 * width
+        own -= 0.0 if work.recompute else passed.read * _behind_attention(work)
+        # It is small: more may be needed for the one before it, when what the last one kept has gone.
+        last -= size * width * passed.tokens if work.recompute else last_layer_activations(work, passed)
+        last = own if dims.layers == 1 else max(last, own)
+    if work.asked_share:
+        last += _FP32 * table  # That gradient has come by then.
     # What the head kept has gone by then, and its weights as autocast made them.
     return max(head, last - _head(work, passed) - (_HALF * dims.head_matrices if work.half else 0))
 

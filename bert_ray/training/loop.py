@@ -432,7 +432,9 @@ class Loop:
         """
         self.module.eval()
         everything = np.arange(len(source))
-        budget = GPU_BATCH_TOKENS if self.device.type == "cuda" else _EVALUATION_TOKENS
+        budget = _EVALUATION_TOKENS
+        if self.device.type == "cuda":  # As many as a pass of training has, which fits.
+            budget = max(budget, min(GPU_BATCH_TOKENS, int(self.train.tokens / self.steps / self.micro_batches)))
         batches = plan(source.lengths_of(everything), budget)
         found: list[tuple[np.ndarray, np.ndarray, float]] = []
         world, rank = self.peers.world, self.peers.rank

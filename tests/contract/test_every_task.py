@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ import torch
 from bert_ray.inference import bulk, local
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.model.annotator import AnnotatorSpec, forget_built
+from bert_ray.model.bundle import load_bundle
 from bert_ray.model.packing import PackedBatch
 from bert_ray.model.tasks import TASKS
 from bert_ray.model.tasks.base import Task
@@ -90,6 +91,23 @@ def test_a_model_that_reads_few_tokens_computes_no_others_and_says_the_same(
             assert_same_table(here(it), found, "annotation")
         forget_built()
     assert few >= {"classification", "multi-label", "regression", "fill-mask"}
+
+
+def test_a_head_of_one_s_own_over_other_tokens_is_given_all(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It derives from a task that reads first tokens, and reads last ones: by where they stand among all."""
+
+    class Last(type(load_bundle(tiny("classification").model).task)):  # type: ignore[misc]
+        seen: ClassVar[list[int]] = []
+
+        def forward(self, model: Any, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+            self.seen.append(len(hidden) - len(batch.input_ids))
+            return model.classifier(hidden[batch.cu_seqlens[1:].long() - 1])
+
+    it = tiny("classification")
+    monkeypatch.setitem(TASKS, "last", Last)
+    found = local.annotate(it.table, it.model, task="last", name="annotation")
+    assert len(found) == len(it.table)
+    assert set(Last.seen) == {0}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -268,6 +268,8 @@ class Task(ABC):
     def tokens_read(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> torch.Tensor | None:
         """Which tokens' hidden states `forward` and `losses` read, where they are not all: of others less is computed.
 
+        For tasks whose outputs are one a piece.
+
         Args:
             batch: T tokens in P pieces, on the CPU.
             targets: what a batch to learn from, or to be judged by, should be; None: it is annotated.
@@ -278,7 +280,17 @@ class Task(ABC):
         return None
 
     def narrowed(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> PackedBatch:
-        """A batch on the CPU, told which of its tokens are read."""
+        """A batch on the CPU, told which of its tokens are read.
+
+        A class that overrides `forward` or `losses` of the one that said so, and does not say itself, is given all.
+        """
+        kinds = type(self).__mro__
+        says, *reads = (
+            next(place for place, kind in enumerate(kinds) if name in vars(kind))
+            for name in ("tokens_read", "forward", "losses")
+        )
+        if min(reads) < says:
+            return batch
         read = self.tokens_read(batch, targets)
         return batch if read is None else batch.reading(read)
 
@@ -400,7 +412,10 @@ class Task(ABC):
     def losses(
         self, model: PreTrainedModel, hidden: torch.Tensor, batch: PackedBatch, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Loss of each sample (S,), a sum over what its weight counts; and the outputs, None if they cost extra."""
+        """Loss of each sample (S,), a sum over what its weight counts; and the outputs, None if they cost extra.
+
+        Hidden states are as in `forward`.
+        """
         outputs = self.forward(model, hidden, batch).float()
         return self.loss(outputs, targets, batch), outputs
 

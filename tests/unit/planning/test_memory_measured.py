@@ -16,14 +16,12 @@ from bert_ray.planning.workload import Workload
 from bert_ray.training.job import DataOptions, TrainJob
 from bert_ray.training.optim import PRECISIONS, PlainStepper, TaskModel
 
-MASKED = 0.125
 
-
-def batch_of(rows: int, length: int, vocabulary: int) -> tuple[PackedBatch, torch.Tensor]:
-    """Rows of one length, an eighth of whose tokens are asked for."""
+def batch_of(rows: int, length: int, vocabulary: int, share: float) -> tuple[PackedBatch, torch.Tensor]:
+    """Rows of one length, of whose tokens this share, one of so many, is asked for."""
     ids = torch.randint(5, vocabulary, (rows * length,), generator=torch.Generator().manual_seed(0))
     places = torch.arange(rows * length)
-    asked = torch.where(places % 8 == 1, ids, -100)
+    asked = torch.where(places % int(1 / share) == 1, ids, -100)
     batch = PackedBatch(
         input_ids=ids,
         position_ids=places % length,
@@ -32,7 +30,7 @@ def batch_of(rows: int, length: int, vocabulary: int) -> tuple[PackedBatch, torc
         cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * length,
         rows=np.arange(rows),
     )
-    return batch, torch.cat((asked, torch.full((rows,), -1), torch.full((rows,), length // 8)))
+    return batch, torch.cat((asked, torch.full((rows,), -1), torch.full((rows,), length * share).long()))
 
 
 def worst_moment(stepper: PlainStepper, batch: PackedBatch, targets: torch.Tensor, resting: float) -> float:
@@ -70,10 +68,29 @@ def worst_moment(stepper: PlainStepper, batch: PackedBatch, targets: torch.Tenso
 def test_memory_is_what_torch_allocates(
     rows: int, length: int, precision: str, recompute: bool, attention_dropout: float, narrowed: bool
 ) -> None:
+    check(rows, length, precision, recompute, attention_dropout, narrowed)
+
+
+@pytest.mark.parametrize(("layers", "masked"), [(1, 0.125), (1, 0.5), (2, 0.5)])
+def test_memory_of_few_layers_of_which_much_is_read(layers: int, masked: float) -> None:
+    check(16, 128, "fp32", False, 0.0, True, layers, masked)
+
+
+def check(
+    rows: int,
+    length: int,
+    precision: str,
+    recompute: bool,
+    attention_dropout: float,
+    narrowed: bool,
+    layers: int = 3,
+    masked: float = 0.125,
+) -> None:
+    """A step of a model, predicted and measured."""
     config = BertConfig(
         vocab_size=1000,
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=512,
         attention_probs_dropout_prob=attention_dropout,
@@ -85,7 +102,7 @@ def test_memory_is_what_torch_allocates(
     dims = dims_of(config)
     numbers = parameters(dims, vocabulary_head=True)
     resting = 4.0 * (3 * numbers + dims.vocabulary * dims.hidden)
-    batch, targets = batch_of(rows, length, dims.vocabulary)
+    batch, targets = batch_of(rows, length, dims.vocabulary, masked)
     if narrowed:
         batch = task.narrowed(batch, targets)
     measured = worst_moment(PlainStepper(module, job, torch.device("cpu")), batch, targets, resting)
@@ -97,8 +114,8 @@ def test_memory_is_what_torch_allocates(
         tokens=rows * length,
         row_tokens=length,
         row_squares=length**2,
-        asked_share=MASKED,
-        read_share=MASKED if narrowed else 1.0,
+        asked_share=masked,
+        read_share=masked if narrowed else 1.0,
         precision=precision,  # type: ignore[arg-type]
         recompute=recompute,
         attention_dropout=attention_dropout,
