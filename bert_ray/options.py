@@ -29,9 +29,8 @@ def check_choices(settings: Any, prefix: str = "") -> None:
         if get_origin(listed) is not Literal:
             continue
         allowed = get_args(listed)
-        # Their types, too: True is 1 to Python.
-        known = [(type(item), item) for item in allowed]
-        if wrong := [item for item in values if (type(item), item) not in known]:
+        # True is 1 to Python.
+        if wrong := [item for item in values if item not in allowed or isinstance(item, bool)]:
             raise JobError(f"{prefix}{name} is {wrong[0]!r}; give one of {', '.join(map(str, allowed))}")
 
 

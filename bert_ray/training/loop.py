@@ -25,7 +25,6 @@ from bert_ray.model.bundle import save_bundle
 from bert_ray.model.card import CARD_FILE
 from bert_ray.model.examples import ranges
 from bert_ray.model.flops import dims_of, training_flops, utilisation
-from bert_ray.model.inference_encoder import GPU_BATCH_TOKENS
 from bert_ray.model.memory import keep_freed_memory
 from bert_ray.model.packing import on_device, plan
 from bert_ray.model.peak import matmul_rate, multiplies_bf16
@@ -50,7 +49,8 @@ if TYPE_CHECKING:
     from bert_ray.training.peers import Peers
     from bert_ray.training.sources import Source
 
-# Tokens of a packed validation batch on a CPU: enough to fill the cores, small enough to stay in its cache.
+# Tokens of a packed validation batch: enough to fill the cores, small enough to stay in a CPU's cache. The same on a
+# GPU and for any number of workers, since a loss that compares the pairs of a batch depends on it.
 _EVALUATION_TOKENS = 4096
 
 # The losses of at most so many steps are looked at together: one collective, and on a GPU one synchronisation. Where
@@ -432,10 +432,7 @@ class Loop:
         """
         self.module.eval()
         everything = np.arange(len(source))
-        budget = _EVALUATION_TOKENS
-        if self.device.type == "cuda":  # As many as a pass of training has, which fits.
-            budget = max(budget, min(GPU_BATCH_TOKENS, int(self.train.tokens / self.steps / self.micro_batches)))
-        batches = plan(source.lengths_of(everything), budget)
+        batches = plan(source.lengths_of(everything), _EVALUATION_TOKENS)
         found: list[tuple[np.ndarray, np.ndarray, float]] = []
         world, rank = self.peers.world, self.peers.rank
         with torch.no_grad():
