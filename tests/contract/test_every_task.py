@@ -15,10 +15,10 @@ import torch
 from bert_ray.inference import bulk, local
 from bert_ray.inference.job import AnnotateJob
 from bert_ray.model.annotator import AnnotatorSpec, forget_built
-from bert_ray.model.bundle import load_bundle
 from bert_ray.model.packing import PackedBatch
 from bert_ray.model.tasks import TASKS
 from bert_ray.model.tasks.base import Task
+from bert_ray.model.tasks.classification import Classification
 from tests.lakes import assert_same_table, read_output
 from tests.tiny_tasks import MAKERS, Tiny
 
@@ -96,7 +96,7 @@ def test_a_model_that_reads_few_tokens_computes_no_others_and_says_the_same(
 def test_a_head_of_one_s_own_over_other_tokens_is_given_all(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """It derives from a task that reads first tokens, and reads last ones: by where they stand among all."""
 
-    class Last(type(load_bundle(tiny("classification").model).task)):  # type: ignore[misc]
+    class Last(Classification):
         seen: ClassVar[list[int]] = []
 
         def forward(self, model: Any, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

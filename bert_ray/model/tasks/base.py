@@ -154,6 +154,13 @@ class Task(ABC):
     leaves: ClassVar[str | None] = None
     measured_as: ClassVar[str | None] = None
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Have a class read all tokens that has a `forward` or `losses` of its own and does not say which it reads."""
+        super().__init_subclass__(**more)
+        own = vars(cls)
+        if "tokens_read" not in own and ("forward" in own or "losses" in own):
+            cls.tokens_read = Task.tokens_read  # type: ignore[method-assign]
+
     def __init__(
         self, card: Card, config: PretrainedConfig | None = None, options: Mapping[str, Any] | None = None
     ) -> None:
@@ -280,17 +287,7 @@ class Task(ABC):
         return None
 
     def narrowed(self, batch: PackedBatch, targets: torch.Tensor | None = None) -> PackedBatch:
-        """A batch on the CPU, told which of its tokens are read.
-
-        A class that overrides `forward` or `losses` of the one that said so, and does not say itself, is given all.
-        """
-        kinds = type(self).__mro__
-        says, *reads = (
-            next(place for place, kind in enumerate(kinds) if name in vars(kind))
-            for name in ("tokens_read", "forward", "losses")
-        )
-        if min(reads) < says:
-            return batch
+        """A batch on the CPU, told which of its tokens are read."""
         read = self.tokens_read(batch, targets)
         return batch if read is None else batch.reading(read)
 
